@@ -1,0 +1,2 @@
+//! Placeholder head, replaced by the crate.
+fn main() {}
