@@ -140,7 +140,19 @@ pub enum AoeError {
 
 /// An Ethernet address.
 #[derive(
-    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Default,
+    FromBytes,
+    IntoBytes,
+    KnownLayout,
+    Immutable,
+    Unaligned,
 )]
 #[repr(transparent)]
 pub struct Mac(pub [u8; 6]);
@@ -191,7 +203,8 @@ impl Address {
     /// Whether a target at `own` is addressed; shelf and slot are independent wildcards.
     #[must_use]
     pub fn matches(self, own: Address) -> bool {
-        (self.shelf == SHELF_ANY || self.shelf == own.shelf) && (self.slot == SLOT_ANY || self.slot == own.slot)
+        (self.shelf == SHELF_ANY || self.shelf == own.shelf)
+            && (self.slot == SLOT_ANY || self.slot == own.slot)
     }
 
     /// Whether it names one target and no wildcard.
@@ -237,7 +250,8 @@ impl FromStr for Address {
             .ok()
             .filter(|&s| s != SHELF_ANY && s != SHELF_REFUSED_BY_LINUX)
             .ok_or(AddressError::Shelf(shelf_no))?;
-        let slot = u8::try_from(slot_no).ok().filter(|&s| s != SLOT_ANY).ok_or(AddressError::Slot(slot_no))?;
+        let slot =
+            u8::try_from(slot_no).ok().filter(|&s| s != SLOT_ANY).ok_or(AddressError::Slot(slot_no))?;
         Ok(Address { shelf, slot })
     }
 }
@@ -489,15 +503,12 @@ mod tests {
 
     #[test]
     fn discovery_request_has_the_bytes_of_linux() {
-        let mut frame = Header::request(Mac::BROADCAST, S, Address::ANY, command::CONFIG, 0).as_bytes().to_vec();
+        let mut frame =
+            Header::request(Mac::BROADCAST, S, Address::ANY, command::CONFIG, 0).as_bytes().to_vec();
         frame.extend_from_slice(&[0; 8]);
-        let expected: Vec<u8> = [
-            &[0xff; 6][..],
-            &S.0,
-            &[0x88, 0xa2, 0x10, 0x00, 0xff, 0xff, 0xff, 0x01, 0, 0, 0, 0],
-            &[0; 8],
-        ]
-        .concat();
+        let expected: Vec<u8> =
+            [&[0xff; 6][..], &S.0, &[0x88, 0xa2, 0x10, 0x00, 0xff, 0xff, 0xff, 0x01, 0, 0, 0, 0], &[0; 8]]
+                .concat();
         assert_eq!(frame, expected);
     }
 
@@ -538,9 +549,14 @@ mod tests {
 
     #[test]
     fn sectors_follow_the_mtu() {
-        for (mtu, sectors) in
-            [(9000, Some(16)), (8228, Some(16)), (8227, Some(8)), (4200, Some(8)), (3558, Some(4)), (1500, Some(2))]
-        {
+        for (mtu, sectors) in [
+            (9000, Some(16)),
+            (8228, Some(16)),
+            (8227, Some(8)),
+            (4200, Some(8)),
+            (3558, Some(4)),
+            (1500, Some(2)),
+        ] {
             assert_eq!(sectors_for_mtu(mtu), sectors, "MTU {mtu}");
         }
         assert_eq!(sectors_for_mtu(1060), Some(2));
