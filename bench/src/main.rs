@@ -1,2 +1,6 @@
-//! Placeholder head, replaced by the crate.
+//! `torus-bench`
+#![forbid(unsafe_code)]
+mod initiator;
+mod verify;
+mod workload;
 fn main() {}
