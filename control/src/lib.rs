@@ -1,1 +1,14 @@
-//! Placeholder head, replaced by the crate.
+//! The control process of a Torus node and the commands that talk to it.
+//!
+//! `torusd` reflects the cluster's metadata into the shared map that the data plane follows, supervises the data plane, and
+//! serves the HTTP API that `torusctl` and `torusblk` use. It never touches I/O: losing it, or the metadata store, stops
+//! *changes* only (I1). What it decides, it decides in pure functions over one consistent view of the metadata, and every
+//! change is one compare-and-swap transaction over all the records it depends on.
+#![forbid(unsafe_code)]
+
+pub mod meta;
+pub mod model;
+pub mod ops;
+pub mod placement;
+pub mod reconcile;
+pub mod size;

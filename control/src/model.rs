@@ -1,0 +1,780 @@
+//! The records in the metadata store: keys, values, and one consistent view of all of them.
+//!
+//! Every value is JSON with `"format": 1`. A record of another format, or one that does not parse, makes the whole view an
+//! error for everything that decides on it: acting on half a view could take a volume for deleted (I2). The two lease-bound
+//! kinds, `live/` and `status/`, only inform; a bad one counts as absent.
+//!
+//! | key below `torus/` | value |
+//! |---|---|
+//! | `cluster` | [`ClusterRecord`] |
+//! | `nodes/<node>` | [`NodeRecord`], permanent |
+//! | `node-names/<name>` | [`NodeNameRecord`], makes node names unique |
+//! | `live/<node>` | [`LiveRecord`], bound to the node's lease |
+//! | `status/<node>` | [`StatusRecord`], bound to the node's lease |
+//! | `stores/<store>` | [`StoreRecord`]; rewritten by every change of what is placed on it, so that capacity is compared too |
+//! | `names/<volume name>` | [`NameRecord`], makes volume names unique |
+//! | `volumes/<volume>` | [`VolumeRecord`] |
+//! | `exports/<shelf>.<slot>` | [`ExportRecord`], makes addresses unique |
+//! | `macs/<mac>` | [`MacRecord`], makes export MACs unique |
+//! | `tombstones/<volume>` | [`TombstoneRecord`] |
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::meta::{KeyValue, Revision};
+
+/// The format number that this version writes and the only one it reads.
+pub const FORMAT: u32 = 1;
+/// Everything in the metadata store lies below this prefix.
+pub const PREFIX: &str = "torus/";
+/// Extent size where `init` names none; volume sizes are rounded up to whole extents.
+pub const DEFAULT_EXTENT_BYTES: u64 = 4 << 20;
+/// Bytes of a sector, the unit of the AoE protocol.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// What is wrong with a record or a name.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ModelError {
+    /// A record does not parse, or its key does not.
+    #[error(
+        "metadata record {key} cannot be read: {reason}; restore it from a backup, nothing is changed until then"
+    )]
+    Damaged {
+        /// The record's key.
+        key: String,
+        /// What the decoder says.
+        reason: String,
+    },
+    /// A record was written by another version.
+    #[error(
+        "metadata record {key} has format {found}, this version reads format {FORMAT}; run the version that wrote it"
+    )]
+    Format {
+        /// The record's key.
+        key: String,
+        /// The format it carries.
+        found: u64,
+    },
+    /// A name breaks the rules.
+    #[error(
+        "\"{0}\" is not a valid name: use 1 to 64 characters of A-Z a-z 0-9 . _ - and start with a letter, a digit or _"
+    )]
+    Name(String),
+    /// An export address breaks the rules.
+    #[error(
+        "\"{0}\" is not an export address: write SHELF.SLOT with shelf 0 to 65534 (not 4095) and slot 0 to 254, for example 1.1"
+    )]
+    Address(String),
+    /// A MAC address does not parse.
+    #[error("\"{0}\" is not a MAC address")]
+    Mac(String),
+}
+
+/// Serde adapter for identifiers that are text outside: `#[serde(with = "text")]`.
+mod text {
+    use super::{Deserialize, FromStr, fmt};
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<T: fmt::Display, S: Serializer>(value: &T, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T, D>(d: D) -> Result<T, D::Error>
+    where
+        T: FromStr,
+        T::Err: fmt::Display,
+        D: Deserializer<'de>,
+    {
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// Serde adapter for optional identifiers.
+mod text_option {
+    use super::{Deserialize, FromStr, fmt};
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<T: fmt::Display, S: Serializer>(
+        value: &Option<T>,
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => s.collect_str(value),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, T, D>(d: D) -> Result<Option<T>, D::Error>
+    where
+        T: FromStr,
+        T::Err: fmt::Display,
+        D: Deserializer<'de>,
+    {
+        Option::<String>::deserialize(d)?.map(|text| text.parse().map_err(D::Error::custom)).transpose()
+    }
+}
+
+/// Checks a volume or node name: 1–64 characters of `[A-Za-z0-9._-]`, not starting with `-` or `.`.
+///
+/// # Errors
+/// [`ModelError::Name`], which says the rule.
+pub fn check_name(name: &str) -> Result<(), ModelError> {
+    let ok = (1..=64).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && !name.starts_with(['-', '.']);
+    if ok { Ok(()) } else { Err(ModelError::Name(name.to_owned())) }
+}
+
+/// An AoE address: shelf (major) and slot (minor).
+///
+/// The Linux initiator ignores answers from shelf 0xfff and 0xffff and from slot 0xff, so these are no addresses here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address {
+    /// AoE major.
+    pub shelf: u16,
+    /// AoE minor.
+    pub slot: u8,
+}
+
+impl Address {
+    /// The address, if initiators accept it.
+    #[must_use]
+    pub fn new(shelf: u16, slot: u8) -> Option<Self> {
+        (shelf != 0xffff && shelf != 0xfff && slot != 0xff).then_some(Self { shelf, slot })
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.shelf, self.slot)
+    }
+}
+
+impl FromStr for Address {
+    type Err = ModelError;
+
+    fn from_str(text: &str) -> Result<Self, ModelError> {
+        let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        text.split_once('.')
+            .filter(|(shelf, slot)| digits(shelf) && digits(slot))
+            .and_then(|(shelf, slot)| Self::new(shelf.parse().ok()?, slot.parse().ok()?))
+            .ok_or_else(|| ModelError::Address(text.to_owned()))
+    }
+}
+
+/// A MAC address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mac(pub [u8; 6]);
+
+impl Mac {
+    /// The `attempt`-th MAC of a volume's export: locally administered, unicast, low four bits zero (the data plane adds the
+    /// interface's ordinal there). The same volume always gets the same sequence, so that it keeps its MAC when it moves (I6).
+    #[must_use]
+    pub fn of_volume(volume: VolumeId, attempt: u8) -> Self {
+        // FNV-1a over the id, finished by SplitMix64: fixed here, because the result is stored for ever.
+        let seed = volume.0.iter().chain([&attempt]).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let [a, b, c, d, e, f, ..] = (mixed ^ (mixed >> 31)).to_be_bytes();
+        Self([(a & 0xfc) | 0x02, b, c, d, e, f & 0xf0])
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for Mac {
+    type Err = ModelError;
+
+    fn from_str(text: &str) -> Result<Self, ModelError> {
+        let bad = || ModelError::Mac(text.to_owned());
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+            *byte = u8::from_str_radix(part.ok_or_else(bad)?, 16).map_err(|_| bad())?;
+        }
+        if parts.next().is_some() { Err(bad()) } else { Ok(Self(bytes)) }
+    }
+}
+
+/// The cluster itself; written once by `init`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// Identity, in every store's superblock.
+    #[serde(with = "text")]
+    pub id: ClusterId,
+    /// When it was initialised, seconds since 1970.
+    pub created_unix_s: u64,
+    /// Extent size in bytes.
+    pub extent_size: u64,
+}
+
+/// A path that a node is to open as a store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSpec {
+    /// File or block device.
+    pub path: String,
+    /// Size in bytes to create it with; 0 takes what is there.
+    pub size: u64,
+}
+
+/// A permanent member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Unique name.
+    pub name: String,
+    /// Failure domain; empty if not given.
+    pub zone: String,
+    /// Where its data plane listens for peers; empty if not given.
+    pub peer_addr: String,
+    /// Where its HTTP API listens.
+    pub api_addr: String,
+    /// The paths it is to open.
+    pub stores: Vec<StoreSpec>,
+}
+
+/// Who has a node name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeNameRecord {
+    /// The node.
+    #[serde(with = "text")]
+    pub node: NodeId,
+}
+
+/// Present while the node's lease is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveRecord {
+    /// Process id of torusd.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// The kernel's boot id.
+    pub boot: String,
+}
+
+/// What one receive queue of an interface got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// Interface name.
+    pub interface: String,
+    /// Queue number.
+    pub queue: u16,
+    /// Core that serves it.
+    pub core: u16,
+    /// `zero-copy`, `native copy`, `generic` or `packet`.
+    pub mode: String,
+    /// Whether frames go between NIC and user memory without a copy in the kernel.
+    pub zero_copy: bool,
+    /// Buffers a frame may span.
+    pub segments: u8,
+    /// Interface MTU in bytes.
+    pub mtu: u32,
+    /// Sectors per request that initiators are told.
+    pub max_sectors: u8,
+    /// Whether it carries frames.
+    pub up: bool,
+    /// Why a better mode was not had; empty if it is the best.
+    pub note: String,
+}
+
+/// What became of one store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Its path on the node.
+    pub path: String,
+    /// Its identity once read.
+    #[serde(with = "text_option")]
+    pub id: Option<StoreId>,
+    /// `opening`, `ready` or `failed`.
+    pub state: String,
+    /// When an acknowledged write is durable.
+    pub durability: String,
+    /// Bytes for volumes.
+    pub capacity: u64,
+    /// Bytes not allocated.
+    pub free: u64,
+    /// Bytes of volumes that no record names; never deleted (I2).
+    pub orphaned: u64,
+    /// Why it failed; empty if it did not.
+    pub error: String,
+}
+
+/// A volume that is not simply there: being made, resized or purged, or failed, or an orphan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// The volume.
+    #[serde(with = "text")]
+    pub id: VolumeId,
+    /// `allocating`, `ready`, `purged`, `orphan` or `failed`.
+    pub state: String,
+    /// Size in bytes that the data plane has.
+    pub size: u64,
+    /// Bytes done of the work in progress.
+    pub done: u64,
+    /// Why it failed; empty if it did not.
+    pub error: String,
+}
+
+/// What became of an export that is not served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// The address.
+    #[serde(with = "text")]
+    pub address: Address,
+    /// `waiting` or `failed`.
+    pub state: String,
+    /// Why it failed; empty if it did not.
+    pub error: String,
+}
+
+/// A node's summary of itself; bound to its lease.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusRecord {
+    /// The data-plane process in words: `running`, or why not.
+    pub data_plane: String,
+    /// Link queues.
+    pub links: Vec<LinkStatus>,
+    /// Stores.
+    pub stores: Vec<StoreStatus>,
+    /// Volumes in progress or in trouble, and orphans.
+    pub volumes: Vec<VolumeStatus>,
+    /// Addresses of the exports that are served.
+    pub serving: Vec<String>,
+    /// The other exports.
+    pub exports: Vec<ExportStatus>,
+}
+
+/// A formatted store and the node that has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreRecord {
+    /// The node.
+    #[serde(with = "text")]
+    pub node: NodeId,
+    /// Path on that node.
+    pub path: String,
+    /// Bytes for volumes.
+    pub size: u64,
+}
+
+/// Who has a volume name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameRecord {
+    /// The volume.
+    #[serde(with = "text")]
+    pub volume: VolumeId,
+}
+
+/// Where a volume is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VolumeState {
+    /// Space is being allocated and zeroed.
+    Creating,
+    /// Usable.
+    Ready,
+    /// Usable; the data plane has not yet the recorded size.
+    Resizing,
+    /// Being deleted; there is no way back (I2).
+    Purging,
+}
+
+impl fmt::Display for VolumeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Creating => "creating",
+            Self::Ready => "ready",
+            Self::Resizing => "resizing",
+            Self::Purging => "purging",
+        })
+    }
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Unique name.
+    pub name: String,
+    /// Size in bytes, whole extents.
+    pub size: u64,
+    /// Copies kept.
+    pub copies: u8,
+    /// The store that holds it.
+    #[serde(with = "text")]
+    pub store: StoreId,
+    /// The node of that store.
+    #[serde(with = "text")]
+    pub node: NodeId,
+    /// Where it is in its life.
+    pub state: VolumeState,
+    /// Its export's address, until the node has confirmed the export's end.
+    #[serde(with = "text_option")]
+    pub export: Option<Address>,
+    /// When it was created, seconds since 1970.
+    pub created_unix_s: u64,
+}
+
+/// An export: a volume at an AoE address.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportRecord {
+    /// The volume.
+    #[serde(with = "text")]
+    pub volume: VolumeId,
+    /// Base MAC.
+    #[serde(with = "text")]
+    pub mac: Mac,
+    /// Refuses writes.
+    pub read_only: bool,
+    /// Unexported; the record goes once the node has confirmed that it serves it no more (I12).
+    #[serde(default)]
+    pub ending: bool,
+}
+
+/// Who has a MAC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MacRecord {
+    /// The volume.
+    #[serde(with = "text")]
+    pub volume: VolumeId,
+}
+
+/// What is left of a deleted volume: its id is never used again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TombstoneRecord {
+    /// The name it had.
+    pub name: String,
+    /// The store that confirmed the deletion.
+    #[serde(with = "text")]
+    pub store: StoreId,
+    /// When, seconds since 1970.
+    pub deleted_unix_s: u64,
+}
+
+/// Keys of the records.
+pub mod keys {
+    use super::{Address, Mac, NodeId, StoreId, VolumeId};
+
+    /// The cluster record.
+    pub const CLUSTER: &str = "torus/cluster";
+
+    macro_rules! key {
+        ($($(#[$doc:meta])* $name:ident($arg:ident: $type:ty) = $folder:literal;)*) => {$(
+            $(#[$doc])*
+            #[must_use]
+            pub fn $name($arg: $type) -> String {
+                format!(concat!("torus/", $folder, "/{}"), $arg)
+            }
+        )*};
+    }
+    key! {
+        /// A member.
+        node(id: NodeId) = "nodes";
+        /// A member's name.
+        node_name(name: &str) = "node-names";
+        /// A member's sign of life.
+        live(id: NodeId) = "live";
+        /// A member's summary.
+        status(id: NodeId) = "status";
+        /// A store.
+        store(id: StoreId) = "stores";
+        /// A volume's name.
+        name(name: &str) = "names";
+        /// A volume.
+        volume(id: VolumeId) = "volumes";
+        /// An export.
+        export(address: Address) = "exports";
+        /// An export's MAC.
+        mac(mac: Mac) = "macs";
+        /// A deleted volume.
+        tombstone(id: VolumeId) = "tombstones";
+    }
+}
+
+#[derive(Serialize)]
+struct Envelope<'a, T> {
+    format: u32,
+    #[serde(flatten)]
+    record: &'a T,
+}
+
+/// A record's value as it is stored.
+///
+/// # Panics
+/// Never: the records hold no map with keys that JSON cannot express.
+#[must_use]
+pub fn encode<T: Serialize>(record: &T) -> Vec<u8> {
+    serde_json::to_vec(&Envelope { format: FORMAT, record }).expect("records serialize to JSON")
+}
+
+/// Reads a record's value.
+///
+/// # Errors
+/// [`ModelError::Format`] if another version wrote it, [`ModelError::Damaged`] if it does not parse.
+pub fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, ModelError> {
+    #[derive(Deserialize)]
+    struct Head {
+        format: u64,
+    }
+    let damaged = |e: serde_json::Error| ModelError::Damaged { key: key.to_owned(), reason: e.to_string() };
+    let head: Head = serde_json::from_slice(value).map_err(damaged)?;
+    if head.format != u64::from(FORMAT) {
+        return Err(ModelError::Format { key: key.to_owned(), found: head.format });
+    }
+    serde_json::from_slice(value).map_err(damaged)
+}
+
+/// A record with the revision that last changed it, for compare-and-swap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry<T> {
+    /// What it says.
+    pub record: T,
+    /// Its modification revision.
+    pub revision: Revision,
+}
+
+/// All records at one revision.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// The cluster, once initialised.
+    pub cluster: Option<Entry<ClusterRecord>>,
+    /// Members.
+    pub nodes: BTreeMap<NodeId, Entry<NodeRecord>>,
+    /// Owners of node names.
+    pub node_names: BTreeMap<String, NodeId>,
+    /// Members whose lease is alive.
+    pub live: BTreeMap<NodeId, LiveRecord>,
+    /// Their summaries.
+    pub status: BTreeMap<NodeId, StatusRecord>,
+    /// Stores.
+    pub stores: BTreeMap<StoreId, Entry<StoreRecord>>,
+    /// Owners of volume names.
+    pub names: BTreeMap<String, Entry<NameRecord>>,
+    /// Volumes.
+    pub volumes: BTreeMap<VolumeId, Entry<VolumeRecord>>,
+    /// Exports.
+    pub exports: BTreeMap<Address, Entry<ExportRecord>>,
+    /// Owners of MACs.
+    pub macs: BTreeMap<Mac, VolumeId>,
+    /// Deleted volumes.
+    pub tombstones: BTreeMap<VolumeId, TombstoneRecord>,
+}
+
+impl View {
+    /// Reads all entries of one snapshot.
+    ///
+    /// # Errors
+    /// The first record that cannot be read, except among the informative `live/` and `status/` records.
+    pub fn read<'a>(entries: impl IntoIterator<Item = &'a KeyValue>) -> Result<Self, ModelError> {
+        let mut view = Self::default();
+        for entry in entries {
+            view.add(entry)?;
+        }
+        Ok(view)
+    }
+
+    fn add(&mut self, kv: &KeyValue) -> Result<(), ModelError> {
+        let key = kv.key.as_str();
+        if key == keys::CLUSTER {
+            self.cluster = Some(entry(kv)?);
+            return Ok(());
+        }
+        let Some((kind, rest)) = key.strip_prefix(PREFIX).and_then(|k| k.split_once('/')) else {
+            return Ok(());
+        };
+        match kind {
+            "nodes" => drop(self.nodes.insert(part(key, rest)?, entry(kv)?)),
+            "node-names" => {
+                self.node_names.insert(rest.to_owned(), entry::<NodeNameRecord>(kv)?.record.node);
+            }
+            "live" => {
+                if let (Ok(node), Ok(live)) = (part(key, rest), decode(key, &kv.value)) {
+                    self.live.insert(node, live);
+                }
+            }
+            "status" => {
+                if let (Ok(node), Ok(status)) = (part(key, rest), decode(key, &kv.value)) {
+                    self.status.insert(node, status);
+                }
+            }
+            "stores" => drop(self.stores.insert(part(key, rest)?, entry(kv)?)),
+            "names" => drop(self.names.insert(rest.to_owned(), entry(kv)?)),
+            "volumes" => drop(self.volumes.insert(part(key, rest)?, entry(kv)?)),
+            "exports" => drop(self.exports.insert(part(key, rest)?, entry(kv)?)),
+            "macs" => {
+                self.macs.insert(part(key, rest)?, entry::<MacRecord>(kv)?.record.volume);
+            }
+            "tombstones" => {
+                self.tombstones.insert(part(key, rest)?, entry::<TombstoneRecord>(kv)?.record);
+            }
+            // Keys of a later version do not concern this one.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A volume by name or, failing that, by id.
+    #[must_use]
+    pub fn volume(&self, name_or_id: &str) -> Option<(VolumeId, &Entry<VolumeRecord>)> {
+        let id = match self.names.get(name_or_id) {
+            Some(name) => name.record.volume,
+            None => name_or_id.parse().ok()?,
+        };
+        self.volumes.get(&id).map(|volume| (id, volume))
+    }
+
+    /// A node by name or, failing that, by id.
+    #[must_use]
+    pub fn node(&self, name_or_id: &str) -> Option<(NodeId, &Entry<NodeRecord>)> {
+        let id = match self.node_names.get(name_or_id) {
+            Some(id) => *id,
+            None => name_or_id.parse().ok()?,
+        };
+        self.nodes.get(&id).map(|node| (id, node))
+    }
+
+    /// A node's name for people; its id if the record is gone.
+    #[must_use]
+    pub fn node_label(&self, id: NodeId) -> String {
+        self.nodes.get(&id).map_or_else(|| id.to_string(), |node| node.record.name.clone())
+    }
+
+    /// What the node of a store last said about it.
+    #[must_use]
+    pub fn store_status(&self, id: StoreId) -> Option<&StoreStatus> {
+        let node = self.stores.get(&id)?.record.node;
+        self.status.get(&node)?.stores.iter().find(|s| s.id == Some(id))
+    }
+}
+
+fn entry<T: DeserializeOwned>(kv: &KeyValue) -> Result<Entry<T>, ModelError> {
+    Ok(Entry { record: decode(&kv.key, &kv.value)?, revision: kv.mod_revision })
+}
+
+fn part<T: FromStr>(key: &str, rest: &str) -> Result<T, ModelError>
+where
+    T::Err: fmt::Display,
+{
+    rest.parse()
+        .map_err(|e: T::Err| ModelError::Damaged { key: key.to_owned(), reason: format!("bad key: {e}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn kv(key: String, value: Vec<u8>) -> KeyValue {
+        KeyValue { key, value, mod_revision: Revision(7), lease: None }
+    }
+
+    fn volume() -> VolumeRecord {
+        VolumeRecord {
+            name: "v".into(),
+            size: 4 << 20,
+            copies: 1,
+            store: StoreId([2; 16]),
+            node: NodeId([3; 16]),
+            state: VolumeState::Ready,
+            export: Address::new(1, 1),
+            created_unix_s: 1,
+        }
+    }
+
+    #[test]
+    fn records_carry_their_format_and_ids_as_text() {
+        let text = String::from_utf8(encode(&volume())).unwrap();
+        assert!(text.contains("\"format\":1"), "{text}");
+        assert!(text.contains("\"export\":\"1.1\""), "{text}");
+        assert!(text.contains("\"02020202-0202-0202-0202-020202020202\""), "{text}");
+        assert_eq!(decode::<VolumeRecord>("k", text.as_bytes()), Ok(volume()));
+    }
+
+    #[test]
+    fn another_format_is_refused_and_named() {
+        let text = String::from_utf8(encode(&volume())).unwrap().replace("\"format\":1", "\"format\":2");
+        let error = decode::<VolumeRecord>("torus/volumes/x", text.as_bytes()).unwrap_err();
+        assert_eq!(error, ModelError::Format { key: "torus/volumes/x".into(), found: 2 });
+        let missing = decode::<VolumeRecord>("k", b"{}").unwrap_err();
+        assert!(matches!(missing, ModelError::Damaged { .. }));
+    }
+
+    #[test]
+    fn one_unreadable_volume_spoils_the_view_but_a_status_does_not() {
+        let node = NodeId([3; 16]);
+        let good = kv(keys::volume(VolumeId([1; 16])), encode(&volume()));
+        let bad_status = kv(keys::status(node), b"not json".to_vec());
+        let view = View::read([&good, &bad_status]).unwrap();
+        assert_eq!(view.volumes.len(), 1);
+        assert!(view.status.is_empty());
+        let bad = kv(keys::volume(VolumeId([4; 16])), b"{\"format\":1}".to_vec());
+        assert!(View::read([&good, &bad]).is_err());
+        let bad_key = kv("torus/volumes/nonsense".into(), encode(&volume()));
+        assert!(View::read([&bad_key]).is_err());
+        let later = kv("torus/partitions/1".into(), b"?".to_vec());
+        assert!(View::read([&later]).is_ok());
+    }
+
+    #[test]
+    fn names_follow_the_rule() {
+        for good in ["a", "A.b_c-9", "_x", &"n".repeat(64)] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".a", "-a", "a/b", "a b", "ü", &"n".repeat(65)] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_linux_ignores_are_refused() {
+        assert_eq!("1.1".parse(), Ok(Address { shelf: 1, slot: 1 }));
+        assert_eq!("65534.254".parse(), Ok(Address { shelf: 65534, slot: 254 }));
+        for bad in ["", "1", "1.", ".1", "1.255", "65535.1", "4095.1", "+1.1", "1.1.1", "70000.1", "1.256"] {
+            assert!(bad.parse::<Address>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn macs_are_stable_local_unicast_with_room_for_interfaces() {
+        // Stored for ever: a change of the derivation must fail here.
+        let first = Mac::of_volume(VolumeId([1; 16]), 0).to_string();
+        assert_eq!(first, MAC_OF_ONES);
+        let mut seen = std::collections::BTreeSet::new();
+        for byte in 0..=255u8 {
+            for attempt in 0..4 {
+                let mac = Mac::of_volume(VolumeId([byte; 16]), attempt);
+                assert_eq!(mac.0[0] & 3, 2, "{mac}");
+                assert_eq!(mac.0[5] & 0xf, 0, "{mac}");
+                assert!(seen.insert(mac), "{mac} twice");
+                assert_eq!(mac.to_string().parse(), Ok(mac));
+            }
+        }
+    }
+    const MAC_OF_ONES: &str = "26:f6:29:0a:47:50";
+
+    proptest! {
+        #[test]
+        fn decoding_is_total(key in ".{0,30}", value in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = View::read([&kv(format!("torus/{key}"), value.clone())]);
+            let _ = View::read([&kv(keys::volume(VolumeId([1; 16])), value)]);
+        }
+
+        #[test]
+        fn addresses_round_trip(shelf in any::<u16>(), slot in any::<u8>()) {
+            if let Some(address) = Address::new(shelf, slot) {
+                prop_assert_eq!(address.to_string().parse(), Ok(address));
+            }
+        }
+    }
+}

@@ -1,0 +1,691 @@
+//! Changes of the cluster's metadata: each is planned by a pure function over one [`View`] and committed as one
+//! compare-and-swap transaction over every record that the plan depended on.
+//!
+//! A conflict plans again on a fresh view. An outcome that is not known plans again too: the plan then either finds its own
+//! work done, or is committed under compares that its first copy, should it still arrive, breaks. Plans are therefore
+//! idempotent for the request that they were made for.
+//!
+//! Data is only ever given up by [`delete_volume`], [`resize_volume`] with its flag, and what [`crate::reconcile`] writes
+//! once a data plane has confirmed (I2). An address and its MAC are free again only when the node has confirmed that it
+//! serves them no more (I12).
+
+use std::fmt;
+use std::time::Duration;
+
+use cluster_map::{ClusterId, MAX_PATH_BYTES, NodeId, StoreId, VolumeId};
+
+use crate::meta::{Compare, MetaError, MetaStore, Revision, Txn, TxnOutcome};
+use crate::model::{
+    Address, ClusterRecord, Entry, ExportRecord, MacRecord, ModelError, NameRecord, NodeNameRecord,
+    NodeRecord, PREFIX, StoreSpec, View, VolumeRecord, VolumeState, check_name, encode, keys,
+};
+use crate::placement::{self, PlacementError, available_bytes};
+use crate::size::human;
+
+/// Smallest store that holds its own metadata and a volume.
+pub const MIN_STORE_BYTES: u64 = 64 << 20;
+/// Times that a plan is made before a change gives up against concurrent ones.
+const ATTEMPTS: u32 = 24;
+
+/// What kind of refusal, for the HTTP status and the exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusalKind {
+    /// The request is wrong by itself.
+    Invalid,
+    /// What it names does not exist.
+    NotFound,
+    /// It does not go with the present state.
+    Conflict,
+    /// Not enough space.
+    NoSpace,
+    /// The metadata store cannot be reached.
+    Unavailable,
+    /// A fault of ours or of the stored records.
+    Internal,
+}
+
+/// Why a change was not made, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What kind.
+    pub kind: RefusalKind,
+    /// Stable word for programs.
+    pub code: &'static str,
+    /// What is wrong.
+    pub message: String,
+    /// The next step.
+    pub hint: String,
+}
+
+impl Refusal {
+    /// A refusal.
+    pub fn new(
+        kind: RefusalKind,
+        code: &'static str,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self { kind, code, message: message.into(), hint: hint.into() }
+    }
+
+    fn not_initialised() -> Self {
+        Self::new(
+            RefusalKind::Conflict,
+            "not_initialised",
+            "the cluster is not initialised",
+            "run `torusctl init` once",
+        )
+    }
+
+    fn no_volume(name: &str) -> Self {
+        Self::new(
+            RefusalKind::NotFound,
+            "no_such_volume",
+            format!("there is no volume {name}"),
+            "see `torusctl volume list`",
+        )
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.message)?;
+        if self.hint.is_empty() { Ok(()) } else { write!(f, "; {}", self.hint) }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl From<ModelError> for Refusal {
+    fn from(error: ModelError) -> Self {
+        let (kind, code) = match &error {
+            ModelError::Damaged { .. } | ModelError::Format { .. } => {
+                (RefusalKind::Internal, "metadata_damaged")
+            }
+            ModelError::Name(_) => (RefusalKind::Invalid, "bad_name"),
+            ModelError::Address(_) | ModelError::Mac(_) => (RefusalKind::Invalid, "bad_address"),
+        };
+        Self::new(kind, code, error.to_string(), "")
+    }
+}
+
+impl From<PlacementError> for Refusal {
+    fn from(error: PlacementError) -> Self {
+        match error {
+            PlacementError::NoStore => Self::new(
+                RefusalKind::NoSpace,
+                "no_store",
+                error.to_string(),
+                "see `torusctl node show` for the state of the stores",
+            ),
+            PlacementError::NoSpace { .. } => Self::new(
+                RefusalKind::NoSpace,
+                "no_space",
+                error.to_string(),
+                "make it smaller, delete a volume, or add a store with `torusctl store add`",
+            ),
+        }
+    }
+}
+
+impl From<MetaError> for Refusal {
+    fn from(error: MetaError) -> Self {
+        match error {
+            MetaError::Unavailable(_) | MetaError::LeaseGone(_) => Self::new(
+                RefusalKind::Unavailable,
+                "metadata_unavailable",
+                error.to_string(),
+                "running I/O is not affected; bring the metadata store back and repeat",
+            ),
+            MetaError::Unknown(_) => Self::new(
+                RefusalKind::Unavailable,
+                "outcome_unknown",
+                error.to_string(),
+                "it may or may not have been done: look (list or show) before you repeat",
+            ),
+            MetaError::Invalid(_) => {
+                Self::new(RefusalKind::Internal, "metadata_refused", error.to_string(), "")
+            }
+        }
+    }
+}
+
+/// What a plan comes to.
+#[derive(Debug)]
+pub enum Plan<T> {
+    /// Commit this, then answer that.
+    Commit(Txn, T),
+    /// Nothing is left to do.
+    Done(T),
+}
+
+/// Plans and commits until the plan is done, and returns its answer with a revision at which it is visible.
+///
+/// # Errors
+/// The plan's refusal, [`RefusalKind::Unavailable`] if the store is, `busy` if others kept winning.
+pub async fn apply<T>(
+    meta: &dyn MetaStore,
+    mut plan: impl FnMut(&View) -> Result<Plan<T>, Refusal>,
+) -> Result<(T, Revision), Refusal> {
+    let mut unknown = None;
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            // Spread contenders without a random source: their process ids and attempts differ.
+            let spread = u64::from(std::process::id().wrapping_mul(2_654_435_761) >> 27);
+            tokio::time::sleep(Duration::from_millis(u64::from(attempt) * 3 + spread)).await;
+        }
+        let snapshot = match meta.list(PREFIX).await {
+            Ok(snapshot) => snapshot,
+            // After an unknown outcome, not being able to look must not read as "surely not done".
+            Err(error) => return Err(unknown.unwrap_or(error).into()),
+        };
+        let view = View::read(&snapshot.entries)?;
+        let (txn, answer) = match plan(&view)? {
+            Plan::Commit(txn, answer) => (txn, answer),
+            Plan::Done(answer) => return Ok((answer, snapshot.revision)),
+        };
+        match meta.txn(txn).await {
+            Ok(TxnOutcome::Committed(revision)) => return Ok((answer, revision)),
+            Ok(TxnOutcome::Conflict) => {}
+            Err(error @ MetaError::Unknown(_)) => unknown = Some(error),
+            Err(error) => return Err(unknown.unwrap_or(error).into()),
+        }
+    }
+    Err(unknown.map_or_else(
+        || {
+            Refusal::new(
+                RefusalKind::Conflict,
+                "busy",
+                "other changes kept coming first; nothing was changed",
+                "repeat it",
+            )
+        },
+        Into::into,
+    ))
+}
+
+/// Condition: the record is still the one that was seen.
+fn unchanged<T>(key: impl Into<String>, entry: &Entry<T>) -> Compare {
+    Compare::Revision(key.into(), entry.revision)
+}
+
+fn initialised(view: &View) -> Result<&ClusterRecord, Refusal> {
+    view.cluster.as_ref().map(|c| &c.record).ok_or_else(Refusal::not_initialised)
+}
+
+/// Whether an `init` made the cluster or found it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Initialised {
+    /// The cluster.
+    pub cluster: ClusterRecord,
+    /// False if it had been initialised before; then nothing was changed.
+    pub created: bool,
+}
+
+/// Initialises the cluster as `id`, or finds it initialised.
+///
+/// # Errors
+/// The extent size is not a power of two of 1–64 MiB.
+pub fn init(
+    view: &View,
+    id: ClusterId,
+    extent_size: u64,
+    now_unix_s: u64,
+) -> Result<Plan<Initialised>, Refusal> {
+    if !extent_size.is_power_of_two() || !(1 << 20..=64 << 20).contains(&extent_size) {
+        return Err(Refusal::new(
+            RefusalKind::Invalid,
+            "bad_extent_size",
+            format!("an extent of {} is not possible", human(extent_size)),
+            "use a power of two from 1MiB to 64MiB; the default is 4MiB",
+        ));
+    }
+    if let Some(cluster) = &view.cluster {
+        let created = cluster.record.id == id;
+        return Ok(Plan::Done(Initialised { cluster: cluster.record.clone(), created }));
+    }
+    let cluster = ClusterRecord { id, created_unix_s: now_unix_s, extent_size };
+    let txn = Txn::new().when(Compare::Absent(keys::CLUSTER.into())).put(keys::CLUSTER, encode(&cluster));
+    Ok(Plan::Commit(txn, Initialised { cluster, created: true }))
+}
+
+/// Makes the node a member, or brings its record up to date; stores named before are kept.
+///
+/// # Errors
+/// The cluster is not initialised, or the name belongs to another node.
+pub fn join(view: &View, id: NodeId, wanted: &NodeRecord) -> Result<Plan<NodeRecord>, Refusal> {
+    initialised(view)?;
+    check_name(&wanted.name)?;
+    if let Some(owner) = view.node_names.get(&wanted.name).filter(|owner| **owner != id) {
+        return Err(Refusal::new(
+            RefusalKind::Conflict,
+            "node_name_taken",
+            format!("the name {} belongs to node {owner}", wanted.name),
+            "start torusd with another --name, or with the --state-dir that holds that node's id",
+        ));
+    }
+    let known = view.nodes.get(&id);
+    let mut record = wanted.clone();
+    if let Some(known) = known {
+        let named: Vec<_> = wanted.stores.iter().map(|s| s.path.clone()).collect();
+        record.stores.extend(known.record.stores.iter().filter(|s| !named.contains(&s.path)).cloned());
+        record.stores.sort_by(|a, b| a.path.cmp(&b.path));
+    } else {
+        record.stores.sort_by(|a, b| a.path.cmp(&b.path));
+    }
+    if known.is_some_and(|known| known.record == record) && view.node_names.contains_key(&record.name) {
+        return Ok(Plan::Done(record));
+    }
+    let mut txn = Txn::new().put(keys::node(id), encode(&record));
+    txn = match known {
+        Some(known) => txn.when(unchanged(keys::node(id), known)),
+        None => txn.when(Compare::Absent(keys::node(id))),
+    };
+    if !view.node_names.contains_key(&record.name) {
+        txn = txn
+            .when(Compare::Absent(keys::node_name(&record.name)))
+            .put(keys::node_name(&record.name), encode(&NodeNameRecord { node: id }));
+    }
+    if let Some(former) = known.map(|k| &k.record.name).filter(|name| **name != record.name) {
+        txn = txn.delete(keys::node_name(former));
+    }
+    Ok(Plan::Commit(txn, record))
+}
+
+/// A volume to create.
+#[derive(Debug, Clone)]
+pub struct NewVolume {
+    /// Fresh random id; tells this request's volume from any other.
+    pub id: VolumeId,
+    /// Unique name.
+    pub name: String,
+    /// Bytes asked for.
+    pub size: u64,
+    /// Copies asked for; the default is one per node, at most three.
+    pub copies: Option<u8>,
+    /// Seconds since 1970.
+    pub now_unix_s: u64,
+}
+
+fn whole_extents(cluster: &ClusterRecord, size: u64) -> Result<u64, Refusal> {
+    let refuse = |message: String, hint| Refusal::new(RefusalKind::Invalid, "bad_size", message, hint);
+    if size == 0 {
+        return Err(refuse("a volume of size 0 is not possible".into(), "name a size, for example 10GiB"));
+    }
+    // An AoE initiator addresses 2^48 sectors.
+    placement::round_up(size, cluster.extent_size)
+        .filter(|size| *size <= 1 << 57)
+        .ok_or_else(|| refuse(format!("{} is too large", human(size)), "the limit is 128 PiB"))
+}
+
+/// Creates a volume on the store with most free space.
+///
+/// # Errors
+/// Bad or taken name, bad size, no space, more than one copy.
+pub fn create_volume(view: &View, new: &NewVolume) -> Result<Plan<VolumeRecord>, Refusal> {
+    let cluster = initialised(view)?;
+    check_name(&new.name)?;
+    if let Some(made) = view.volumes.get(&new.id) {
+        return Ok(Plan::Done(made.record.clone()));
+    }
+    let size = whole_extents(cluster, new.size)?;
+    let default_copies = u8::try_from(view.nodes.len().clamp(1, 3)).unwrap_or(3);
+    match new.copies.unwrap_or(default_copies) {
+        1 => {}
+        0 => {
+            let message = "a volume without a copy is not possible";
+            return Err(Refusal::new(RefusalKind::Invalid, "bad_copies", message, "use --copies 1"));
+        }
+        copies => {
+            let asked = if new.copies.is_some() { "asked for" } else { "the default here" };
+            return Err(Refusal::new(
+                RefusalKind::Invalid,
+                "replication_missing",
+                format!("{copies} copies are {asked}, but replication is not in this version"),
+                "use --copies 1",
+            ));
+        }
+    }
+    if let Some(taken) = view.names.get(&new.name) {
+        let purging =
+            view.volumes.get(&taken.record.volume).map(|v| v.record.state) == Some(VolumeState::Purging);
+        let hint =
+            if purging { "it is still being deleted: repeat when it is gone" } else { "choose another name" };
+        let message = format!("a volume {} exists", new.name);
+        return Err(Refusal::new(RefusalKind::Conflict, "name_taken", message, hint));
+    }
+    let store_id = placement::choose_store(view, size)?;
+    let store = &view.stores[&store_id];
+    let record = VolumeRecord {
+        name: new.name.clone(),
+        size,
+        copies: 1,
+        store: store_id,
+        node: store.record.node,
+        state: VolumeState::Creating,
+        export: None,
+        created_unix_s: new.now_unix_s,
+    };
+    let txn = Txn::new()
+        .when(Compare::Absent(keys::name(&new.name)))
+        .when(Compare::Absent(keys::volume(new.id)))
+        .when(unchanged(keys::store(store_id), store))
+        .put(keys::name(&new.name), encode(&NameRecord { volume: new.id }))
+        .put(keys::volume(new.id), encode(&record))
+        // Rewritten as it is: whoever else counted this store's space conflicts.
+        .put(keys::store(store_id), encode(&store.record));
+    Ok(Plan::Commit(txn, record))
+}
+
+/// Changes a volume's size; shrinking needs `allow_data_loss` and no export.
+///
+/// # Errors
+/// No such volume, not ready, bad size, no space, shrinking without leave.
+pub fn resize_volume(
+    view: &View,
+    name: &str,
+    size: u64,
+    allow_data_loss: bool,
+) -> Result<Plan<VolumeRecord>, Refusal> {
+    let cluster = initialised(view)?;
+    let (id, volume) = view.volume(name).ok_or_else(|| Refusal::no_volume(name))?;
+    let size = whole_extents(cluster, size)?;
+    let old = &volume.record;
+    if !matches!(old.state, VolumeState::Ready | VolumeState::Resizing) {
+        let message = format!("volume {} is {}", old.name, old.state);
+        return Err(Refusal::new(RefusalKind::Conflict, "not_ready", message, "repeat when it is ready"));
+    }
+    if size == old.size {
+        return Ok(Plan::Done(old.clone()));
+    }
+    if size < old.size {
+        refuse_unwanted_shrink(old, size, allow_data_loss)?;
+    } else if size - old.size > available_bytes(view, old.store) {
+        let largest = available_bytes(view, old.store);
+        return Err(PlacementError::NoSpace { needed: size - old.size, largest }.into());
+    }
+    let record = VolumeRecord { size, state: VolumeState::Resizing, ..old.clone() };
+    let mut txn = Txn::new().when(unchanged(keys::volume(id), volume)).put(keys::volume(id), encode(&record));
+    if let Some(store) = view.stores.get(&old.store) {
+        txn = txn
+            .when(unchanged(keys::store(old.store), store))
+            .put(keys::store(old.store), encode(&store.record));
+    }
+    Ok(Plan::Commit(txn, record))
+}
+
+fn refuse_unwanted_shrink(old: &VolumeRecord, size: u64, allow_data_loss: bool) -> Result<(), Refusal> {
+    if !allow_data_loss {
+        return Err(Refusal::new(
+            RefusalKind::Conflict,
+            "would_lose_data",
+            format!("volume {} is {}; {} would cut off its end", old.name, human(old.size), human(size)),
+            "shrink the file system first, then repeat with --allow-data-loss",
+        ));
+    }
+    match old.export {
+        None => Ok(()),
+        Some(address) => Err(Refusal::new(
+            RefusalKind::Conflict,
+            "exported",
+            format!("volume {} is exported at {address}", old.name),
+            format!("run `torusblk unexport {}` first", old.name),
+        )),
+    }
+}
+
+/// Starts deleting a volume: state purging, from which there is no way back (I2). `seen` remembers the id between attempts.
+///
+/// # Errors
+/// No such volume, or it is exported.
+pub fn delete_volume(
+    view: &View,
+    name: &str,
+    seen: &mut Option<VolumeId>,
+) -> Result<Plan<VolumeId>, Refusal> {
+    initialised(view)?;
+    if let Some(id) = seen.filter(|id| !view.volumes.contains_key(id)) {
+        return Ok(Plan::Done(id));
+    }
+    let (id, volume) = view.volume(name).ok_or_else(|| Refusal::no_volume(name))?;
+    *seen = Some(id);
+    let old = &volume.record;
+    if old.state == VolumeState::Purging {
+        return Ok(Plan::Done(id));
+    }
+    if let Some(address) = old.export {
+        let ending = view.exports.get(&address).is_some_and(|e| e.record.ending);
+        let hint = if ending {
+            format!("its export is ending: wait until node {} has confirmed", view.node_label(old.node))
+        } else {
+            format!("run `torusblk unexport {}` first", old.name)
+        };
+        let message = format!("volume {} is exported at {address}", old.name);
+        return Err(Refusal::new(RefusalKind::Conflict, "exported", message, hint));
+    }
+    let record = VolumeRecord { state: VolumeState::Purging, ..old.clone() };
+    let txn = Txn::new().when(unchanged(keys::volume(id), volume)).put(keys::volume(id), encode(&record));
+    Ok(Plan::Commit(txn, id))
+}
+
+/// A volume to export.
+#[derive(Debug, Clone, Default)]
+pub struct NewExport {
+    /// Name or id of the volume.
+    pub volume: String,
+    /// Where; the next free address if none.
+    pub address: Option<Address>,
+    /// An interface that the volume's node must serve on, if named.
+    pub interface: Option<String>,
+    /// Refuse writes.
+    pub read_only: bool,
+}
+
+/// Exports a volume; an export that is there as asked for is left alone.
+///
+/// # Errors
+/// No such volume, it is being deleted, it has another export, the address is taken, the node has no such interface.
+pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
+    initialised(view)?;
+    let conflict =
+        |code, message: String, hint: String| Refusal::new(RefusalKind::Conflict, code, message, hint);
+    let (id, volume) = view.volume(&new.volume).ok_or_else(|| Refusal::no_volume(&new.volume))?;
+    let old = &volume.record;
+    if old.state == VolumeState::Purging {
+        return Err(conflict("purging", format!("volume {} is being deleted", old.name), String::new()));
+    }
+    check_interface(view, old, new.interface.as_deref())?;
+    if let Some(at) = old.export {
+        let export = view.exports.get(&at).map(|e| &e.record);
+        if export.is_some_and(|e| e.ending) {
+            let hint = format!("repeat when node {} has confirmed its end", view.node_label(old.node));
+            return Err(conflict(
+                "export_ending",
+                format!("the export of {} at {at} is ending", old.name),
+                hint,
+            ));
+        }
+        let same = new.address.is_none_or(|address| address == at)
+            && export.is_some_and(|e| e.read_only == new.read_only);
+        if same {
+            return Ok(Plan::Done(at));
+        }
+        let hint = format!("run `torusblk unexport {}` first", old.name);
+        return Err(conflict("exported", format!("volume {} is exported at {at}", old.name), hint));
+    }
+    let address = match new.address {
+        Some(address) => address,
+        None => placement::next_address(view)
+            .ok_or_else(|| conflict("no_address", "no address is free".into(), "name one".into()))?,
+    };
+    if let Some(taken) = view.exports.get(&address) {
+        let holder = view.volumes.get(&taken.record.volume);
+        let holder = holder.map_or_else(|| taken.record.volume.to_string(), |v| v.record.name.clone());
+        let hint = "choose another address, or give none to get the next free one".to_owned();
+        let ending = if taken.record.ending { ", whose export is ending" } else { "" };
+        return Err(conflict("address_taken", format!("{address} belongs to volume {holder}{ending}"), hint));
+    }
+    let mac = placement::free_mac(view, id)
+        .ok_or_else(|| conflict("no_mac", "no MAC is free for this volume".into(), String::new()))?;
+    let record = VolumeRecord { export: Some(address), ..old.clone() };
+    let export = ExportRecord { volume: id, mac, read_only: new.read_only, ending: false };
+    let mut txn = Txn::new()
+        .when(unchanged(keys::volume(id), volume))
+        .when(Compare::Absent(keys::export(address)))
+        .put(keys::volume(id), encode(&record))
+        .put(keys::export(address), encode(&export));
+    if !view.macs.contains_key(&mac) {
+        txn =
+            txn.when(Compare::Absent(keys::mac(mac))).put(keys::mac(mac), encode(&MacRecord { volume: id }));
+    }
+    Ok(Plan::Commit(txn, address))
+}
+
+fn check_interface(view: &View, volume: &VolumeRecord, interface: Option<&str>) -> Result<(), Refusal> {
+    let Some(interface) = interface else { return Ok(()) };
+    let links = view.status.get(&volume.node).map_or(&[][..], |s| &s.links);
+    if links.iter().any(|link| link.interface == interface) {
+        return Ok(());
+    }
+    let has: std::collections::BTreeSet<_> = links.iter().map(|l| l.interface.as_str()).collect();
+    let has = if has.is_empty() { "none now".to_owned() } else { Vec::from_iter(has).join(", ") };
+    Err(Refusal::new(
+        RefusalKind::Conflict,
+        "no_such_interface",
+        format!(
+            "node {}, which holds volume {}, does not serve on {interface}; it serves on: {has}",
+            view.node_label(volume.node),
+            volume.name
+        ),
+        "leave the interface out: an export is served on every interface of its node",
+    ))
+}
+
+/// Starts the end of a volume's export; its record goes when the node has confirmed (I12).
+///
+/// # Errors
+/// No such volume, or it is not exported.
+pub fn unexport(view: &View, name: &str, seen: &mut Option<Address>) -> Result<Plan<Address>, Refusal> {
+    initialised(view)?;
+    let (id, volume) = view.volume(name).ok_or_else(|| Refusal::no_volume(name))?;
+    let Some(address) = volume.record.export else {
+        if let Some(address) = *seen {
+            return Ok(Plan::Done(address));
+        }
+        let message = format!("volume {} is not exported", volume.record.name);
+        return Err(Refusal::new(RefusalKind::Conflict, "not_exported", message, "see `torusblk list`"));
+    };
+    *seen = Some(address);
+    let Some(export) = view.exports.get(&address) else {
+        let txn = Txn::new()
+            .when(unchanged(keys::volume(id), volume))
+            .when(Compare::Absent(keys::export(address)))
+            .put(keys::volume(id), encode(&VolumeRecord { export: None, ..volume.record.clone() }));
+        return Ok(Plan::Commit(txn, address));
+    };
+    if export.record.ending {
+        return Ok(Plan::Done(address));
+    }
+    let record = ExportRecord { ending: true, ..export.record.clone() };
+    let txn =
+        Txn::new().when(unchanged(keys::export(address), export)).put(keys::export(address), encode(&record));
+    Ok(Plan::Commit(txn, address))
+}
+
+/// Checks a store's path and size as a node is to open it.
+///
+/// # Errors
+/// The path is not absolute, too long or unprintable; the size is too small.
+pub fn check_store(spec: &StoreSpec) -> Result<(), Refusal> {
+    let refuse = |code, message: String, hint| Err(Refusal::new(RefusalKind::Invalid, code, message, hint));
+    let path = &spec.path;
+    if !path.starts_with('/') || path.len() > MAX_PATH_BYTES || path.contains(|c: char| c.is_control()) {
+        let hint = "give an absolute path of at most 255 bytes";
+        return refuse("bad_path", format!("\"{}\" is not a store path", path.escape_default()), hint);
+    }
+    if spec.size != 0 && spec.size < MIN_STORE_BYTES {
+        let message = format!("a store of {} is too small: {path}", human(spec.size));
+        return refuse("store_too_small", message, "a store needs at least 64 MiB");
+    }
+    Ok(())
+}
+
+/// Names one more path for a node to open.
+///
+/// # Errors
+/// No such node, a bad path, or the path is named already with another size.
+pub fn add_store(view: &View, node: &str, spec: &StoreSpec) -> Result<Plan<NodeId>, Refusal> {
+    initialised(view)?;
+    check_store(spec)?;
+    let (id, entry) = view.node(node).ok_or_else(|| no_node(node))?;
+    if let Some(known) = entry.record.stores.iter().find(|s| s.path == spec.path) {
+        if known.size == spec.size || spec.size == 0 {
+            return Ok(Plan::Done(id));
+        }
+        return Err(Refusal::new(
+            RefusalKind::Conflict,
+            "store_exists",
+            format!("node {} has a store at {} already", entry.record.name, spec.path),
+            "remove it first, or choose another path",
+        ));
+    }
+    let mut record = entry.record.clone();
+    record.stores.push(spec.clone());
+    record.stores.sort_by(|a, b| a.path.cmp(&b.path));
+    let txn = Txn::new().when(unchanged(keys::node(id), entry)).put(keys::node(id), encode(&record));
+    Ok(Plan::Commit(txn, id))
+}
+
+fn no_node(name: &str) -> Refusal {
+    Refusal::new(
+        RefusalKind::NotFound,
+        "no_such_node",
+        format!("there is no node {name}"),
+        "see `torusctl node list`",
+    )
+}
+
+/// Makes a node close a store that holds no volume; what is on the disk stays there.
+///
+/// # Errors
+/// No such store, or volumes are on it.
+pub fn remove_store(view: &View, node: &str, path_or_id: &str, seen: &mut bool) -> Result<Plan<()>, Refusal> {
+    initialised(view)?;
+    let (id, entry) = view.node(node).ok_or_else(|| no_node(node))?;
+    let wanted: Option<StoreId> = path_or_id.parse().ok();
+    let on_node = |s: &Entry<crate::model::StoreRecord>| s.record.node == id;
+    let store = view
+        .stores
+        .iter()
+        .find(|(store, s)| on_node(s) && (wanted == Some(**store) || s.record.path == path_or_id));
+    let path = store.map_or(path_or_id, |(_, s)| s.record.path.as_str());
+    if store.is_none() && !entry.record.stores.iter().any(|s| s.path == path) {
+        if *seen {
+            return Ok(Plan::Done(()));
+        }
+        return Err(Refusal::new(
+            RefusalKind::NotFound,
+            "no_such_store",
+            format!("node {} has no store {path_or_id}", entry.record.name),
+            "see `torusctl node show`",
+        ));
+    }
+    *seen = true;
+    let mut record = entry.record.clone();
+    record.stores.retain(|s| s.path != path);
+    let mut txn = Txn::new().when(unchanged(keys::node(id), entry)).put(keys::node(id), encode(&record));
+    if let Some((store_id, store)) = store {
+        let volumes: Vec<_> = view.volumes.values().filter(|v| v.record.store == *store_id).collect();
+        if let Some(first) = volumes.first() {
+            return Err(Refusal::new(
+                RefusalKind::Conflict,
+                "store_in_use",
+                format!("{} volume(s) are on {path}, such as {}", volumes.len(), first.record.name),
+                "delete them first",
+            ));
+        }
+        // Creating a volume rewrites the store's record, so that no volume can arrive meanwhile.
+        txn = txn.when(unchanged(keys::store(*store_id), store)).delete(keys::store(*store_id));
+    }
+    Ok(Plan::Commit(txn, ()))
+}

@@ -1,0 +1,299 @@
+//! From metadata to what the data plane is to do, and from what it did back to metadata. Pure functions.
+//!
+//! State goes both ways as a whole and by versions, never as a command: each function may be called again with the same
+//! input at any time. What a data plane reports counts only for what its node's records say (I2, I12): *purged* is believed
+//! of a volume that is recorded as purging, and an export's end only of a data plane that has applied a desired state
+//! without it.
+
+use std::collections::BTreeMap;
+
+use cluster_map::{
+    Desired, DesiredExport, DesiredStore, DesiredVolume, Durability, ExportState, LinkChoice, LinkMode,
+    NodeId, Observed, ObservedVolume, StoreState, VolumeIntent, VolumeObserved,
+};
+
+use crate::meta::{Compare, Txn};
+use crate::model::{
+    Address, Entry, ExportStatus, LinkStatus, SECTOR_BYTES, StatusRecord, StoreRecord, StoreStatus,
+    TombstoneRecord, View, VolumeRecord, VolumeState, VolumeStatus, encode, keys,
+};
+
+/// Most volumes, and most troubled exports, that a status lists: it stays far below the limit of a record.
+const STATUS_ENTRIES: usize = 256;
+/// Longest error text in a status, in bytes.
+const STATUS_ERROR_BYTES: usize = 300;
+
+/// What a node is told when it starts, not through the metadata.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// CPUs for the data plane.
+    pub cores: Vec<u16>,
+    /// Which kind of link.
+    pub link: LinkChoice,
+    /// Interfaces to serve on.
+    pub interfaces: Vec<String>,
+}
+
+/// What the node's data plane is to do; `None` until the cluster is initialised and the node has joined.
+#[must_use]
+pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired> {
+    let cluster = view.cluster.as_ref()?.record.id;
+    let member = &view.nodes.get(&node)?.record;
+    let store_id = |path: &str| {
+        view.stores.iter().find(|(_, s)| s.record.node == node && s.record.path == path).map(|(id, _)| *id)
+    };
+    let stores = member
+        .stores
+        .iter()
+        .map(|s| DesiredStore { path: s.path.clone(), size_bytes: s.size, id: store_id(&s.path) })
+        .collect();
+    let here = |v: &VolumeRecord| view.stores.get(&v.store).is_some_and(|s| s.record.node == node);
+    let volumes = view.volumes.iter().filter(|(_, v)| here(&v.record)).map(|(id, v)| DesiredVolume {
+        id: *id,
+        store: v.record.store,
+        size_sectors: v.record.size / SECTOR_BYTES,
+        state: match v.record.state {
+            VolumeState::Purging => VolumeIntent::Purging,
+            VolumeState::Creating | VolumeState::Ready | VolumeState::Resizing => VolumeIntent::Active,
+        },
+    });
+    let exports = view.exports.iter().filter_map(|(address, e)| {
+        let volume = &view.volumes.get(&e.record.volume)?.record;
+        let wanted = here(volume) && !e.record.ending && volume.state != VolumeState::Purging;
+        wanted.then_some(DesiredExport {
+            volume: e.record.volume,
+            shelf: address.shelf,
+            slot: address.slot,
+            mac: e.record.mac.0,
+            read_only: e.record.read_only,
+        })
+    });
+    Some(Desired {
+        version: 0,
+        cluster,
+        node,
+        cores: settings.cores.clone(),
+        link: settings.link,
+        interfaces: settings.interfaces.clone(),
+        stores,
+        volumes: volumes.collect(),
+        exports: exports.collect(),
+        drain: false,
+    })
+}
+
+/// Whether two desired states ask for the same, whatever their versions.
+#[must_use]
+pub fn same_wish(a: &Desired, b: &Desired) -> bool {
+    Desired { version: 0, ..a.clone() } == Desired { version: 0, ..b.clone() }
+}
+
+/// The record changes that follow from what the data plane reports. `published` is the desired state that stands in the map.
+#[must_use]
+pub fn changes(
+    view: &View,
+    node: NodeId,
+    published: &Desired,
+    observed: &Observed,
+    now_unix_s: u64,
+) -> Vec<Txn> {
+    let mut txns = store_changes(view, node, observed);
+    for seen in &observed.volumes {
+        let here = view.stores.get(&seen.store).is_some_and(|s| s.record.node == node);
+        let record = view.volumes.get(&seen.id).filter(|v| here && v.record.store == seen.store);
+        txns.extend(record.and_then(|record| volume_change(record, seen, published, now_unix_s)));
+    }
+    if observed.applied >= published.version && published.version > 0 {
+        txns.extend(ended_exports(view, node, published, observed));
+    }
+    txns
+}
+
+/// Records stores that the node was asked to open and that are not recorded, or have another path or size.
+fn store_changes(view: &View, node: NodeId, observed: &Observed) -> Vec<Txn> {
+    let Some(member) = view.nodes.get(&node) else { return Vec::new() };
+    let ready = observed.stores.iter().filter(|s| s.state == StoreState::Ready);
+    let wanted = ready.filter(|s| member.record.stores.iter().any(|m| m.path == s.path));
+    wanted
+        .filter_map(|seen| {
+            let id = seen.id?;
+            let record = StoreRecord { node, path: seen.path.clone(), size: seen.capacity_bytes };
+            let key = keys::store(id);
+            let guard = match view.stores.get(&id) {
+                None => Compare::Absent(key.clone()),
+                // A store recorded at another node is not taken over: that node may still serve from it.
+                Some(known) if known.record.node != node || known.record == record => return None,
+                Some(known) => Compare::Revision(key.clone(), known.revision),
+            };
+            let member_guard = Compare::Revision(keys::node(node), member.revision);
+            Some(Txn::new().when(guard).when(member_guard).put(key, encode(&record)))
+        })
+        .collect()
+}
+
+fn volume_change(
+    entry: &Entry<VolumeRecord>,
+    seen: &ObservedVolume,
+    published: &Desired,
+    now_unix_s: u64,
+) -> Option<Txn> {
+    let record = &entry.record;
+    let key = keys::volume(seen.id);
+    let guard = Compare::Revision(key.clone(), entry.revision);
+    match (record.state, seen.state) {
+        (VolumeState::Creating | VolumeState::Resizing, VolumeObserved::Ready)
+            if seen.size_sectors == record.size / SECTOR_BYTES =>
+        {
+            let ready = VolumeRecord { state: VolumeState::Ready, ..record.clone() };
+            Some(Txn::new().when(guard).put(key, encode(&ready)))
+        }
+        (VolumeState::Purging, VolumeObserved::Purged) => {
+            let asked = published.volumes.iter().any(|v| v.id == seen.id && v.state == VolumeIntent::Purging);
+            let tombstone = TombstoneRecord {
+                name: record.name.clone(),
+                store: record.store,
+                deleted_unix_s: now_unix_s,
+            };
+            asked.then(|| {
+                Txn::new()
+                    .when(guard)
+                    .delete(key)
+                    .delete(keys::name(&record.name))
+                    .put(keys::tombstone(seen.id), encode(&tombstone))
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Exports of this node that are recorded as ending and that the data plane has let go of.
+fn ended_exports<'a>(
+    view: &'a View,
+    node: NodeId,
+    published: &'a Desired,
+    observed: &'a Observed,
+) -> impl Iterator<Item = Txn> + 'a {
+    let ending = view.exports.iter().filter(|(_, e)| e.record.ending);
+    ending.filter_map(move |(address, export)| {
+        let volume = view.volumes.get(&export.record.volume)?;
+        let at = |shelf, slot| Address { shelf, slot } == *address;
+        let still_wanted = published.exports.iter().any(|e| at(e.shelf, e.slot));
+        let still_there = observed.exports.iter().any(|e| at(e.shelf, e.slot));
+        if volume.record.node != node || still_wanted || still_there {
+            return None;
+        }
+        let freed = VolumeRecord { export: None, ..volume.record.clone() };
+        Some(
+            Txn::new()
+                .when(Compare::Revision(keys::export(*address), export.revision))
+                .when(Compare::Revision(keys::volume(export.record.volume), volume.revision))
+                .delete(keys::export(*address))
+                .delete(keys::mac(export.record.mac))
+                .put(keys::volume(export.record.volume), encode(&freed)),
+        )
+    })
+}
+
+/// A link mode in plain words.
+#[must_use]
+pub fn link_mode_words(mode: LinkMode) -> &'static str {
+    match mode {
+        LinkMode::XdpZeroCopy => "zero-copy",
+        LinkMode::XdpNativeCopy => "native copy",
+        LinkMode::XdpGeneric => "generic",
+        LinkMode::Packet => "packet",
+    }
+}
+
+/// What an acknowledged write survives, in plain words.
+#[must_use]
+pub fn durability_words(durability: Durability) -> &'static str {
+    match durability {
+        Durability::Memory => "memory, not durable",
+        Durability::WriteThrough => "durable (no volatile cache)",
+        Durability::DsyncWriteBack => "durable (every write flushed)",
+    }
+}
+
+fn volume_words(state: VolumeObserved) -> &'static str {
+    match state {
+        VolumeObserved::Allocating => "allocating",
+        VolumeObserved::Ready => "ready",
+        VolumeObserved::Purged => "purged",
+        VolumeObserved::Orphan => "orphan",
+        VolumeObserved::Failed => "failed",
+    }
+}
+
+fn shortened(error: &str) -> String {
+    let end = (0..=STATUS_ERROR_BYTES.min(error.len())).rev().find(|at| error.is_char_boundary(*at));
+    error[..end.unwrap_or(0)].to_owned()
+}
+
+/// The node's summary of itself. `data_plane` says in words how that process is.
+#[must_use]
+pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> StatusRecord {
+    let links = observed.links.iter().map(|l| LinkStatus {
+        interface: l.interface.clone(),
+        queue: l.queue,
+        core: l.core,
+        mode: link_mode_words(l.mode).into(),
+        zero_copy: l.mode == LinkMode::XdpZeroCopy,
+        segments: l.segments,
+        mtu: l.mtu,
+        max_sectors: l.max_sectors,
+        up: l.up,
+        note: shortened(&l.note),
+    });
+    let wanted: BTreeMap<_, _> = published.volumes.iter().map(|v| (v.id, v.size_sectors)).collect();
+    let settled =
+        |v: &ObservedVolume| v.state == VolumeObserved::Ready && wanted.get(&v.id) == Some(&v.size_sectors);
+    let volumes =
+        observed.volumes.iter().filter(|v| !settled(v)).take(STATUS_ENTRIES).map(|v| VolumeStatus {
+            id: v.id,
+            state: volume_words(v.state).into(),
+            size: v.size_sectors.saturating_mul(SECTOR_BYTES),
+            done: v.done_bytes,
+            error: shortened(&v.error),
+        });
+    let address = |e: &cluster_map::ObservedExport| Address { shelf: e.shelf, slot: e.slot };
+    let (serving, troubled): (Vec<_>, Vec<_>) =
+        observed.exports.iter().partition(|e| e.state == ExportState::Serving);
+    let exports = troubled.into_iter().take(STATUS_ENTRIES).map(|e| ExportStatus {
+        address: address(e),
+        state: if e.state == ExportState::Failed { "failed" } else { "waiting" }.into(),
+        error: shortened(&e.error),
+    });
+    StatusRecord {
+        data_plane: data_plane.to_owned(),
+        links: links.collect(),
+        stores: store_statuses(observed),
+        volumes: volumes.collect(),
+        serving: serving.into_iter().map(|e| address(e).to_string()).collect(),
+        exports: exports.collect(),
+    }
+}
+
+fn store_statuses(observed: &Observed) -> Vec<StoreStatus> {
+    let orphaned = |store| -> u64 {
+        let orphans =
+            observed.volumes.iter().filter(|v| v.state == VolumeObserved::Orphan && Some(v.store) == store);
+        orphans.map(|v| v.size_sectors.saturating_mul(SECTOR_BYTES)).fold(0, u64::saturating_add)
+    };
+    let status = |s: &cluster_map::ObservedStore| StoreStatus {
+        path: s.path.clone(),
+        id: s.id,
+        state: match s.state {
+            StoreState::Opening => "opening",
+            StoreState::Ready => "ready",
+            StoreState::Failed => "failed",
+        }
+        .into(),
+        durability: durability_words(s.durability).into(),
+        capacity: s.capacity_bytes,
+        free: s.free_bytes,
+        orphaned: orphaned(s.id),
+        error: shortened(&s.error),
+    };
+    observed.stores.iter().map(status).collect()
+}
