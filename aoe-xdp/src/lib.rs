@@ -5,8 +5,13 @@
 //! |---|---|
 //! | [`wire`] | what the bytes of a frame are |
 //! | [`target`] | what is to be done for a frame, and what the answer looks like |
+//! | [`identify`] | what an export tells about itself |
 //! | [`order`] | when a request may start, so that overlapping ones keep their order of arrival |
 //! | [`link`] | how frames get in and out: AF_XDP, or AF_PACKET where that cannot be had |
 #![forbid(unsafe_code)]
 
+pub mod identify;
+pub mod link;
+pub mod order;
+pub mod target;
 pub mod wire;

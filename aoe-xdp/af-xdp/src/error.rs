@@ -1,0 +1,105 @@
+//! Errors of this crate: what was tried, what the kernel said, and which privilege is missing.
+
+use std::fmt;
+use std::io;
+
+/// A Linux capability (capabilities(7)) whose absence explains a refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capability {
+    /// `CAP_NET_RAW`: AF_XDP and AF_PACKET sockets.
+    NetRaw,
+    /// `CAP_NET_ADMIN`: attaching an XDP program, forced socket buffers, promiscuous mode.
+    NetAdmin,
+    /// `CAP_BPF`: loading BPF maps and programs (with `CAP_NET_ADMIN` for XDP programs).
+    Bpf,
+    /// `CAP_IPC_LOCK`: pinning more memory than `RLIMIT_MEMLOCK` allows.
+    IpcLock,
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NetRaw => "CAP_NET_RAW",
+            Self::NetAdmin => "CAP_NET_ADMIN",
+            Self::Bpf => "CAP_BPF",
+            Self::IpcLock => "CAP_IPC_LOCK",
+        })
+    }
+}
+
+/// Why the kernel, or the machine, refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A privilege is missing.
+    #[error("{action} needs {capability}: run as root or grant that capability")]
+    Privilege {
+        /// What was tried.
+        action: &'static str,
+        /// What is missing.
+        capability: Capability,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A system call failed.
+    #[error("{action}: {source}")]
+    Os {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel's verifier refused the XDP program.
+    #[error("the kernel's verifier refused the XDP program: {source}: {log}")]
+    Verifier {
+        /// What the kernel said.
+        source: io::Error,
+        /// The last lines of the verifier's log.
+        log: String,
+    },
+    /// No interface of that name in this network namespace.
+    #[error("there is no network interface {name:?} in this network namespace: see `ip link`")]
+    UnknownInterface {
+        /// The name asked for.
+        name: String,
+    },
+    /// A reply of the kernel is shorter than its format, or contradicts itself.
+    #[error("{what}: malformed reply of the kernel")]
+    Malformed {
+        /// Which reply.
+        what: &'static str,
+    },
+}
+
+impl Error {
+    /// The last system error, as a failure of `action`.
+    pub(crate) fn last(action: &'static str) -> Self {
+        Self::Os { action, source: io::Error::last_os_error() }
+    }
+
+    /// The last system error, as a failure of `action`; EPERM and EACCES name `capability`.
+    pub(crate) fn last_privileged(action: &'static str, capability: Capability) -> Self {
+        let source = io::Error::last_os_error();
+        match source.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Self::Privilege { action, capability, source },
+            _ => Self::Os { action, source },
+        }
+    }
+
+    /// The system's error number behind this error, where there is one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Privilege { source, .. } | Self::Os { source, .. } | Self::Verifier { source, .. } => {
+                source.raw_os_error()
+            }
+            Self::UnknownInterface { .. } | Self::Malformed { .. } => None,
+        }
+    }
+
+    /// The capability that is missing, where that is the reason.
+    pub fn missing_capability(&self) -> Option<Capability> {
+        match self {
+            Self::Privilege { capability, .. } => Some(*capability),
+            _ => None,
+        }
+    }
+}
