@@ -1,1 +1,46 @@
-//! Placeholder head, replaced by the crate.
+//! The io_uring of one reactor: disk requests whose buffers are chunks of frame memory, readiness of other descriptors,
+//! and wake-ups between reactors.
+//!
+//! The one place of the data plane where memory is handed to the kernel, so the one with `unsafe` in it. Invariants:
+//! * A request owns its chunks ([`Blocks`]) from the moment it is accepted until its completion hands them back; so no
+//!   safe code can read or change bytes that the kernel is working on.
+//! * The kernel writes only to chunks with a single handle ([`Ring::read`] asserts it).
+//! * The frame memory is registered as fixed buffers and outlives the ring, which holds it.
+//! * Every table is sized at construction: no request allocates.
+//!
+//! A ring belongs to the thread that made it (`IORING_SETUP_SINGLE_ISSUER`), completions are gathered when that thread
+//! asks (`DEFER_TASKRUN`), and `TASKRUN_FLAG` tells without a system call whether there are any to gather.
+
+mod blocks;
+mod inline;
+mod ring;
+
+pub use blocks::{BLOCKS_MAX, Blocks};
+pub use inline::{read_inline, write_inline};
+pub use ring::{Event, FileId, Finished, Full, Ring, RingConfig, RingError, WakeHandle};
+
+/// Bytes of a block: the unit of disk requests, and a chunk of frame memory.
+pub const BLOCK_BYTES: usize = af_xdp::CHUNK_BYTES;
+
+/// How a disk request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IoError {
+    /// The kernel said so; the number is positive (`errno`).
+    #[error("{}", std::io::Error::from_raw_os_error(*.0))]
+    Errno(i32),
+    /// Fewer bytes were moved than asked for: the device or file is shorter than it was.
+    #[error("only {done_bytes} bytes were moved")]
+    Short {
+        /// Bytes that were moved.
+        done_bytes: usize,
+    },
+}
+
+/// Turns the result of a request for `asked_bytes` into the outcome.
+fn outcome(result: i32, asked_bytes: usize) -> Result<(), IoError> {
+    match usize::try_from(result) {
+        Ok(done_bytes) if done_bytes == asked_bytes => Ok(()),
+        Ok(done_bytes) => Err(IoError::Short { done_bytes }),
+        Err(_) => Err(IoError::Errno(-result)),
+    }
+}
