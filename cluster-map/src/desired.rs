@@ -3,7 +3,11 @@
 //! One [`Desired`] is the whole wish of a node, never a difference and never a command: either process may miss any
 //! number of versions, crash or be replaced, and the newest version alone is enough to converge.
 
-use crate::{ClusterId, NodeId, StoreId, VolumeId};
+use crate::error::{Fault, MapError};
+use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
+use crate::{ClusterId, MAX_PATH_BYTES, NodeId, StoreId, VolumeId};
+use zerocopy::little_endian::{U16, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The whole wish of the control process for one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,4 +94,217 @@ pub struct DesiredExport {
     pub mac: [u8; 6],
     /// Refuse writes.
     pub read_only: bool,
+}
+
+codes!(LinkChoice { Auto = 0, AfXdp = 1, AfPacket = 2, });
+codes!(VolumeIntent { Active = 0, Purging = 1, });
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Head {
+    preamble: Preamble,
+    cluster: [u8; 16],
+    node: [u8; 16],
+    link: u8,
+    drain: u8,
+    reserved: [u8; 2],
+    cores: Table,
+    interfaces: Table,
+    stores: Table,
+    volumes: Table,
+    exports: Table,
+    pool: Table,
+}
+
+impl Record for Head {
+    const NAME: &'static str = "desired head";
+    const LEAST: usize = size_of::<Self>();
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct CoreRecord {
+    cpu: U16,
+}
+
+impl Record for CoreRecord {
+    const NAME: &'static str = "core";
+    const LEAST: usize = size_of::<Self>();
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct InterfaceRecord {
+    name: Text,
+}
+
+impl Record for InterfaceRecord {
+    const NAME: &'static str = "interface";
+    const LEAST: usize = size_of::<Self>();
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct StoreRecord {
+    path: Text,
+    size_bytes: U64,
+    id: [u8; 16],
+    id_known: u8,
+}
+
+impl Record for StoreRecord {
+    const NAME: &'static str = "store";
+    /// Without the id, as before it is known.
+    const LEAST: usize = 16;
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct VolumeRecord {
+    id: [u8; 16],
+    store: [u8; 16],
+    size_sectors: U64,
+    state: u8,
+}
+
+impl Record for VolumeRecord {
+    const NAME: &'static str = "volume";
+    const LEAST: usize = size_of::<Self>();
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct ExportRecord {
+    volume: [u8; 16],
+    shelf: U16,
+    slot: u8,
+    read_only: u8,
+    mac: [u8; 6],
+}
+
+impl Record for ExportRecord {
+    const NAME: &'static str = "export";
+    const LEAST: usize = size_of::<Self>();
+}
+
+/// An export's base address leaves its low 4 bits to the ordinal of the interface.
+fn is_mac_base(mac: [u8; 6]) -> bool {
+    mac[5] & 0x0f == 0
+}
+
+fn invalid<T>(what: String) -> Result<T, MapError> {
+    Err(MapError::Invalid { what })
+}
+
+impl StoreRecord {
+    fn encode(out: &mut Encoder<'_>, store: &DesiredStore) -> Result<Self, MapError> {
+        if store.path.is_empty() || store.path.len() > MAX_PATH_BYTES {
+            return invalid(format!("store path {:?} is not 1 to {MAX_PATH_BYTES} bytes long", store.path));
+        }
+        Ok(Self {
+            path: out.text(&store.path)?,
+            size_bytes: store.size_bytes.into(),
+            id: store.id.unwrap_or_default().0,
+            id_known: store.id.is_some().into(),
+        })
+    }
+
+    fn decode(self, from: &mut Decoder<'_>) -> Result<DesiredStore, Fault> {
+        let path = from.text(self.path)?;
+        if path.is_empty() || path.len() > MAX_PATH_BYTES {
+            return Err(Fault::corrupt("length of a store's path"));
+        }
+        let id = flag(self.id_known, "id_known")?.then_some(StoreId(self.id));
+        Ok(DesiredStore { path, size_bytes: self.size_bytes.get(), id })
+    }
+}
+
+impl VolumeRecord {
+    fn encode(volume: &DesiredVolume) -> Self {
+        Self {
+            id: volume.id.0,
+            store: volume.store.0,
+            size_sectors: volume.size_sectors.into(),
+            state: volume.state.code(),
+        }
+    }
+
+    fn decode(self) -> Result<DesiredVolume, Fault> {
+        Ok(DesiredVolume {
+            id: VolumeId(self.id),
+            store: StoreId(self.store),
+            size_sectors: self.size_sectors.get(),
+            state: VolumeIntent::from_code(self.state)?,
+        })
+    }
+}
+
+impl ExportRecord {
+    fn encode(export: &DesiredExport) -> Result<Self, MapError> {
+        if !is_mac_base(export.mac) {
+            return invalid(format!("MAC of export {}.{} has its low 4 bits set", export.shelf, export.slot));
+        }
+        Ok(Self {
+            volume: export.volume.0,
+            shelf: export.shelf.into(),
+            slot: export.slot,
+            read_only: export.read_only.into(),
+            mac: export.mac,
+        })
+    }
+
+    fn decode(self) -> Result<DesiredExport, Fault> {
+        if !is_mac_base(self.mac) {
+            return Err(Fault::corrupt("MAC of an export has its low 4 bits set"));
+        }
+        Ok(DesiredExport {
+            volume: VolumeId(self.volume),
+            shelf: self.shelf.get(),
+            slot: self.slot,
+            mac: self.mac,
+            read_only: flag(self.read_only, "read_only")?,
+        })
+    }
+}
+
+impl Desired {
+    /// Writes the state to `out`, replacing what is there; the version is not part of it.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
+        let mut to = Encoder::new::<Head>(out);
+        let head = Head {
+            preamble: Preamble::of::<Head>(),
+            cluster: self.cluster.0,
+            node: self.node.0,
+            link: self.link.code(),
+            drain: self.drain.into(),
+            reserved: [0; 2],
+            cores: to.table(&self.cores, |_, cpu| Ok(CoreRecord { cpu: (*cpu).into() }))?,
+            interfaces: to
+                .table(&self.interfaces, |to, name| Ok(InterfaceRecord { name: to.text(name)? }))?,
+            stores: to.table(&self.stores, StoreRecord::encode)?,
+            volumes: to.table(&self.volumes, |_, volume| Ok(VolumeRecord::encode(volume)))?,
+            exports: to.table(&self.exports, |_, export| ExportRecord::encode(export))?,
+            pool: to.pool()?,
+        };
+        to.finish(&head);
+        Ok(())
+    }
+
+    /// Reads the state of a version; total.
+    pub(crate) fn decode(bytes: &[u8], version: u64) -> Result<Self, Fault> {
+        let (mut from, head) = Decoder::new::<Head>(bytes)?;
+        from.use_pool(&head.pool)?;
+        Ok(Self {
+            version,
+            cluster: ClusterId(head.cluster),
+            node: NodeId(head.node),
+            cores: from.table(&head.cores, |_, core: CoreRecord| Ok(core.cpu.get()))?,
+            link: LinkChoice::from_code(head.link)?,
+            interfaces: from.table(&head.interfaces, |from, one: InterfaceRecord| from.text(one.name))?,
+            stores: from.table(&head.stores, |from, store: StoreRecord| store.decode(from))?,
+            volumes: from.table(&head.volumes, |_, volume: VolumeRecord| volume.decode())?,
+            exports: from.table(&head.exports, |_, export: ExportRecord| export.decode())?,
+            drain: flag(head.drain, "drain")?,
+        })
+    }
 }

@@ -1,15 +1,47 @@
-//! The shared memory between the control process and the data plane of a node.
+//! The shared memory between the control process (`torusd`) and the data plane (`torus-dataplane`) of a node.
+//!
+//! State passes through it as whole, numbered versions: [`Desired`] from the control process, [`Observed`] from the data
+//! plane, statistics from every core. Nothing is a command that could be lost: either process can crash, restart or be
+//! upgraded alone, attach again and converge from the newest version. Losing the control process stops changes, never
+//! running I/O: no reader ever waits for a writer.
+//!
+//! What holds, whatever either process does or dies in the middle of:
+//! - a reader gets a whole version or an error, never a mixture, and never an older one than before;
+//! - every area has one writer at a time (by type and by a lock on the file);
+//! - bytes from the other process give a value or an error, never undefined behaviour or a panic;
+//! - a program of layout level N works with one of level N−1 and refuses others, saying what to do.
+//!
+//! `docs/decisions/0003-shared-map.md` says why it is built like this. The two-slot protocol (module `slot`) and the
+//! statistics (module `stats`) are model-checked with loom under `--cfg loom`.
 #![deny(unsafe_code)]
+#![cfg_attr(loom, allow(dead_code, unused_imports, unused_macros))]
 
 mod desired;
+mod error;
 mod ids;
+mod layout;
+#[cfg(not(loom))]
+mod map;
 mod observed;
+mod record;
+#[cfg(not(loom))]
+mod shared;
+mod slot;
+mod stats;
+mod sync;
 
 pub use desired::{Desired, DesiredExport, DesiredStore, DesiredVolume, LinkChoice, VolumeIntent};
+pub use error::{MapError, Role};
 pub use ids::{ClusterId, NodeId, ParseIdError, StoreId, VolumeId};
+pub use layout::{Geometry, LEVEL};
+#[cfg(not(loom))]
+pub use map::{ControlMap, CoreStats, DataMap, MapReader};
 pub use observed::{
-    Durability, ExportState, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume,
-    StoreState, VolumeObserved,
+    Durability, ExportState, LinkMode, MAX_NOTE_BYTES, Observed, ObservedExport, ObservedLink, ObservedStore,
+    ObservedVolume, StoreState, VolumeObserved,
+};
+pub use stats::{
+    BUCKETS, CoreSnapshot, Counter, HistogramSnapshot, LONGEST_NS, Latency, bucket_bounds, bucket_of,
 };
 
 /// Longest path of a store, in bytes.

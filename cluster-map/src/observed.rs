@@ -2,7 +2,14 @@
 //!
 //! The counterpart of [`Desired`](crate::Desired): whole, level-triggered, carrying the desired version that it answers.
 
+use crate::error::{Fault, MapError};
+use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
 use crate::{StoreId, VolumeId};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Longest error or note that is published, in bytes; longer ones are cut at a character boundary.
+pub const MAX_NOTE_BYTES: usize = 512;
 
 /// The whole state of the data plane of one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -165,4 +172,248 @@ pub enum ExportState {
     Serving,
     /// Not served, see the error.
     Failed,
+}
+
+codes!(LinkMode { XdpZeroCopy = 0, XdpNativeCopy = 1, XdpGeneric = 2, Packet = 3, });
+codes!(StoreState { Opening = 0, Ready = 1, Failed = 2, });
+codes!(Durability { Memory = 0, WriteThrough = 1, DsyncWriteBack = 2, });
+codes!(VolumeObserved { Allocating = 0, Ready = 1, Purged = 2, Orphan = 3, Failed = 4, });
+codes!(ExportState { Waiting = 0, Serving = 1, Failed = 2, });
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Head {
+    preamble: Preamble,
+    pid: U32,
+    applied: U64,
+    links: Table,
+    stores: Table,
+    volumes: Table,
+    exports: Table,
+    pool: Table,
+}
+
+impl Record for Head {
+    const NAME: &'static str = "observed head";
+    const LEAST: usize = size_of::<Self>();
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct LinkRecord {
+    interface: Text,
+    queue: U16,
+    core: U16,
+    mtu: U32,
+    mac: [u8; 6],
+    mode: u8,
+    segments: u8,
+    max_sectors: u8,
+    up: u8,
+    note: Text,
+}
+
+impl Record for LinkRecord {
+    const NAME: &'static str = "link";
+    /// Without the note.
+    const LEAST: usize = 26;
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct StoreRecord {
+    path: Text,
+    id: [u8; 16],
+    id_known: u8,
+    state: u8,
+    durability: u8,
+    capacity_bytes: U64,
+    free_bytes: U64,
+    error: Text,
+}
+
+impl Record for StoreRecord {
+    const NAME: &'static str = "store";
+    /// Without the error.
+    const LEAST: usize = 43;
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct VolumeRecord {
+    id: [u8; 16],
+    store: [u8; 16],
+    size_sectors: U64,
+    state: u8,
+    done_bytes: U64,
+    error: Text,
+}
+
+impl Record for VolumeRecord {
+    const NAME: &'static str = "volume";
+    /// Without the progress and the error.
+    const LEAST: usize = 41;
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct ExportRecord {
+    volume: [u8; 16],
+    shelf: U16,
+    slot: u8,
+    state: u8,
+    size_sectors: U64,
+    error: Text,
+}
+
+impl Record for ExportRecord {
+    const NAME: &'static str = "export";
+    /// Without the error.
+    const LEAST: usize = 28;
+}
+
+/// The front of a message for people, at most [`MAX_NOTE_BYTES`] long.
+fn cut(note: &str) -> &str {
+    &note[..note.floor_char_boundary(MAX_NOTE_BYTES)]
+}
+
+impl LinkRecord {
+    fn encode(out: &mut Encoder<'_>, link: &ObservedLink) -> Result<Self, MapError> {
+        Ok(Self {
+            interface: out.text(&link.interface)?,
+            queue: link.queue.into(),
+            core: link.core.into(),
+            mtu: link.mtu.into(),
+            mac: link.mac,
+            mode: link.mode.code(),
+            segments: link.segments,
+            max_sectors: link.max_sectors,
+            up: link.up.into(),
+            note: out.text(cut(&link.note))?,
+        })
+    }
+
+    fn decode(self, from: &mut Decoder<'_>) -> Result<ObservedLink, Fault> {
+        Ok(ObservedLink {
+            interface: from.text(self.interface)?,
+            queue: self.queue.get(),
+            core: self.core.get(),
+            mode: LinkMode::from_code(self.mode)?,
+            segments: self.segments,
+            mtu: self.mtu.get(),
+            max_sectors: self.max_sectors,
+            up: flag(self.up, "up")?,
+            mac: self.mac,
+            note: from.text(self.note)?,
+        })
+    }
+}
+
+impl StoreRecord {
+    fn encode(out: &mut Encoder<'_>, store: &ObservedStore) -> Result<Self, MapError> {
+        Ok(Self {
+            path: out.text(&store.path)?,
+            id: store.id.unwrap_or_default().0,
+            id_known: store.id.is_some().into(),
+            state: store.state.code(),
+            durability: store.durability.code(),
+            capacity_bytes: store.capacity_bytes.into(),
+            free_bytes: store.free_bytes.into(),
+            error: out.text(cut(&store.error))?,
+        })
+    }
+
+    fn decode(self, from: &mut Decoder<'_>) -> Result<ObservedStore, Fault> {
+        Ok(ObservedStore {
+            path: from.text(self.path)?,
+            id: flag(self.id_known, "id_known")?.then_some(StoreId(self.id)),
+            state: StoreState::from_code(self.state)?,
+            durability: Durability::from_code(self.durability)?,
+            capacity_bytes: self.capacity_bytes.get(),
+            free_bytes: self.free_bytes.get(),
+            error: from.text(self.error)?,
+        })
+    }
+}
+
+impl VolumeRecord {
+    fn encode(out: &mut Encoder<'_>, volume: &ObservedVolume) -> Result<Self, MapError> {
+        Ok(Self {
+            id: volume.id.0,
+            store: volume.store.0,
+            size_sectors: volume.size_sectors.into(),
+            state: volume.state.code(),
+            done_bytes: volume.done_bytes.into(),
+            error: out.text(cut(&volume.error))?,
+        })
+    }
+
+    fn decode(self, from: &mut Decoder<'_>) -> Result<ObservedVolume, Fault> {
+        Ok(ObservedVolume {
+            id: VolumeId(self.id),
+            store: StoreId(self.store),
+            state: VolumeObserved::from_code(self.state)?,
+            size_sectors: self.size_sectors.get(),
+            done_bytes: self.done_bytes.get(),
+            error: from.text(self.error)?,
+        })
+    }
+}
+
+impl ExportRecord {
+    fn encode(out: &mut Encoder<'_>, export: &ObservedExport) -> Result<Self, MapError> {
+        Ok(Self {
+            volume: export.volume.0,
+            shelf: export.shelf.into(),
+            slot: export.slot,
+            state: export.state.code(),
+            size_sectors: export.size_sectors.into(),
+            error: out.text(cut(&export.error))?,
+        })
+    }
+
+    fn decode(self, from: &mut Decoder<'_>) -> Result<ObservedExport, Fault> {
+        Ok(ObservedExport {
+            volume: VolumeId(self.volume),
+            shelf: self.shelf.get(),
+            slot: self.slot,
+            state: ExportState::from_code(self.state)?,
+            size_sectors: self.size_sectors.get(),
+            error: from.text(self.error)?,
+        })
+    }
+}
+
+impl Observed {
+    /// Writes the state to `out`, replacing what is there; the version is not part of it.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
+        let mut to = Encoder::new::<Head>(out);
+        let head = Head {
+            preamble: Preamble::of::<Head>(),
+            pid: self.pid.into(),
+            applied: self.applied.into(),
+            links: to.table(&self.links, LinkRecord::encode)?,
+            stores: to.table(&self.stores, StoreRecord::encode)?,
+            volumes: to.table(&self.volumes, VolumeRecord::encode)?,
+            exports: to.table(&self.exports, ExportRecord::encode)?,
+            pool: to.pool()?,
+        };
+        to.finish(&head);
+        Ok(())
+    }
+
+    /// Reads the state of a version; total.
+    pub(crate) fn decode(bytes: &[u8], version: u64) -> Result<Self, Fault> {
+        let (mut from, head) = Decoder::new::<Head>(bytes)?;
+        from.use_pool(&head.pool)?;
+        Ok(Self {
+            version,
+            applied: head.applied.get(),
+            pid: head.pid.get(),
+            links: from.table(&head.links, |from, link: LinkRecord| link.decode(from))?,
+            stores: from.table(&head.stores, |from, store: StoreRecord| store.decode(from))?,
+            volumes: from.table(&head.volumes, |from, volume: VolumeRecord| volume.decode(from))?,
+            exports: from.table(&head.exports, |from, export: ExportRecord| export.decode(from))?,
+        })
+    }
 }

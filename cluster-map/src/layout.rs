@@ -1,0 +1,368 @@
+//! What lies where in the file: a header page that is written once, then five sections.
+//!
+//! ```text
+//! header    magic, levels, CRC32C, boot, cluster and node ids, place and geometry of every section
+//! desired   head (newest version, both slots' seq, length, CRC32C), slot 0, slot 1     written by the control process
+//! observed  the same                                                                   written by the data plane
+//! signals   futex words and heartbeats, each on a line of its own                      written by whom it belongs to
+//! stats     per core: counters, then histograms                                        written by that core
+//! ```
+//!
+//! All offsets are bytes from the start of the file in little-endian numbers, never pointers. [`Layout::parse`] accepts
+//! a header only if everything in it is consistent with itself and with the size of the file; after that nothing that
+//! the other process writes can move a section.
+
+use crate::error::{Fault, MapError};
+use crate::slot::{HEAD_WORDS, LINE_WORDS};
+use crate::stats::{BUCKETS, Counter, HISTOGRAMS};
+use crate::{ClusterId, NodeId};
+use std::ops::Range;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The layout level of this program. A program of level N reads and writes maps of level N and N−1.
+pub const LEVEL: u32 = 1;
+
+/// The lowest level that can read what this program writes: its predecessor's, level 1 being the first.
+pub(crate) const LOWEST_READER: u32 = if LEVEL > 1 { LEVEL - 1 } else { 1 };
+
+/// Sections begin and end on pages.
+pub(crate) const PAGE: usize = 4096;
+
+const MAGIC: [u8; 8] = *b"TORUSMAP";
+
+const WORD: usize = 8;
+const LINE: usize = LINE_WORDS * WORD;
+const SIGNAL_LINES: usize = 4;
+const MAX_SLOT_BYTES: usize = 1 << 30;
+const MAX_CORES: usize = 4096;
+const MAX_CORE_BYTES: usize = 512 << 10;
+/// Keeps all sums and products of places far from overflow.
+const MAX_FILE_BYTES: u64 = 1 << 40;
+const MAX_COUNTERS: usize = 4096;
+const MAX_HISTOGRAMS: usize = 64;
+
+const _: () =
+    assert!(HEAD_WORDS * WORD <= PAGE && SIGNAL_LINES * LINE <= PAGE && size_of::<Header>() <= PAGE);
+
+/// The dimensions of a map, fixed when it is created.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Geometry {
+    /// Cores that write statistics: at least as many as the data plane will run on.
+    pub cores: u16,
+    /// The cluster that the map is for.
+    pub cluster: ClusterId,
+    /// The node that the map is for.
+    pub node: NodeId,
+    /// Largest desired state in bytes, rounded up to pages. The file is sparse: what is not used costs nothing.
+    pub desired_bytes: u64,
+    /// Largest observed state in bytes, rounded up to pages.
+    pub observed_bytes: u64,
+}
+
+impl Geometry {
+    /// Room for at least 10 000 volumes and 10 000 exports, each with an error of
+    /// [`MAX_NOTE_BYTES`](crate::MAX_NOTE_BYTES).
+    #[must_use]
+    pub fn new(cores: u16, cluster: ClusterId, node: NodeId) -> Self {
+        Self { cores, cluster, node, desired_bytes: 4 << 20, observed_bytes: 16 << 20 }
+    }
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct SectionEntry {
+    offset: U64,
+    len: U64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 8],
+    level: U32,
+    lowest_reader: U32,
+    /// CRC32C of the whole header page with this field zero.
+    crc: U32,
+    reserved: U32,
+    file_len: U64,
+    boot: [u8; 16],
+    cluster: [u8; 16],
+    node: [u8; 16],
+    desired: SectionEntry,
+    desired_slot_bytes: U64,
+    observed: SectionEntry,
+    observed_slot_bytes: U64,
+    signals: SectionEntry,
+    stats: SectionEntry,
+    core_stride: U64,
+    histogram_offset: U64,
+    histogram_stride: U64,
+    cores: U32,
+    counters: U32,
+    histograms: U32,
+    buckets: U32,
+}
+
+/// An area in words from the start of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AreaLayout {
+    pub(crate) head: Range<usize>,
+    pub(crate) slots: [Range<usize>; 2],
+}
+
+/// The statistics in words: strides and offsets may be those of another level.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StatsLayout {
+    pub(crate) first: usize,
+    pub(crate) cores: usize,
+    pub(crate) core_stride: usize,
+    pub(crate) counters: usize,
+    pub(crate) histogram_offset: usize,
+    pub(crate) histogram_stride: usize,
+}
+
+/// A header that was found consistent; all places in words from the start of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) boot: [u8; 16],
+    pub(crate) cluster: ClusterId,
+    pub(crate) node: NodeId,
+    pub(crate) file_len: usize,
+    pub(crate) desired: AreaLayout,
+    pub(crate) observed: AreaLayout,
+    signals: usize,
+    pub(crate) stats: StatsLayout,
+}
+
+/// The words that one process writes to be noticed by the other.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Signal {
+    DesiredWake = 0,
+    ObservedWake = 1,
+    ControlBeat = 2,
+    DataPlaneBeat = 3,
+}
+
+/// Whether this program, of level `own`, speaks what was found.
+pub(crate) fn check_level(found: u32, lowest_reader: u32, own: u32) -> Result<(), Fault> {
+    let sound = found >= 1 && (1..=found).contains(&lowest_reader);
+    let spoken = found.saturating_add(1) >= own && lowest_reader <= own;
+    if sound && spoken { Ok(()) } else { Err(Fault::Level { found, lowest_reader, supported: own }) }
+}
+
+fn header_crc(page: &[u8; PAGE]) -> u32 {
+    let field = std::mem::offset_of!(Header, crc);
+    let crc = crc32c::crc32c(&page[..field]);
+    let crc = crc32c::crc32c_append(crc, &[0; 4]);
+    crc32c::crc32c_append(crc, &page[field + 4..])
+}
+
+fn slot_bytes(asked: u64, name: &str) -> Result<usize, MapError> {
+    let rounded = usize::try_from(asked).ok().and_then(|bytes| bytes.checked_next_multiple_of(PAGE));
+    let fits = rounded.filter(|bytes| (PAGE..=MAX_SLOT_BYTES).contains(bytes));
+    fits.ok_or_else(|| MapError::Invalid {
+        what: format!("{name} of {asked} bytes: not 1 to {MAX_SLOT_BYTES}"),
+    })
+}
+
+/// Places sections one behind the other.
+struct Planner {
+    end: usize,
+}
+
+impl Planner {
+    fn section(&mut self, len: usize) -> SectionEntry {
+        let offset = self.end;
+        let len = len.next_multiple_of(PAGE);
+        self.end += len;
+        SectionEntry { offset: (offset as u64).into(), len: (len as u64).into() }
+    }
+}
+
+/// The header page of a new map.
+pub(crate) fn plan(geometry: &Geometry, boot: [u8; 16]) -> Result<[u8; PAGE], MapError> {
+    let cores = usize::from(geometry.cores);
+    if !(1..=MAX_CORES).contains(&cores) {
+        return Err(MapError::Invalid { what: format!("{cores} cores: not 1 to {MAX_CORES}") });
+    }
+    let desired_slot = slot_bytes(geometry.desired_bytes, "desired_bytes")?;
+    let observed_slot = slot_bytes(geometry.observed_bytes, "observed_bytes")?;
+    let histogram_offset = (Counter::COUNT * WORD).next_multiple_of(LINE);
+    let histogram_stride = ((1 + BUCKETS) * WORD).next_multiple_of(LINE);
+    let core_stride = histogram_offset + HISTOGRAMS * histogram_stride;
+
+    let mut place = Planner { end: PAGE };
+    let mut header = Header::new_zeroed();
+    header.magic = MAGIC;
+    header.level = LEVEL.into();
+    header.lowest_reader = LOWEST_READER.into();
+    header.boot = boot;
+    header.cluster = geometry.cluster.0;
+    header.node = geometry.node.0;
+    header.desired = place.section(PAGE + 2 * desired_slot);
+    header.desired_slot_bytes = (desired_slot as u64).into();
+    header.observed = place.section(PAGE + 2 * observed_slot);
+    header.observed_slot_bytes = (observed_slot as u64).into();
+    header.signals = place.section(SIGNAL_LINES * LINE);
+    header.stats = place.section(cores * core_stride);
+    header.core_stride = (core_stride as u64).into();
+    header.histogram_offset = (histogram_offset as u64).into();
+    header.histogram_stride = (histogram_stride as u64).into();
+    header.cores = u32::from(geometry.cores).into();
+    header.counters = small(Counter::COUNT);
+    header.histograms = small(HISTOGRAMS);
+    header.buckets = small(BUCKETS);
+    header.file_len = (place.end as u64).into();
+
+    let mut page = [0; PAGE];
+    page[..size_of::<Header>()].copy_from_slice(header.as_bytes());
+    seal(&mut page);
+    Ok(page)
+}
+
+fn small(number: usize) -> U32 {
+    U32::new(u32::try_from(number).expect("counts of this crate's own tables are below 4096"))
+}
+
+/// Puts the checksum into a header page.
+fn seal(page: &mut [u8; PAGE]) {
+    let field = std::mem::offset_of!(Header, crc);
+    let crc = header_crc(page);
+    page[field..field + 4].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Whether a file begins like a map, of whatever level and in whatever state.
+pub(crate) fn is_map(page: &[u8]) -> bool {
+    page.starts_with(&MAGIC)
+}
+
+/// The size that a planned header gives its file, in bytes.
+pub(crate) fn file_len(page: &[u8; PAGE]) -> u64 {
+    Header::ref_from_prefix(page).map_or(0, |(header, _)| header.file_len.get())
+}
+
+/// A section in bytes, once it is known to lie in the file behind the header page.
+fn section(entry: SectionEntry, name: &str, file_len: usize) -> Result<Range<usize>, Fault> {
+    let range = || -> Option<Range<usize>> {
+        let offset = usize::try_from(entry.offset.get()).ok()?;
+        let end = offset.checked_add(usize::try_from(entry.len.get()).ok()?)?;
+        let inside = offset >= PAGE && end > offset && end <= file_len;
+        (inside && offset % PAGE == 0 && end % PAGE == 0).then_some(offset..end)
+    };
+    range().ok_or_else(|| Fault::Corrupt(format!("section {name} does not lie in the file")))
+}
+
+fn bounded(value: u64, bounds: Range<usize>, name: &str) -> Result<usize, Fault> {
+    let value = usize::try_from(value).ok().filter(|value| bounds.contains(value));
+    value.ok_or_else(|| Fault::Corrupt(format!("{name} is out of range")))
+}
+
+/// A number of bytes in words, once it is known to be whole words.
+fn words(bytes: u64, bounds: Range<usize>, name: &str) -> Result<usize, Fault> {
+    let bytes = bounded(bytes, bounds, name)?;
+    if bytes.is_multiple_of(WORD) {
+        Ok(bytes / WORD)
+    } else {
+        Err(Fault::Corrupt(format!("{name} is not whole words")))
+    }
+}
+
+fn area(range: &Range<usize>, slot_bytes: u64, name: &str) -> Result<AreaLayout, Fault> {
+    let slot = words(slot_bytes, PAGE..MAX_SLOT_BYTES + 1, "slot size")?;
+    let head = range.start / WORD;
+    let first = head + PAGE / WORD;
+    if range.len() / WORD != PAGE / WORD + 2 * slot {
+        return Err(Fault::Corrupt(format!("section {name} is not a head and two slots")));
+    }
+    Ok(AreaLayout { head: head..first, slots: [first..first + slot, first + slot..first + 2 * slot] })
+}
+
+fn stats(header: &Header, range: &Range<usize>) -> Result<StatsLayout, Fault> {
+    let cores = bounded(header.cores.get().into(), 1..MAX_CORES + 1, "number of cores")?;
+    let counters = bounded(header.counters.get().into(), 1..MAX_COUNTERS + 1, "number of counters")?;
+    let histograms =
+        bounded(header.histograms.get().into(), HISTOGRAMS..MAX_HISTOGRAMS + 1, "number of histograms")?;
+    bounded(header.buckets.get().into(), BUCKETS..BUCKETS + 1, "number of buckets")?;
+    let limit = range.len().min(MAX_CORE_BYTES) + 1;
+    let histogram_offset =
+        words(header.histogram_offset.get(), counters * WORD..limit, "place of the histograms")?;
+    let least = (1 + BUCKETS) * WORD;
+    let histogram_stride = words(header.histogram_stride.get(), least..limit, "stride of a histogram")?;
+    let used = (histogram_offset + histograms * histogram_stride) * WORD;
+    let core_stride = words(header.core_stride.get(), used..limit, "stride of a core")?;
+    if !core_stride.is_multiple_of(LINE_WORDS) {
+        return Err(Fault::corrupt("two cores share a cache line"));
+    }
+    if cores * core_stride > range.len() / WORD {
+        return Err(Fault::corrupt("statistics exceed their section"));
+    }
+    let first = range.start / WORD;
+    Ok(StatsLayout { first, cores, core_stride, counters, histogram_offset, histogram_stride })
+}
+
+impl Layout {
+    /// Checks the header page of a file of `file_len` bytes.
+    pub(crate) fn parse(page: &[u8; PAGE], file_len: u64) -> Result<Self, Fault> {
+        let (header, _) = Header::ref_from_prefix(page).map_err(|_| Fault::NotAMap)?;
+        if header.magic != MAGIC {
+            return Err(Fault::NotAMap);
+        }
+        if header_crc(page) != header.crc.get() {
+            return Err(Fault::corrupt("checksum of the header"));
+        }
+        check_level(header.level.get(), header.lowest_reader.get(), LEVEL)?;
+        let expected = header.file_len.get();
+        if expected != file_len || file_len > MAX_FILE_BYTES || !file_len.is_multiple_of(PAGE as u64) {
+            return Err(Fault::Corrupt(format!("file has {file_len} bytes, its header says {expected}")));
+        }
+        let size = usize::try_from(file_len).map_err(|_| Fault::corrupt("file is larger than memory"))?;
+        let desired = section(header.desired, "desired", size)?;
+        let observed = section(header.observed, "observed", size)?;
+        let signals = section(header.signals, "signals", size)?;
+        let statistics = section(header.stats, "stats", size)?;
+        let mut sections = [&desired, &observed, &signals, &statistics];
+        sections.sort_by_key(|section| section.start);
+        if sections.windows(2).any(|pair| pair[0].end > pair[1].start) {
+            return Err(Fault::corrupt("sections overlap"));
+        }
+        Ok(Self {
+            boot: header.boot,
+            cluster: ClusterId(header.cluster),
+            node: NodeId(header.node),
+            file_len: size,
+            desired: area(&desired, header.desired_slot_bytes.get(), "desired")?,
+            observed: area(&observed, header.observed_slot_bytes.get(), "observed")?,
+            signals: signals.start / WORD,
+            stats: stats(header, &statistics)?,
+        })
+    }
+
+    /// The word of a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> usize {
+        self.signals + signal as usize * LINE_WORDS
+    }
+
+    /// What is written without asking for room first, in bytes: everything but the slots.
+    pub(crate) fn fixed(&self) -> [Range<usize>; 5] {
+        let bytes = |words: &Range<usize>| words.start * WORD..words.end * WORD;
+        let signals = self.signals..self.signals + SIGNAL_LINES * LINE_WORDS;
+        let stats = self.stats.first..self.stats.first + self.stats.cores * self.stats.core_stride;
+        [0..PAGE, bytes(&self.desired.head), bytes(&self.observed.head), bytes(&signals), bytes(&stats)]
+    }
+}
+
+impl StatsLayout {
+    /// The words of a counter of a core; `None` where the map has none.
+    pub(crate) fn counter(&self, core: usize, counter: usize) -> Option<usize> {
+        (core < self.cores && counter < self.counters).then(|| self.first + core * self.core_stride + counter)
+    }
+
+    /// The words of a histogram of a core: its sum and its buckets.
+    pub(crate) fn histogram(&self, core: usize, histogram: usize) -> Option<Range<usize>> {
+        let first = self.first + core * self.core_stride + self.histogram_offset;
+        let start = first + histogram * self.histogram_stride;
+        (core < self.cores && histogram < HISTOGRAMS).then(|| start..start + 1 + BUCKETS)
+    }
+}
