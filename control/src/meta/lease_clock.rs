@@ -44,9 +44,10 @@ impl LeaseClock {
         self.by_deadline.first().copied()
     }
 
-    /// The lease that has been over for longest, if one is over.
-    pub(super) fn expired(&self, now_ms: u64) -> Option<LeaseId> {
-        self.first().filter(|(deadline_ms, _)| *deadline_ms <= now_ms).map(|(_, lease)| lease)
+    /// The leases that are over and not stopped yet, in the order of their deadlines.
+    pub(super) fn expired(&self, now_ms: u64) -> Vec<LeaseId> {
+        let over = self.by_deadline.iter().take_while(|(deadline_ms, _)| *deadline_ms <= now_ms);
+        over.map(|(_, lease)| *lease).collect()
     }
 }
 
@@ -60,12 +61,12 @@ mod tests {
         clock.start(LeaseId(1), 100, 0);
         clock.start(LeaseId(2), 50, 0);
         assert_eq!(clock.first(), Some((50, LeaseId(2))));
-        assert_eq!(clock.expired(49), None);
+        assert_eq!(clock.expired(49), []);
         assert_eq!(clock.renew(LeaseId(2), 49), Some(50));
-        assert_eq!(clock.expired(98), None);
-        assert_eq!(clock.expired(99), Some(LeaseId(2)));
+        assert_eq!(clock.expired(98), []);
+        assert_eq!(clock.expired(99), [LeaseId(2)]);
         clock.stop(LeaseId(2));
         assert_eq!(clock.renew(LeaseId(2), 99), None);
-        assert_eq!(clock.expired(100), Some(LeaseId(1)));
+        assert_eq!(clock.expired(100), [LeaseId(1)]);
     }
 }

@@ -68,7 +68,7 @@ impl MemoryStore {
         let mut control = self.control();
         let by_ms = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
         control.now_ms = control.now_ms.saturating_add(by_ms);
-        while let Some(lease) = control.clock.expired(control.now_ms) {
+        for lease in control.clock.expired(control.now_ms) {
             control.clock.stop(lease);
             self.end_lease(lease).expect("the clock holds exactly the leases of the state");
         }

@@ -15,9 +15,12 @@
 //!
 //! Losing the store stops changes, never running I/O: nothing here is on the data path.
 
+pub mod embedded;
+pub mod etcd;
 mod lease_clock;
 pub mod memory;
 mod published;
+pub mod reflector;
 mod state;
 
 use std::fmt;
