@@ -1,0 +1,304 @@
+//! Everything that can be wrong with what a person types or plugs in: the answer is an error that says what is wrong and
+//! what to do next, the exit code is not zero, and nothing is lost.
+
+use std::fs;
+use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use torus_e2e::{Lab, eventually};
+
+/// Runs a program on a host of the lab and expects it to end by itself within ten seconds.
+fn ends(lab: &Lab, host: &str, command: &[&str]) -> Result<Output> {
+    let mut arguments = vec!["exec", host, "--", "timeout", "-s", "KILL", "10"];
+    arguments.extend_from_slice(command);
+    let output = lab.try_run(&arguments)?;
+    ensure!(
+        output.status.code().is_some_and(|code| code != 137),
+        "{command:?} did not end by itself: {output:?}"
+    );
+    Ok(output)
+}
+
+/// An error is one that a person can act on: it starts with `error: `, contains these words, and is no panic.
+#[track_caller]
+fn assert_told(case: &str, output: &Output, words: &[&str]) {
+    let err = String::from_utf8_lossy(&output.stderr);
+    let told = err.lines().filter(|line| line.contains("error: ")).collect::<Vec<_>>().join("\n");
+    assert!(
+        output.status.code().is_some_and(|code| code != 0),
+        "{case}: exit code {:?}\n{err}",
+        output.status.code()
+    );
+    assert!(!err.contains("panicked"), "{case}: {err}");
+    for word in words {
+        assert!(told.contains(word), "{case}: the error does not say \"{word}\":\n{err}");
+    }
+}
+
+#[test]
+fn torusd_refuses_what_cannot_work() -> Result<()> {
+    let lab = Lab::up("--nodes 1 --etcd 0 --size 256MiB --store file")?;
+    lab.export("v", "64MiB", "1.1")?;
+    let log = lab.file("log");
+    let log = log.to_str().context("a path in UTF-8")?;
+    lab.bench("1.1", &format!("--write --window 8 --seconds 2 --verify --verify-log {log}"))?.finish()?;
+
+    // The second node's place: the initiator's host has an interface, and its own folders.
+    for setup in
+        ["link add small0 mtu 900 type dummy", "link set small0 up", "link add down0 mtu 9000 type dummy"]
+    {
+        lab.sh(&format!("exec ini -- ip {setup}"))?;
+    }
+    let path = |name: &str| lab.file(name).to_string_lossy().into_owned();
+    let small = path("small");
+    fs::write(&small, vec![0; 1 << 20])?;
+    let text = path("text");
+    fs::write(&text, "not a store, and precious\n".repeat(8 << 20 / 26))?;
+    let precious = fs::read(&text)?;
+    let (state, run) = (path("state"), path("run"));
+    let good = format!("{}:128MiB", path("good"));
+    let taken = lab.json("status --json")?["nodes"][0]["store"].as_str().context("a store")?.to_owned();
+    let taken = taken.split(':').next().context("a path")?.to_owned();
+    let run_of_n1 =
+        lab.json("status --json")?["nodes"][0]["run_dir"].as_str().context("a folder")?.to_owned();
+
+    let missing = path("no/such/folder/store") + ":128MiB";
+    let absent = path("absent");
+    let tiny = path("tiny") + ":1MiB";
+    let cases: &[(&str, &str, &str, &[&str])] = &[
+        ("an unknown interface", "nosuch0", &good, &["nosuch0", "ip link"]),
+        ("an interface that is down", "down0", &good, &["down0", "up"]),
+        ("an MTU that is too small", "small0", &good, &["small0", "MTU", "900", "1060"]),
+        ("a store in no folder", "eth0", &missing, &["no/such/folder"]),
+        ("a store that is not there and has no size", "eth0", &absent, &["absent", "SIZE"]),
+        ("a store that is too small", "eth0", &small, &["small", "64 MiB"]),
+        ("a store that is asked for too small", "eth0", &tiny, &["tiny", "64 MiB"]),
+        ("a file with other data", "eth0", &text, &["text", "not blank"]),
+        ("a store in use by another torusd", "eth0", &taken, &["store", "in use"]),
+    ];
+    for (case, interface, store, words) in cases {
+        let command = [
+            "torusd",
+            "--interface",
+            interface,
+            "--store",
+            store,
+            "--name",
+            "x",
+            "--state-dir",
+            &state,
+            "--run-dir",
+            &run,
+        ];
+        let output = ends(&lab, "ini", &command)?;
+        assert_told(case, &output, words);
+    }
+    assert!(fs::read(&text)? == precious, "a file that is not a store was written to");
+
+    let second = [
+        "torusd",
+        "--interface",
+        "eth0",
+        "--store",
+        &good,
+        "--name",
+        "x",
+        "--state-dir",
+        &state,
+        "--run-dir",
+        &run_of_n1,
+    ];
+    assert_told("a second torusd in the same folder", &ends(&lab, "n1", &second)?, &["run"]);
+    let api = [
+        "torusd",
+        "--interface",
+        "eth0",
+        "--store",
+        &good,
+        "--name",
+        "x",
+        "--state-dir",
+        &state,
+        "--run-dir",
+        &run,
+    ];
+    assert_told("an API address in use", &ends(&lab, "n1", &api)?, &["127.0.0.1:4321", "--api"]);
+    for capability in ["net_raw", "net_admin"] {
+        let drop = format!("-{capability}");
+        let mut command = vec!["setpriv", "--bounding-set", &drop, "--inh-caps", &drop];
+        command.extend_from_slice(&api);
+        let word = format!("CAP_{}", capability.to_uppercase());
+        assert_told("a missing capability", &ends(&lab, "ini", &command)?, &[&word]);
+    }
+    for (flag, value) in
+        [("--link", "carrier-pigeon"), ("--cores", "999"), ("--api", "nowhere"), ("--bogus", "1")]
+    {
+        let mut command = api.to_vec();
+        command.extend_from_slice(&[flag, value]);
+        let output = ends(&lab, "ini", &command)?;
+        assert_told(flag, &output, &[value.trim_start_matches('1')]);
+    }
+
+    // The running node took no harm from any of this.
+    lab.bench("1.1", &format!("--check-log {log}"))?.finish()?.assert_verified(1000.0);
+    lab.passed()
+}
+
+#[test]
+fn a_store_of_another_cluster_is_refused_and_kept() -> Result<()> {
+    let lab = Lab::up("--nodes 1 --etcd 0 --size 256MiB --store file")?;
+    lab.export("v", "64MiB", "1.1")?;
+    let log = lab.file("log");
+    let log = log.to_str().context("a path in UTF-8")?;
+    lab.bench("1.1", &format!("--write --window 8 --seconds 2 --verify --verify-log {log}"))?.finish()?;
+    lab.sh("kill n1 all")?;
+
+    let store = lab.json("status --json")?["nodes"][0]["store"].as_str().context("a store")?.to_owned();
+    let store = store.split(':').next().context("a path")?.to_owned();
+    let (state, run) = (lab.file("state"), lab.file("run"));
+    let (state, run) = (state.to_string_lossy(), run.to_string_lossy());
+    let command = [
+        "torusd",
+        "--interface",
+        "eth0",
+        "--store",
+        &store,
+        "--name",
+        "x",
+        "--state-dir",
+        &state,
+        "--run-dir",
+        &run,
+    ];
+    assert_told("a store of another cluster", &ends(&lab, "ini", &command)?, &["store", "another cluster"]);
+
+    lab.sh("start n1")?;
+    lab.bench("1.1", &format!("--check-log {log}"))?.finish()?.assert_verified(1000.0);
+    lab.passed()
+}
+
+#[test]
+fn commands_refuse_what_cannot_be_done() -> Result<()> {
+    let lab = Lab::up("--nodes 1 --etcd 1 --size 1GiB --store shm")?;
+    lab.export("v", "64MiB", "1.1")?;
+    lab.sh("torusctl volume create w 64MiB")?;
+    let cases: &[(&str, &[&str])] = &[
+        ("torusctl volume create v 64MiB", &["v", "exists"]),
+        ("torusctl volume create z 0", &["size"]),
+        ("torusctl volume create z 0MiB", &["size"]),
+        ("torusctl volume create z 100GiB", &["free"]),
+        ("torusctl volume create z much", &["much"]),
+        ("torusctl volume create -- -z 64MiB", &["name"]),
+        ("torusctl volume create a/b 64MiB", &["name"]),
+        ("torusctl volume create z 64MiB --copies 3", &["--copies 1"]),
+        ("torusctl volume delete nosuch", &["nosuch"]),
+        ("torusctl volume delete v", &["torusblk unexport"]),
+        ("torusctl volume resize v 32MiB", &["--allow-data-loss"]),
+        ("torusctl init", &["already"]),
+        ("torusblk aoe w 1.1", &["1.1", "in use"]),
+        ("torusblk aoe w 65535.0", &["65535.0"]),
+        ("torusblk aoe w 1.255", &["1.255"]),
+        ("torusblk aoe w one.two", &["one.two"]),
+        ("torusblk aoe nosuch 2.2", &["nosuch"]),
+        ("torusblk unexport w", &["not exported"]),
+    ];
+    for (line, words) in cases {
+        let output = lab.try_run(&line.split_whitespace().collect::<Vec<_>>())?;
+        assert_told(line, &output, words);
+    }
+    // Usage is another exit code than refusal.
+    for (line, code) in
+        [("torusctl fly", 2), ("torusctl volume create", 2), ("torusctl volume create v 64MiB", 1)]
+    {
+        let output = lab.try_run(&line.split_whitespace().collect::<Vec<_>>())?;
+        assert_eq!(output.status.code(), Some(code), "{line}: {output:?}");
+    }
+    let away = lab.try_run(&["exec", "ini", "--", "torusctl", "status"])?;
+    assert_eq!(away.status.code(), Some(3), "no API answers there: {away:?}");
+
+    // Nothing of this left a trace.
+    let volumes = lab.json("torusctl volume list --json")?.to_string();
+    assert!(
+        volumes.contains("\"v\"") && volumes.contains("\"w\"") && !volumes.contains("\"z\""),
+        "{volumes}"
+    );
+    lab.passed()
+}
+
+#[test]
+fn a_store_of_one_gibibyte_offers_920_mebibytes() -> Result<()> {
+    let lab = Lab::up("--nodes 1 --etcd 0 --size 1GiB --store shm")?;
+    lab.export("big", "920MiB", "1.1")?;
+    let output = lab.try_run(&["torusctl", "volume", "create", "more", "200MiB"])?;
+    assert_told("more than there is", &output, &["free"]);
+    lab.bench("1.1", "--write --block 64KiB --pattern sequential --window 8 --seconds 2 --verify")?
+        .finish()?;
+    // What is deleted can be had again.
+    lab.sh("torusblk unexport big")?;
+    lab.sh("torusctl volume delete big")?;
+    eventually("the space of a deleted volume is free", Duration::from_secs(30), || {
+        Ok(lab.try_run(&["torusctl", "volume", "create", "more", "900MiB"])?.status.success())
+    })?;
+    // And holds nothing of the old volume.
+    lab.sh("torusblk aoe more 1.2")?;
+    let report = lab.bench("1.2", "--read --window 16 --seconds 2 --verify")?.finish()?;
+    assert_eq!(
+        report.number("/verify/wrong_sectors") + report.number("/verify/lost_sectors"),
+        0.0,
+        "{:#}",
+        report.0
+    );
+    lab.passed()
+}
+
+#[test]
+fn torusd_waits_for_an_etcd_that_is_not_there() -> Result<()> {
+    let lab = Lab::up("--nodes 1 --etcd 1 --size 256MiB --store shm")?;
+    let path = |name: &str| lab.file(name).to_string_lossy().into_owned();
+    let (state, run, store) = (path("state"), path("run"), path("store") + ":128MiB");
+    let stderr = lab.file("torusd.log");
+    let mut torusd = Command::new(torus_e2e::ci_dir().join("lab"))
+        .args([
+            "exec",
+            "ini",
+            "--",
+            "torusd",
+            "--interface",
+            "eth0",
+            "--name",
+            "x",
+            "--etcd",
+            "http://10.77.0.250:2379",
+        ])
+        .args(["--store", &store, "--state-dir", &state, "--run-dir", &run])
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&stderr)?)
+        .stderr(fs::File::options().append(true).open(&stderr)?)
+        .spawn()?;
+    let check = || -> Result<()> {
+        eventually("torusd says which etcd it cannot reach", Duration::from_secs(20), || {
+            let text = fs::read_to_string(&stderr)?;
+            Ok(text.contains("10.77.0.250:2379") && text.contains("etcd"))
+        })?;
+        // It answers meanwhile, and refuses changes.
+        let api = format!("TORUS_API=unix:{run}/api.sock");
+        let status = lab.try_run(&["exec", "ini", "--", "env", &api, "torusctl", "status"])?;
+        ensure!(status.status.success(), "status is not answered without etcd: {status:?}");
+        let create =
+            lab.try_run(&["exec", "ini", "--", "env", &api, "torusctl", "volume", "create", "q", "16MiB"])?;
+        ensure!(create.status.code() == Some(1), "a change without etcd: {create:?}");
+        Ok(())
+    };
+    let outcome = check();
+    let started = Instant::now();
+    ensure!(torusd.try_wait()?.is_none(), "torusd gave up: {}", fs::read_to_string(&stderr)?);
+    torusd.kill()?;
+    torusd.wait()?;
+    while lab.sh("exec ini -- pgrep -x torusd").is_ok() && started.elapsed() < Duration::from_secs(5) {
+        sleep(Duration::from_millis(50));
+    }
+    outcome.with_context(|| fs::read_to_string(&stderr).unwrap_or_default())?;
+    lab.passed()
+}
