@@ -1,0 +1,173 @@
+//! `torus-junk INTERFACE DESTINATION-MAC SHELF.SLOT FRAMES SEED`: sends malformed AoE frames, as fast as one socket does.
+//!
+//! Truncated, mutated and random frames, frames with impossible lengths, counts, addresses and tags, all with AoE's
+//! EtherType. Some are well formed by chance and may write: to SHELF.SLOT only, which must be an export of no value.
+#![forbid(unsafe_code)]
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use aoe_xdp::link::{Interface, LinkChoice, MAX_SEGMENTS, Region, RegionConfig, Segment, Segments, TxFrame};
+
+/// Longest frame: what an MTU of 9000 takes.
+const FRAME_MAX: usize = 9014;
+/// Frames between two pauses, so that the receiver's ring is not simply full all the time.
+const BURST: u64 = 32;
+
+/// SplitMix64: the same seed sends the same frames.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() % u64::try_from(bound).expect("fits")).expect("below a usize")
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.next().to_le_bytes()[0]
+    }
+}
+
+struct Aim {
+    destination: [u8; 6],
+    source: [u8; 6],
+    shelf: u16,
+    slot: u8,
+}
+
+/// A valid request: Query Config, IDENTIFY, READ, WRITE, FLUSH, MAC mask or reserve, in both addressings.
+fn template(random: &mut Random, aim: &Aim) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(FRAME_MAX);
+    let broadcast = random.below(8) == 0;
+    frame.extend_from_slice(if broadcast { &[0xff; 6] } else { &aim.destination });
+    frame.extend_from_slice(&aim.source);
+    frame.extend_from_slice(&[0x88, 0xa2, 0x10, 0]);
+    frame.extend_from_slice(&aim.shelf.to_be_bytes());
+    frame.push(aim.slot);
+    let command = [0, 0, 0, 0, 1, 2, 3, 4][random.below(8)];
+    frame.push(command);
+    frame.extend_from_slice(&random.next().to_le_bytes()[..4]);
+    if command == 0 {
+        let ata = [0x20, 0x24, 0x30, 0x34, 0xec, 0xe7, 0xea, 0xe5][random.below(8)];
+        let sectors = u8::try_from(random.below(18)).expect("small");
+        let write = u8::from(ata == 0x30 || ata == 0x34);
+        let lba = (random.next() >> random.below(64)).to_le_bytes();
+        frame.extend_from_slice(&[0x40 | write, random.byte() & 1, sectors, ata]);
+        frame.extend_from_slice(&lba[..6]);
+        frame.extend_from_slice(&[0, 0]);
+        if write == 1 {
+            frame.resize((frame.len() + usize::from(sectors) * 512).min(FRAME_MAX), 0x5a);
+        }
+    } else {
+        for _ in 0..8 + random.below(64) {
+            frame.push(random.byte());
+        }
+    }
+    frame
+}
+
+/// Breaks a frame in one of several ways.
+fn spoil(random: &mut Random, frame: &mut Vec<u8>) {
+    match random.below(6) {
+        0 => frame.truncate(14 + random.below(frame.len().saturating_sub(14).max(1))),
+        1 => {
+            for _ in 0..=random.below(8) {
+                let at = 14 + random.below(frame.len() - 14);
+                frame[at] ^= 1 << random.below(8);
+            }
+        }
+        2 => {
+            let at = 14 + random.below((frame.len() - 14).min(24));
+            frame[at] = [0x00, 0x7f, 0x80, 0xff][random.below(4)];
+        }
+        3 => frame.resize(14 + random.below(FRAME_MAX - 14), 0xff),
+        4 => {
+            frame.truncate(14);
+            for _ in 0..random.below(200) {
+                frame.push(random.byte());
+            }
+        }
+        _ => {} // as it is: a valid request now and then
+    }
+}
+
+/// Keeps a frame off every export but the one of no value: what is well formed by chance must not write elsewhere.
+fn confine(frame: &mut [u8], aim: &Aim) {
+    if frame.len() > 18 {
+        let shelf = u16::from_be_bytes([frame[16], frame[17]]);
+        let mine = shelf == aim.shelf && frame[18] == aim.slot;
+        if !mine && frame.get(19).is_some_and(|&command| command == 0) {
+            frame[16..18].copy_from_slice(&aim.shelf.to_be_bytes());
+            frame[18] = aim.slot;
+        }
+    }
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [interface, destination, address, frames, seed] = arguments.as_slice() else {
+        bail!("write torus-junk INTERFACE DESTINATION-MAC SHELF.SLOT FRAMES SEED");
+    };
+    let bytes =
+        destination.split(':').map(|part| u8::from_str_radix(part, 16)).collect::<Result<Vec<_>, _>>();
+    let destination = bytes.context("the second argument is a MAC address")?.try_into();
+    let (shelf, slot) = address.split_once('.').context("the third argument is SHELF.SLOT")?;
+    let (frames, mut random) = (frames.parse::<u64>()?, Random(seed.parse()?));
+
+    let region = Region::new(RegionConfig { cores: 1, chunks_per_core: 2048, headers_per_core: 512 })?;
+    let mut pool = region.pool(0)?;
+    let mut link = Interface::open(interface, LinkChoice::AfPacket, &region)?;
+    let mut queue = link.take_queue(0, &mut pool)?;
+    let aim = Aim {
+        destination: destination.ok().context("a MAC address has six bytes")?,
+        source: link.info().mac,
+        shelf: shelf.parse()?,
+        slot: slot.parse()?,
+    };
+    let longest = usize::try_from(link.info().mtu)? + 14;
+
+    let (mut sent, mut received) = (0, Vec::with_capacity(256));
+    while sent < frames {
+        let mut frame = template(&mut random, &aim);
+        spoil(&mut random, &mut frame);
+        confine(&mut frame, &aim);
+        frame.truncate(longest);
+        queue_frame(&frame, &mut pool, &mut queue)?;
+        sent += 1;
+        if sent % BURST == 0 || sent == frames {
+            while !queue.flush() {}
+            queue.reap(&mut pool, &mut |_| {});
+            // The answers are of no interest, but they need not fill the socket.
+            queue.receive(&mut pool, &mut received);
+            for frame in received.drain(..) {
+                frame.release(&mut pool);
+            }
+            sleep(Duration::from_micros(500));
+        }
+    }
+    println!("{sent} frames sent");
+    Ok(())
+}
+
+/// Queues one frame: its first bytes in a header slot, the rest in chunks.
+fn queue_frame(frame: &[u8], pool: &mut aoe_xdp::link::Pool, queue: &mut aoe_xdp::link::Queue) -> Result<()> {
+    let mut header = pool.take_header().context("out of header slots")?;
+    let first = frame.len().min(36);
+    pool.header_bytes_mut(&mut header)[..first].copy_from_slice(&frame[..first]);
+    let mut data = Segments::new();
+    for part in frame[first..].chunks(4096).take(MAX_SEGMENTS - 1) {
+        let mut chunk = pool.take_chunk().context("out of chunks")?;
+        pool.bytes_mut(&mut chunk)[..part.len()].copy_from_slice(part);
+        let segment = Segment { chunk, offset: 0, len: u16::try_from(part.len())? };
+        data.push(segment).map_err(|_| anyhow::anyhow!("too many segments"))?;
+    }
+    let frame = TxFrame { header, header_len: u8::try_from(first)?, data };
+    queue.transmit(pool, frame).map_err(|_| anyhow::anyhow!("the transmit ring is full"))
+}

@@ -1,0 +1,44 @@
+//! Malformed frames, a storm of them, harm neither the data plane nor the verified load beside them.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use torus_e2e::Lab;
+
+fn storm(link: &str) -> Result<()> {
+    let lab = Lab::up(&format!("--nodes 1 --etcd 0 --size 512MiB --store shm --mtu 9000 --link {link}"))?;
+    lab.export("v", "64MiB", "1.1")?;
+    lab.export("worthless", "16MiB", "1.2")?;
+    let data_plane = lab.pid("n1", "dataplane_pid")?.context("a data plane")?;
+    let seen = lab.bench("1.2", "--read --window 1 --seconds 1")?.finish()?;
+    let mac = seen.0["target"]["mac"].as_str().context("the target has a MAC")?.to_owned();
+
+    let log = lab.file("log");
+    let log = log.to_str().context("a path in UTF-8")?;
+    let load = lab.bench(
+        "1.1",
+        &format!("--mixed 50 --window 8 --rate 3000 --seconds 12 --verify --verify-log {log}"),
+    )?;
+    sleep(Duration::from_secs(2));
+    for seed in [1, 2, 3] {
+        let sent = lab.sh(&format!("exec ini -- torus-junk eth0 {mac} 1.2 20000 {seed}"))?;
+        assert!(sent.contains("20000 frames sent"), "{sent}");
+    }
+    load.finish()?.assert_verified(1000.0);
+    assert_eq!(lab.pid("n1", "dataplane_pid")?, Some(data_plane), "malformed frames ended the data plane");
+    lab.bench("1.1", &format!("--check-log {log}"))?.finish()?.assert_verified(1000.0);
+    // The export that was shot at still serves.
+    lab.bench("1.2", "--mixed 50 --window 8 --seconds 2 --verify")?.finish()?.assert_verified(100.0);
+    lab.passed()
+}
+
+#[test]
+fn malformed_frames_on_af_xdp() -> Result<()> {
+    storm("auto")
+}
+
+#[test]
+fn malformed_frames_on_af_packet() -> Result<()> {
+    storm("af-packet")
+}
