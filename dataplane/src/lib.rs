@@ -1,1 +1,4 @@
-//! Placeholder head, replaced by the crate.
+//! The thread-per-core storage engine of a Torus node.
+#![forbid(unsafe_code)]
+
+pub mod store;

@@ -1,6 +1,6 @@
 //! The buffers of one disk request: a few whole chunks that lie side by side on the disk and anywhere in memory.
 
-use af_xdp::Chunk;
+use af_xdp::region::Chunk;
 
 /// Most blocks of one request: 16 sectors that begin inside a block touch three.
 pub const BLOCKS_MAX: usize = 3;

@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use af_xdp::Pool;
+use af_xdp::region::Pool;
 
 use crate::{BLOCK_BYTES, BLOCKS_MAX, Blocks, IoError, outcome};
 

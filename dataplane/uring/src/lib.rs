@@ -20,7 +20,7 @@ pub use inline::{read_inline, write_inline};
 pub use ring::{Event, FileId, Finished, Full, Ring, RingConfig, RingError, WakeHandle};
 
 /// Bytes of a block: the unit of disk requests, and a chunk of frame memory.
-pub const BLOCK_BYTES: usize = af_xdp::CHUNK_BYTES;
+pub const BLOCK_BYTES: usize = af_xdp::region::CHUNK_BYTES;
 
 /// How a disk request failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use af_xdp::{Pool, Region};
+use af_xdp::region::{Pool, Region};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
 use crate::{BLOCK_BYTES, BLOCKS_MAX, Blocks, IoError, outcome};

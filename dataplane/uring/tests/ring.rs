@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
-use af_xdp::{Pool, Region, RegionConfig};
+use af_xdp::region::{Pool, Region, RegionConfig};
 use torus_uring::{
     BLOCK_BYTES, Blocks, Event, Finished, IoError, Ring, RingConfig, read_inline, write_inline,
 };

@@ -1,0 +1,129 @@
+//! The store trait: what a reactor asks of a device, and what a device answers, without I/O.
+//!
+//! A store is a state machine. Requests and ended disk requests go in; disk requests and outcomes come out, so that the
+//! same code runs on io_uring, inline on memory, and on a simulated disk. Invariants that every implementation keeps:
+//! * The outcome of a write is `Ok` only when its bytes are on stable media (I3).
+//! * Every request ends with exactly one outcome, which hands back the chunks that came with it.
+//! * Ranges of concurrent requests never conflict: the caller orders them first (I6), so a read-modify-write needs no
+//!   lock of its own.
+//! * Blocks that could not be read are never written back, and never given to the caller as data (I7).
+
+pub mod linear;
+
+use af_xdp::region::Pool;
+use torus_uring::{Blocks, IoError};
+
+/// Bytes of a block, the unit of checksums to come, of read-modify-write, and of buffers.
+pub const BLOCK_BYTES: usize = torus_uring::BLOCK_BYTES;
+/// Sectors of a block.
+pub const BLOCK_SECTORS: u64 = 8;
+/// Bytes of a sector.
+pub const SECTOR_BYTES: u64 = 512;
+/// Bytes of an extent, the unit of allocation.
+pub const EXTENT_BYTES: u64 = 4 << 20;
+/// Sectors of an extent.
+pub const EXTENT_SECTORS: u64 = EXTENT_BYTES / SECTOR_BYTES;
+
+/// The request that an outcome belongs to: the reactor's own number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestToken(pub u32);
+
+/// What a reactor asks of a store. Blocks are those of the volume; `blocks` hold one chunk for each.
+#[derive(Debug)]
+pub enum Operation {
+    /// Fill the chunks.
+    Read {
+        /// The volume's first block to read.
+        first_block: u64,
+        /// One chunk for each block.
+        blocks: Blocks,
+    },
+    /// Write what the chunks hold, but for `keep_head_bytes` of the first and `keep_tail_bytes` of the last block, which
+    /// keep what they have on the device.
+    Write {
+        /// The volume's first block to write.
+        first_block: u64,
+        /// One chunk for each block, the payload at its place in them.
+        blocks: Blocks,
+        /// Bytes at the beginning of the first block that are not part of the write, below [`BLOCK_BYTES`].
+        keep_head_bytes: u16,
+        /// Bytes at the end of the last block that are not part of the write, below [`BLOCK_BYTES`].
+        keep_tail_bytes: u16,
+    },
+    /// Force everything acknowledged to stable media.
+    Flush,
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// The device could not read what is needed.
+    #[error("cannot be read: {0}")]
+    Unreadable(IoError),
+    /// The device could not write or sync.
+    #[error("cannot be written: {0}")]
+    Unwritable(IoError),
+    /// No frame memory is free for a read-modify-write; the initiator's retry will find some.
+    #[error("no frame memory is free")]
+    NoMemory,
+    /// The blocks lie beyond what the volume has on this store.
+    #[error("beyond the end of the volume")]
+    OutOfRange,
+}
+
+/// The end of a request.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Whose it is.
+    pub request: RequestToken,
+    /// The chunks that came with it.
+    pub blocks: Blocks,
+    /// How it ended.
+    pub result: Result<(), StoreError>,
+}
+
+/// The device under a store, as the reactor gives it: takes requests, never waits. The end of each comes back through
+/// [`Store::finished`] with its token. As many are in flight at most as the store has requests, times two.
+pub trait Disk {
+    /// Reads blocks from byte `offset_bytes` on.
+    fn read(&mut self, offset_bytes: u64, blocks: Blocks, token: u64);
+    /// Writes blocks from byte `offset_bytes` on; ends when they are on stable media.
+    fn write(&mut self, offset_bytes: u64, blocks: Blocks, token: u64);
+    /// Forces everything written to stable media.
+    fn sync(&mut self, token: u64);
+    /// The frame memory of this core.
+    fn pool(&mut self) -> &mut Pool;
+}
+
+/// A store, or one core's part of it.
+pub trait Store {
+    /// Where a volume lies on the store.
+    type Volume;
+
+    /// Begins a request on a volume.
+    fn start(
+        &mut self,
+        request: RequestToken,
+        volume: &Self::Volume,
+        operation: Operation,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    );
+
+    /// Goes on after a disk request has ended.
+    fn finished(
+        &mut self,
+        token: u64,
+        blocks: Blocks,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    );
+}
+
+/// Gives all chunks back to this core's pool.
+pub fn release_blocks(pool: &mut Pool, mut blocks: Blocks) {
+    while let Some(chunk) = blocks.pop() {
+        pool.release(chunk);
+    }
+}
