@@ -1,4 +1,5 @@
 //! The thread-per-core storage engine of a Torus node.
 #![forbid(unsafe_code)]
 
+pub mod device;
 pub mod store;

@@ -1,6 +1,7 @@
 //! The linear store: each volume preallocated as runs of whole extents, blocks in place, no checksums.
 //!
 //! * [`format`] – what is on the device: superblock and allocation table, and their codec.
+//! * [`catalog`] – the durable state: opening, formatting, changing.
 //! * [`allocation`] – which extents are whose.
 //! * this file – reads, writes and read-modify-writes of one core, without I/O.
 //!
@@ -10,6 +11,7 @@
 //!   of an unacknowledged write are old or new, as on any disk.
 
 pub mod allocation;
+pub mod catalog;
 pub mod format;
 
 use std::sync::Arc;

@@ -1,0 +1,420 @@
+//! A store's file or block device: opening, locking, and what is known of it.
+//!
+//! Invariants:
+//! * The lock is on the open file description that all I/O uses, duplicates included. In-flight requests of a killed
+//!   process hold it, so that a new process begins only after the old one's last write has landed (I4).
+//! * Nothing is written to a device that is not blank or not ours.
+//! * What is not known to be power-safe is synced with every write (I3).
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use cluster_map::Durability;
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
+
+/// How long the last writes of a killed process may take before the device counts as in use by a living one.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+/// Bytes at both ends that must be zero for a device to count as blank: labels of partition tables, file systems and
+/// volume managers lie there.
+const BLANK_PROBE_BYTES: u64 = 1 << 20;
+/// `statfs` types of file systems in memory (linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
+/// Alignment for O_DIRECT on every device there is.
+const ALIGN_BYTES: usize = 4096;
+
+/// Why a store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// It does not exist.
+    #[error(
+        "store {path} does not exist: give its size to create a file ({path}:10GiB), or name an existing file or block device"
+    )]
+    Missing {
+        /// The path asked for.
+        path: String,
+    },
+    /// The system refused an operation.
+    #[error("store {path}: cannot {what}: {source}")]
+    Io {
+        /// The path.
+        path: String,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another process has it.
+    #[error(
+        "store {path} is in use by another process: stop the torusd that uses it, or unmount the device, or name another store"
+    )]
+    InUse {
+        /// The path.
+        path: String,
+    },
+    /// Neither file nor block device.
+    #[error("store {path} is neither a regular file nor a block device")]
+    Kind {
+        /// The path.
+        path: String,
+    },
+    /// Below the smallest size.
+    #[error("store {path} has {len_bytes} bytes and needs at least {min_bytes}: use a larger one")]
+    TooSmall {
+        /// The path.
+        path: String,
+        /// Its size.
+        len_bytes: u64,
+        /// The smallest size.
+        min_bytes: u64,
+    },
+}
+
+/// An open, locked store.
+#[derive(Debug)]
+pub struct Device {
+    file: File,
+    path: PathBuf,
+    len_bytes: u64,
+    durability: Durability,
+}
+
+impl Device {
+    /// Opens and locks the store at `path`. A file that does not exist, or has no bytes, is made `size_bytes` long if
+    /// that is not 0.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn open(path: &Path, size_bytes: u64, min_bytes: u64) -> Result<Device, DeviceError> {
+        let shown = path.display().to_string();
+        let io_error = |what| {
+            let path = shown.clone();
+            move |source: io::Error| DeviceError::Io { path, what, source }
+        };
+        let file = open_locked(path, size_bytes > 0)?;
+        let metadata = file.metadata().map_err(io_error("read its metadata"))?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DeviceError::Kind { path: shown });
+        }
+        if kind.is_file() && metadata.len() == 0 && size_bytes > 0 {
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size_bytes)
+                .map_err(|error| io_error("reserve its space")(error.into()))?;
+        }
+        // A block device's metadata have no length; its end has.
+        let len_bytes = (&file).seek(SeekFrom::End(0)).map_err(io_error("find its size"))?;
+        if len_bytes < min_bytes {
+            return Err(DeviceError::TooSmall { path: shown, len_bytes, min_bytes });
+        }
+        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| is_memory(fs.f_type as i64));
+        let number = if kind.is_block_device() { metadata.rdev() } else { metadata.dev() };
+        let durability = match (in_memory && kind.is_file(), has_volatile_cache(number)) {
+            (true, _) => Durability::Memory,
+            (false, true) => Durability::DsyncWriteBack,
+            (false, false) => Durability::WriteThrough,
+        };
+        Ok(Device { file, path: path.to_owned(), len_bytes, durability })
+    }
+
+    /// The descriptor; duplicates share its lock.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// What a completed write means.
+    #[must_use]
+    pub fn durability(&self) -> Durability {
+        self.durability
+    }
+
+    /// Whether each write must be synced (`RWF_DSYNC`) to be durable. Files are synced on write-through devices too: it
+    /// costs nothing there unless the file system has metadata to write, and then it is needed.
+    #[must_use]
+    pub fn needs_dsync(&self) -> bool {
+        match self.durability {
+            Durability::Memory => false,
+            Durability::DsyncWriteBack => true,
+            Durability::WriteThrough => self.file.metadata().is_ok_and(|m| m.is_file()),
+        }
+    }
+
+    /// Whether nothing has ever been put on it, as far as both ends show.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn is_blank(&self) -> Result<bool, DeviceError> {
+        let probe = BLANK_PROBE_BYTES.min(self.len_bytes / 2) & !(ALIGN_BYTES as u64 - 1);
+        let tail = (self.len_bytes - probe) & !(ALIGN_BYTES as u64 - 1);
+        for offset_bytes in [0, tail] {
+            let len_bytes = usize::try_from(probe).expect("at most a MiB");
+            if self.read(offset_bytes, len_bytes)?.iter().any(|&byte| byte != 0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads bytes; offset and length are multiples of 4096.
+    ///
+    /// # Errors
+    /// When they cannot be read in full.
+    pub fn read(&self, offset_bytes: u64, len_bytes: usize) -> Result<Vec<u8>, DeviceError> {
+        let mut buffer = AlignedBuffer::new(len_bytes);
+        self.file
+            .read_exact_at(buffer.bytes_mut(), offset_bytes)
+            .map_err(|source| self.io_error("read it", source))?;
+        Ok(buffer.bytes().to_vec())
+    }
+
+    /// Writes bytes and waits until they are on stable media; offset and length are multiples of 4096.
+    ///
+    /// # Errors
+    /// When they cannot be written. A failed sync fails the device: its state is unknown then.
+    pub fn write_durably(&self, offset_bytes: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        let mut buffer = AlignedBuffer::new(bytes.len());
+        buffer.bytes_mut().copy_from_slice(bytes);
+        self.file
+            .write_all_at(buffer.bytes(), offset_bytes)
+            .map_err(|source| self.io_error("write it", source))?;
+        self.file.sync_data().map_err(|source| self.io_error("sync it", source))
+    }
+
+    /// Writes zeros over a range, in pieces, and tells `progress` after each the bytes done; syncs at the end. Multiples
+    /// of 4096. Zeros are written, not promised: the first write to a block that a file system has only reserved costs
+    /// several times one that overwrites.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn fill_with_zeros(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        mut progress: impl FnMut(u64),
+    ) -> Result<(), DeviceError> {
+        const PIECE_BYTES: usize = 1 << 20;
+        let zeros = AlignedBuffer::new(PIECE_BYTES);
+        let mut done = 0;
+        while done < len_bytes {
+            let piece = usize::try_from(len_bytes - done).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
+            self.file
+                .write_all_at(&zeros.bytes()[..piece], offset_bytes + done)
+                .map_err(|source| self.io_error("write zeros to it", source))?;
+            done += piece as u64;
+            progress(done);
+        }
+        self.file.sync_data().map_err(|source| self.io_error("sync it", source))
+    }
+
+    fn io_error(&self, what: &'static str, source: io::Error) -> DeviceError {
+        DeviceError::Io { path: self.path.display().to_string(), what, source }
+    }
+}
+
+fn open_locked(path: &Path, create: bool) -> Result<File, DeviceError> {
+    let shown = || path.display().to_string();
+    let deadline = Instant::now() + LOCK_WAIT;
+    loop {
+        match open_direct(path, create) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(DeviceError::Missing { path: shown() });
+            }
+            // A mounted or claimed block device, or one that a killed process still writes to.
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => {}
+            Err(source) => return Err(DeviceError::Io { path: shown(), what: "open it", source }),
+            Ok(file) => match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(error) => {
+                    return Err(DeviceError::Io { path: shown(), what: "lock it", source: error.into() });
+                }
+            },
+        }
+        if Instant::now() >= deadline {
+            return Err(DeviceError::InUse { path: shown() });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn open_direct(path: &Path, create: bool) -> io::Result<File> {
+    let is_block = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+    // O_EXCL without O_CREAT claims a block device: a mounted one is refused (open(2)).
+    let exclusive = if is_block { OFlags::EXCL } else { OFlags::empty() };
+    let open = |flags: OFlags| {
+        let flags = i32::try_from(flags.bits()).expect("open flags are small");
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(create && !is_block)
+            .truncate(false)
+            .custom_flags(flags)
+            .open(path)
+    };
+    match open(OFlags::DIRECT | exclusive) {
+        // Older tmpfs has no O_DIRECT, and needs none.
+        Err(error) if error.kind() == ErrorKind::InvalidInput => {
+            let file = open(exclusive)?;
+            let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| is_memory(fs.f_type as i64));
+            if in_memory { Ok(file) } else { Err(error) }
+        }
+        opened => opened,
+    }
+}
+
+fn is_memory(fs_type: i64) -> bool {
+    fs_type == TMPFS_MAGIC || fs_type == RAMFS_MAGIC
+}
+
+/// Whether the block device with this number has a volatile write cache; unknown counts as yes. Documentation/ABI/stable/
+/// sysfs-block, `queue/write_cache`; a partition's queue is its disk's.
+fn has_volatile_cache(device_number: u64) -> bool {
+    let (major, minor) = (rustix::fs::major(device_number), rustix::fs::minor(device_number));
+    let device = format!("/sys/dev/block/{major}:{minor}");
+    let attribute = ["queue/write_cache", "../queue/write_cache"]
+        .iter()
+        .find_map(|name| std::fs::read_to_string(Path::new(&device).join(name)).ok());
+    attribute.is_none_or(|text| text.trim() != "write through")
+}
+
+/// Bytes at an address that O_DIRECT takes.
+struct AlignedBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuffer {
+    fn new(len: usize) -> AlignedBuffer {
+        let bytes = vec![0; len + ALIGN_BYTES];
+        let start = bytes.as_ptr().align_offset(ALIGN_BYTES);
+        AlignedBuffer { bytes, start, len }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn folder() -> tempfile::TempDir {
+        // The build folder is on a disk; /tmp need not be.
+        tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_missing_path_is_created_only_with_a_size() {
+        let folder = folder();
+        let path = folder.path().join("store");
+        let error = Device::open(&path, 0, MIB).unwrap_err();
+        assert!(error.to_string().contains("store:10GiB"), "{error}");
+        assert!(!path.exists());
+        let device = Device::open(&path, 2 * MIB, MIB).unwrap();
+        assert_eq!(device.len_bytes(), 2 * MIB);
+        assert_ne!(device.durability(), Durability::Memory);
+        assert!(device.is_blank().unwrap());
+    }
+
+    #[test]
+    fn an_existing_file_keeps_its_size_and_content() {
+        let folder = folder();
+        let path = folder.path().join("store");
+        std::fs::write(&path, vec![7; 2 << 20]).unwrap();
+        let device = Device::open(&path, 5 * MIB, MIB).unwrap();
+        assert_eq!(device.len_bytes(), 2 * MIB);
+        assert!(!device.is_blank().unwrap());
+    }
+
+    #[test]
+    fn a_label_at_either_end_is_not_blank() {
+        let folder = folder();
+        for at in [1080, 2 * MIB - 512] {
+            let path = folder.path().join(format!("at{at}"));
+            let file = File::create(&path).unwrap();
+            file.set_len(2 * MIB).unwrap();
+            file.write_all_at(b"label", at).unwrap();
+            assert!(!Device::open(&path, 0, MIB).unwrap().is_blank().unwrap(), "{at}");
+        }
+    }
+
+    #[test]
+    fn too_small_and_wrong_kinds_are_refused() {
+        let folder = folder();
+        let path = folder.path().join("small");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        assert!(matches!(Device::open(&path, 0, MIB), Err(DeviceError::TooSmall { len_bytes: 4096, .. })));
+        assert!(Device::open(folder.path(), 0, MIB).is_err());
+        assert!(matches!(
+            Device::open(Path::new("/dev/null"), 0, MIB),
+            Err(DeviceError::Kind { .. } | DeviceError::Io { .. })
+        ));
+    }
+
+    #[test]
+    fn a_locked_store_is_in_use_until_the_last_descriptor_is_closed() {
+        let folder = folder();
+        let path = folder.path().join("store");
+        let first = Device::open(&path, 2 * MIB, MIB).unwrap();
+        assert!(matches!(Device::open(&path, 0, MIB), Err(DeviceError::InUse { .. })));
+        let duplicate = first.file().try_clone().unwrap();
+        drop(first);
+        let waiter = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                let started = Instant::now();
+                Device::open(&path, 0, MIB).map(|_| started.elapsed())
+            }
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        drop(duplicate);
+        let waited = waiter.join().unwrap().unwrap();
+        assert!(waited >= Duration::from_millis(250), "{waited:?}");
+    }
+
+    #[test]
+    fn zeros_and_bytes_reach_the_file() {
+        let folder = folder();
+        let path = folder.path().join("store");
+        let device = Device::open(&path, 4 * MIB, MIB).unwrap();
+        device.write_durably(0, &vec![9; 8192]).unwrap();
+        device.write_durably(3 * MIB, &vec![9; 8192]).unwrap();
+        let mut told = Vec::new();
+        device.fill_with_zeros(4096, 2 * MIB + 4096, |done| told.push(done)).unwrap();
+        assert_eq!(told, [MIB, 2 * MIB, 2 * MIB + 4096]);
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes[..4096].iter().all(|&b| b == 9) && bytes[4096..8192].iter().all(|&b| b == 0));
+        assert_eq!(bytes[3 << 20], 9);
+    }
+
+    #[test]
+    fn a_store_in_memory_is_known_as_such() {
+        let folder = tempfile::tempdir_in("/dev/shm").expect("/dev/shm is a tmpfs on every Linux system");
+        let device = Device::open(&folder.path().join("store"), 2 * MIB, MIB).unwrap();
+        assert_eq!(device.durability(), Durability::Memory);
+        assert!(!device.needs_dsync());
+    }
+}
