@@ -6,9 +6,14 @@
 //! change is one compare-and-swap transaction over all the records it depends on.
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod checks;
+pub mod daemon;
 pub mod meta;
 pub mod model;
+pub mod node;
 pub mod ops;
 pub mod placement;
 pub mod reconcile;
 pub mod size;
+pub mod supervise;

@@ -1,0 +1,204 @@
+//! From records to answers. Pure functions over one [`View`].
+
+use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, NodeId, StoreId, VolumeId};
+
+use super::types as t;
+use crate::model::{
+    Address, ClusterRecord, Entry, ExportRecord, NodeRecord, View, VolumeRecord, VolumeState,
+};
+use crate::placement::available_bytes;
+
+pub(crate) fn cluster(record: &ClusterRecord) -> t::Cluster {
+    t::Cluster {
+        id: record.id.to_string(),
+        created_unix_s: record.created_unix_s,
+        extent_size_bytes: record.extent_size,
+    }
+}
+
+fn count(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+/// Bytes of the ready stores of one node, or of all, and bytes that new volumes can have.
+pub(crate) fn capacity(view: &View, of: Option<NodeId>) -> (u64, u64) {
+    let wanted = view.stores.iter().filter(|(_, s)| of.is_none_or(|node| s.record.node == node));
+    wanted.fold((0, 0), |(capacity, available), (id, store)| {
+        let live = view.live.contains_key(&store.record.node);
+        let ready = view.store_status(*id).filter(|s| live && s.state == "ready");
+        (capacity + ready.map_or(0, |s| s.capacity), available + available_bytes(view, *id))
+    })
+}
+
+pub(crate) fn node_summary(view: &View, id: NodeId, node: &NodeRecord) -> t::NodeSummary {
+    let live = view.live.get(&id);
+    let status = view.status.get(&id).filter(|_| live.is_some());
+    let (capacity_bytes, available_bytes) = capacity(view, Some(id));
+    t::NodeSummary {
+        id: id.to_string(),
+        name: node.name.clone(),
+        zone: node.zone.clone(),
+        live: live.is_some(),
+        version: live.map(|l| l.version.clone()).unwrap_or_default(),
+        api_addr: node.api_addr.clone(),
+        peer_addr: node.peer_addr.clone(),
+        data_plane: status.map(|s| s.data_plane.clone()).unwrap_or_default(),
+        stores: count(status.map_or(0, |s| s.stores.iter().filter(|s| s.state == "ready").count())),
+        volumes: count(view.volumes.values().filter(|v| v.record.node == id).count()),
+        capacity_bytes,
+        available_bytes,
+    }
+}
+
+pub(crate) fn node(view: &View, id: NodeId, node: &NodeRecord, cores: Option<Vec<t::Core>>) -> t::Node {
+    let status = view.status.get(&id).cloned().unwrap_or_default();
+    let links = status.links.into_iter().map(|l| t::Link {
+        interface: l.interface,
+        queue: l.queue,
+        core: l.core,
+        mode: l.mode,
+        zero_copy: l.zero_copy,
+        segments: l.segments,
+        mtu: l.mtu,
+        max_sectors: l.max_sectors,
+        up: l.up,
+        note: l.note,
+    });
+    let volumes = status.volumes.into_iter().map(|v| t::VolumeReport {
+        id: v.id.to_string(),
+        name: view.volumes.get(&v.id).map(|r| r.record.name.clone()).unwrap_or_default(),
+        state: v.state,
+        size_bytes: v.size,
+        done_bytes: v.done,
+        error: v.error,
+    });
+    t::Node {
+        metadata: String::new(),
+        node: node_summary(view, id, node),
+        links: links.collect(),
+        stores: stores(view, Some(id)),
+        volumes: volumes.collect(),
+        cores,
+    }
+}
+
+/// The stores of one node, or of all: every path that a node is to open, and every recorded store.
+pub(crate) fn stores(view: &View, of: Option<NodeId>) -> Vec<t::Store> {
+    let nodes = view.nodes.iter().filter(|(id, _)| of.is_none_or(|node| node == **id));
+    let mut all = Vec::new();
+    for (node, member) in nodes {
+        let recorded = view.stores.iter().filter(|(_, s)| s.record.node == *node);
+        for (id, store) in recorded.clone() {
+            all.push(self::store(view, *node, &store.record.path, Some(*id)));
+        }
+        let new =
+            member.record.stores.iter().filter(|m| recorded.clone().all(|(_, s)| s.record.path != m.path));
+        all.extend(new.map(|m| self::store(view, *node, &m.path, None)));
+    }
+    all.sort_by(|a, b| (&a.node, &a.path).cmp(&(&b.node, &b.path)));
+    all
+}
+
+fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) -> t::Store {
+    let live = view.live.contains_key(&node);
+    let status = view.status.get(&node).and_then(|s| s.stores.iter().find(|s| s.path == path));
+    let status = status.filter(|_| live);
+    t::Store {
+        id: id.map(|id| id.to_string()).unwrap_or_default(),
+        node: view.node_label(node),
+        path: path.to_owned(),
+        state: status.map_or("unknown", |s| &s.state).to_owned(),
+        durability: status.filter(|s| s.state == "ready").map(|s| s.durability.clone()).unwrap_or_default(),
+        capacity_bytes: status.map_or(0, |s| s.capacity),
+        available_bytes: id.map_or(0, |id| available_bytes(view, id)),
+        orphaned_bytes: status.map_or(0, |s| s.orphaned),
+        volumes: count(view.volumes.values().filter(|v| Some(v.record.store) == id).count()),
+        error: status.map(|s| s.error.clone()).unwrap_or_default(),
+    }
+}
+
+pub(crate) fn volume(view: &View, id: VolumeId, volume: &VolumeRecord) -> t::Volume {
+    let live = view.live.contains_key(&volume.node);
+    let status = view.status.get(&volume.node).filter(|_| live);
+    let report = status.and_then(|s| s.volumes.iter().find(|v| v.id == id));
+    let progress = report
+        .filter(|_| volume.state != VolumeState::Ready)
+        .map(|r| t::Progress { done_bytes: r.done.min(volume.size), total_bytes: volume.size });
+    t::Volume {
+        id: id.to_string(),
+        name: volume.name.clone(),
+        size_bytes: volume.size,
+        copies: volume.copies,
+        state: volume.state.to_string(),
+        node: view.node_label(volume.node),
+        node_live: live,
+        store: view.stores.get(&volume.store).map(|s| s.record.path.clone()).unwrap_or_default(),
+        store_id: volume.store.to_string(),
+        export: volume.export.map(|e| e.to_string()),
+        created_unix_s: volume.created_unix_s,
+        progress,
+        error: report.map(|r| r.error.clone()).unwrap_or_default(),
+    }
+}
+
+pub(crate) fn volumes(view: &View) -> Vec<t::Volume> {
+    let mut all: Vec<_> = view.volumes.iter().map(|(id, v)| volume(view, *id, &v.record)).collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
+}
+
+pub(crate) fn export(view: &View, address: Address, export: &Entry<ExportRecord>) -> t::Export {
+    let record = &export.record;
+    let volume = view.volumes.get(&record.volume).map(|v| &v.record);
+    let live = volume.is_some_and(|v| view.live.contains_key(&v.node));
+    let status = volume.filter(|_| live).and_then(|v| view.status.get(&v.node));
+    let text = address.to_string();
+    let (state, error) = match status {
+        _ if record.ending => ("ending", String::new()),
+        None => ("unknown", String::new()),
+        Some(status) if status.serving.contains(&text) => ("serving", String::new()),
+        Some(status) => match status.exports.iter().find(|e| e.address == address) {
+            Some(report) if report.state == "failed" => ("failed", report.error.clone()),
+            Some(report) => ("waiting", report.error.clone()),
+            None => ("waiting", String::new()),
+        },
+    };
+    t::Export {
+        device: format!("/dev/etherd/e{text}"),
+        address: text,
+        volume: volume.map(|v| v.name.clone()).unwrap_or_default(),
+        volume_id: record.volume.to_string(),
+        node: volume.map(|v| view.node_label(v.node)).unwrap_or_default(),
+        size_bytes: volume.map_or(0, |v| v.size),
+        mac: record.mac.to_string(),
+        read_only: record.read_only,
+        state: state.to_owned(),
+        error,
+    }
+}
+
+pub(crate) fn exports(view: &View) -> Vec<t::Export> {
+    view.exports.iter().map(|(address, e)| export(view, *address, e)).collect()
+}
+
+fn latency(histogram: &HistogramSnapshot) -> t::Latency {
+    t::Latency {
+        count: histogram.count(),
+        mean_ns: histogram.mean(),
+        p50_ns: histogram.quantile(0.5),
+        p99_ns: histogram.quantile(0.99),
+    }
+}
+
+/// Statistics by core; `cores` are the CPU numbers in the map's order.
+pub(crate) fn cores(cores: &[u16], stats: &[CoreSnapshot]) -> Vec<t::Core> {
+    let named = cores.iter().zip(stats);
+    named
+        .map(|(core, stats)| t::Core {
+            core: *core,
+            counters: Counter::ALL.iter().map(|c| (c.name().to_owned(), stats.get(*c))).collect(),
+            read: latency(&stats.read_ns),
+            write: latency(&stats.write_ns),
+        })
+        .collect()
+}

@@ -1,0 +1,414 @@
+//! Bodies of requests and answers. What is served here is what `--json` prints.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// An error.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: ErrorDetail,
+}
+
+/// What is wrong and what to do.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ErrorDetail {
+    /// Stable word for programs.
+    pub code: String,
+    /// What is wrong.
+    pub message: String,
+    /// The next step; may be empty.
+    pub hint: String,
+}
+
+/// Version of the answering process.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Version {
+    /// Version of torusd.
+    pub version: String,
+    /// Version of the API.
+    pub api: String,
+}
+
+/// The cluster.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Cluster {
+    /// Identity.
+    pub id: String,
+    /// When it was initialised, seconds since 1970.
+    pub created_unix_s: u64,
+    /// Extent size in bytes; volume sizes are multiples of it.
+    pub extent_size_bytes: u64,
+}
+
+/// The answering node and what it knows of the cluster.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// Where the metadata is kept.
+    pub metadata_store: String,
+    /// Version of torusd.
+    pub version: String,
+    /// Id of the answering node.
+    pub node_id: String,
+    /// Name of the answering node.
+    pub node: String,
+    /// The cluster, once initialised.
+    pub cluster: Option<Cluster>,
+    /// What the node waits for or cannot do; empty if all is well.
+    pub problem: String,
+    /// How this node's data plane is.
+    pub data_plane: String,
+    /// Members.
+    pub nodes: u64,
+    /// Members with a live session.
+    pub nodes_live: u64,
+    /// Stores.
+    pub stores: u64,
+    /// Volumes.
+    pub volumes: u64,
+    /// Exports.
+    pub exports: u64,
+    /// Bytes of all stores that are ready.
+    pub capacity_bytes: u64,
+    /// Bytes of them that new volumes can have.
+    pub available_bytes: u64,
+}
+
+/// Initialises a cluster.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InitRequest {
+    /// Extent size in bytes, a power of two from 1 MiB to 64 MiB; 4 MiB if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub extent_size_bytes: Option<u64>,
+}
+
+/// What initialising came to.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct InitAnswer {
+    /// The cluster.
+    pub cluster: Cluster,
+    /// False if it was initialised before; then nothing was changed.
+    pub created: bool,
+}
+
+/// A member.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct NodeSummary {
+    /// Identity.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// Failure domain; may be empty.
+    pub zone: String,
+    /// Whether its session is alive.
+    pub live: bool,
+    /// Version of its torusd; empty if it is not live.
+    pub version: String,
+    /// Where its API listens.
+    pub api_addr: String,
+    /// Where its data plane listens for peers; may be empty.
+    pub peer_addr: String,
+    /// How its data plane is; empty if it is not live.
+    pub data_plane: String,
+    /// Stores that are ready.
+    pub stores: u64,
+    /// Volumes on it.
+    pub volumes: u64,
+    /// Bytes of its ready stores.
+    pub capacity_bytes: u64,
+    /// Bytes of them that new volumes can have.
+    pub available_bytes: u64,
+}
+
+/// All members.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct NodeList {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The members.
+    pub nodes: Vec<NodeSummary>,
+}
+
+/// One queue of an interface.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Link {
+    /// Interface.
+    pub interface: String,
+    /// Queue number.
+    pub queue: u16,
+    /// Core that serves it.
+    pub core: u16,
+    /// `zero-copy`, `native copy`, `generic` or `packet`.
+    pub mode: String,
+    /// Whether the kernel copies no frame.
+    pub zero_copy: bool,
+    /// Buffers that a frame may span.
+    pub segments: u8,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Sectors of 512 bytes per request that initiators are told.
+    pub max_sectors: u8,
+    /// Whether it carries frames.
+    pub up: bool,
+    /// Why a better mode was not had; may be empty.
+    pub note: String,
+}
+
+/// A store.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Store {
+    /// Identity; empty until it is formatted or read.
+    pub id: String,
+    /// Name of its node.
+    pub node: String,
+    /// Path on that node.
+    pub path: String,
+    /// `opening`, `ready`, `failed`, or `unknown` if the node is not live.
+    pub state: String,
+    /// What an acknowledged write survives.
+    pub durability: String,
+    /// Bytes for volumes.
+    pub capacity_bytes: u64,
+    /// Bytes that new volumes can have.
+    pub available_bytes: u64,
+    /// Bytes of volumes that no record names; they are kept.
+    pub orphaned_bytes: u64,
+    /// Volumes on it.
+    pub volumes: u64,
+    /// Why it failed; may be empty.
+    pub error: String,
+}
+
+/// Stores.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct StoreList {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The stores.
+    pub stores: Vec<Store>,
+}
+
+/// A distribution of latencies.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Latency {
+    /// How many.
+    pub count: u64,
+    /// Mean in nanoseconds.
+    pub mean_ns: f64,
+    /// Median in nanoseconds.
+    pub p50_ns: u64,
+    /// 99th percentile in nanoseconds.
+    pub p99_ns: u64,
+}
+
+/// What one core of the data plane counted since the map was made.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Core {
+    /// CPU number.
+    pub core: u16,
+    /// Counters by name.
+    pub counters: BTreeMap<String, u64>,
+    /// From a read's arrival to its reply being queued.
+    pub read: Latency,
+    /// From a write's arrival to its reply being queued.
+    pub write: Latency,
+}
+
+/// A volume that the node reports apart: in progress, failed, or an orphan.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct VolumeReport {
+    /// Identity.
+    pub id: String,
+    /// Name; empty for an orphan.
+    pub name: String,
+    /// `allocating`, `ready`, `purged`, `orphan` or `failed`.
+    pub state: String,
+    /// Size in bytes that the data plane has.
+    pub size_bytes: u64,
+    /// Bytes done of the work in progress.
+    pub done_bytes: u64,
+    /// Why it failed; may be empty.
+    pub error: String,
+}
+
+/// A member in full.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Node {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The summary.
+    pub node: NodeSummary,
+    /// Link queues.
+    pub links: Vec<Link>,
+    /// Stores.
+    pub stores: Vec<Store>,
+    /// Volumes in progress or in trouble, and orphans.
+    pub volumes: Vec<VolumeReport>,
+    /// Counters per core; only the node itself can tell, so they are missing in another node's answer.
+    pub cores: Option<Vec<Core>>,
+}
+
+/// Names a store for a node to open.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StoreRequest {
+    /// Absolute path of a file or block device on that node.
+    pub path: String,
+    /// Size in bytes to create the file with; 0 or absent takes what is there.
+    #[serde(default)]
+    pub size_bytes: u64,
+}
+
+/// A change was taken in.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Accepted {
+    /// What happens now.
+    pub message: String,
+}
+
+/// A volume to create.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRequest {
+    /// Unique name, 1–64 of `[A-Za-z0-9._-]`, not starting with `-` or `.`.
+    pub name: String,
+    /// Size in bytes; rounded up to whole extents.
+    pub size_bytes: u64,
+    /// Copies; min(3, nodes) if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies: Option<u8>,
+}
+
+/// A volume's new size.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// Size in bytes; rounded up to whole extents.
+    pub size_bytes: u64,
+    /// Allows a smaller size, which cuts off the end.
+    #[serde(default)]
+    pub allow_data_loss: bool,
+}
+
+/// Work in progress.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    /// Bytes done.
+    pub done_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+}
+
+/// A volume.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Volume {
+    /// Identity.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Copies.
+    pub copies: u8,
+    /// `creating`, `ready`, `resizing` or `purging`.
+    pub state: String,
+    /// Name of its node.
+    pub node: String,
+    /// Whether that node's session is alive.
+    pub node_live: bool,
+    /// Path of its store on that node.
+    pub store: String,
+    /// Identity of its store.
+    pub store_id: String,
+    /// `SHELF.SLOT` of its export, if it has one.
+    pub export: Option<String>,
+    /// When it was created, seconds since 1970.
+    pub created_unix_s: u64,
+    /// Work in progress, as far as the node has told.
+    pub progress: Option<Progress>,
+    /// Why it failed; may be empty.
+    pub error: String,
+}
+
+/// All volumes.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct VolumeList {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The volumes, by name.
+    pub volumes: Vec<Volume>,
+}
+
+/// A volume and how current the answer is.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct VolumeAnswer {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The volume.
+    pub volume: Volume,
+}
+
+/// A volume to export.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// Name or id of the volume.
+    pub volume: String,
+    /// `SHELF.SLOT`; the next free address if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// An interface that the volume's node must serve on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// An export.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Export {
+    /// `SHELF.SLOT`.
+    pub address: String,
+    /// Name of the volume.
+    pub volume: String,
+    /// Identity of the volume.
+    pub volume_id: String,
+    /// Name of the node that serves it.
+    pub node: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Base MAC address.
+    pub mac: String,
+    /// Refuses writes.
+    pub read_only: bool,
+    /// `waiting`, `serving`, `failed`, `ending`, or `unknown` if the node is not live.
+    pub state: String,
+    /// Name of the block device on a Linux initiator.
+    pub device: String,
+    /// Why it failed; may be empty.
+    pub error: String,
+}
+
+/// All exports.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ExportList {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The exports, by address.
+    pub exports: Vec<Export>,
+}
+
+/// An export and how current the answer is.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ExportAnswer {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The export; absent once it has ended.
+    pub export: Option<Export>,
+}

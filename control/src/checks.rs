@@ -1,0 +1,412 @@
+//! What is looked at before a node starts anything, so that what cannot work is said at once and with the next step.
+//!
+//! Nothing here changes the machine, but for one thing: a store file named with a size is created, empty.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use cluster_map::LinkChoice;
+use rustix::net::netlink::SocketAddrNetlink;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::thread::CapabilitySet;
+use thiserror::Error;
+
+use crate::model::StoreSpec;
+use crate::ops::{self, MIN_STORE_BYTES};
+use crate::size::{self, human};
+
+/// Smallest MTU: an AoE frame of two sectors (36 bytes of headers, of which 14 do not count, and 1024 of data), with room.
+pub const MIN_MTU: u32 = 1060;
+
+/// Why a node cannot start.
+#[derive(Debug, Error)]
+pub enum CheckError {
+    /// Something is not as it must be; the text names the next step.
+    #[error("{0}")]
+    Refused(String),
+    /// The machine could not be asked.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> CheckError {
+    let what = what.into();
+    move |source| CheckError::Io { what, source }
+}
+
+/// A network interface as the kernel shows it in this network namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interface {
+    /// Administratively up (`IFF_UP`).
+    pub up: bool,
+    /// Has a carrier (`IFF_LOWER_UP`).
+    pub carrier: bool,
+    /// MTU in bytes.
+    pub mtu: u32,
+}
+
+/// All interfaces of this network namespace, by name. Asks rtnetlink: `/sys` may show another namespace.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn interfaces() -> io::Result<BTreeMap<String, Interface>> {
+    const RTM_GETLINK: u16 = 18;
+    const NLM_F_REQUEST_DUMP: u16 = 0x301;
+    const HEADER_BYTES: u32 = 32;
+    // No protocol is protocol 0: NETLINK_ROUTE.
+    let socket =
+        rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    let mut request = Vec::with_capacity(32);
+    request.extend(HEADER_BYTES.to_ne_bytes());
+    request.extend(RTM_GETLINK.to_ne_bytes());
+    request.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
+    // Sequence, port, and an ifinfomsg that names no interface.
+    request.resize(32, 0);
+    rustix::net::sendto(&socket, &request, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+    let mut found = BTreeMap::new();
+    let mut buffer = vec![0u8; 256 << 10];
+    loop {
+        let (len, _) = rustix::net::recv(&socket, buffer.as_mut_slice(), RecvFlags::empty())?;
+        if parse_links(&buffer[..len], &mut found)? {
+            return Ok(found);
+        }
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// Reads netlink messages (`linux/netlink.h`, `linux/rtnetlink.h`); true at the end of the dump.
+fn parse_links(mut bytes: &[u8], found: &mut BTreeMap<String, Interface>) -> io::Result<bool> {
+    const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
+    const RTM_NEWLINK: u16 = 16;
+    let malformed = || io::Error::new(io::ErrorKind::InvalidData, "malformed netlink answer");
+    while !bytes.is_empty() {
+        let len = u32_at(bytes, 0).and_then(|len| usize::try_from(len).ok()).ok_or_else(malformed)?;
+        let message = bytes.get(16..len).ok_or_else(malformed)?;
+        match u16_at(bytes, 4).ok_or_else(malformed)? {
+            NLMSG_DONE => return Ok(true),
+            NLMSG_ERROR => {
+                let code = u32_at(message, 0).ok_or_else(malformed)?;
+                return Err(io::Error::from_raw_os_error(code.cast_signed().saturating_neg()));
+            }
+            RTM_NEWLINK => {
+                let (name, link) = parse_link(message).ok_or_else(malformed)?;
+                found.insert(name, link);
+            }
+            _ => {}
+        }
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or(&[]);
+    }
+    Ok(false)
+}
+
+fn parse_link(message: &[u8]) -> Option<(String, Interface)> {
+    const IFLA_IFNAME: u16 = 3;
+    const IFLA_MTU: u16 = 4;
+    const IFF_UP: u32 = 1;
+    const IFF_LOWER_UP: u32 = 1 << 16;
+    let flags = u32_at(message, 8)?;
+    let mut link = Interface { up: flags & IFF_UP != 0, carrier: flags & IFF_LOWER_UP != 0, mtu: 0 };
+    let mut name = None;
+    let mut attributes = message.get(16..)?;
+    while attributes.len() >= 4 {
+        let len = usize::from(u16_at(attributes, 0)?);
+        let value = attributes.get(4..len)?;
+        match u16_at(attributes, 2)? {
+            IFLA_IFNAME => {
+                let text = value.split(|b| *b == 0).next()?;
+                name = Some(String::from_utf8_lossy(text).into_owned());
+            }
+            IFLA_MTU => link.mtu = u32_at(value, 0)?,
+            _ => {}
+        }
+        attributes = attributes.get(len.next_multiple_of(4)..).unwrap_or(&[]);
+    }
+    Some((name?, link))
+}
+
+/// Checks that each interface exists, is up and carries an AoE frame.
+///
+/// # Errors
+/// The first that does not, with the next step.
+pub fn check_interfaces(wanted: &[String], present: &BTreeMap<String, Interface>) -> Result<(), CheckError> {
+    let refuse = |text: String| Err(CheckError::Refused(text));
+    if wanted.is_empty() {
+        return refuse("no interface is named; give one with --interface".into());
+    }
+    for (index, name) in wanted.iter().enumerate() {
+        if wanted[..index].contains(name) {
+            return refuse(format!("interface {name} is named twice; name each once"));
+        }
+        let Some(interface) = present.get(name) else {
+            let names: Vec<_> = present.keys().filter(|name| *name != "lo").map(String::as_str).collect();
+            let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            return refuse(format!("there is no interface {name} here; these exist: {names}"));
+        };
+        if !interface.up {
+            return refuse(format!("interface {name} is down; run `ip link set dev {name} up`"));
+        }
+        if interface.mtu < MIN_MTU {
+            let mtu = interface.mtu;
+            return refuse(format!(
+                "interface {name} has MTU {mtu}, at least {MIN_MTU} is needed; run `ip link set dev {name} mtu 1500` (better 9000)"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Checks the capabilities that the data plane needs for the link.
+///
+/// # Errors
+/// The missing ones by name.
+pub fn check_capabilities(link: LinkChoice) -> Result<(), CheckError> {
+    let have = rustix::thread::capabilities(None)
+        .map_err(|e| io_error("cannot read this process's capabilities")(e.into()))?
+        .effective;
+    match missing_capabilities(link, have) {
+        missing if missing.is_empty() => Ok(()),
+        missing => Err(CheckError::Refused(format!(
+            "missing {}; run torusd as root, or grant them, for example with `systemd-run -p AmbientCapabilities=…`",
+            missing.join(", ")
+        ))),
+    }
+}
+
+fn missing_capabilities(link: LinkChoice, have: CapabilitySet) -> Vec<&'static str> {
+    let mut missing = Vec::new();
+    let mut need = |any_of: CapabilitySet, name| {
+        if !have.intersects(any_of) {
+            missing.push(name);
+        }
+    };
+    need(CapabilitySet::NET_RAW, "CAP_NET_RAW (raw Ethernet)");
+    if link == LinkChoice::AfXdp {
+        need(CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN (attach the XDP program)");
+        need(CapabilitySet::BPF | CapabilitySet::SYS_ADMIN, "CAP_BPF (load the XDP program)");
+    }
+    missing
+}
+
+/// Reads one `PATH[:SIZE]`. A colon belongs to the path if what follows it is no size, or if the whole names something.
+///
+/// # Errors
+/// The size does not parse although it starts with a digit and the path does not exist, or is too small.
+pub fn parse_store(text: &str) -> Result<StoreSpec, CheckError> {
+    let whole = |path: &str| std::path::absolute(path).map_err(io_error(format!("bad path {path}")));
+    let (path, size) = match text.rsplit_once(':') {
+        Some((path, size)) if !path.is_empty() && !Path::new(text).exists() => match size::parse(size) {
+            Ok(0) => return Err(CheckError::Refused(format!("store {path}: a size of 0 is not possible"))),
+            Ok(bytes) => (path, bytes),
+            Err(error) if size.starts_with(|c: char| c.is_ascii_digit()) => {
+                return Err(CheckError::Refused(format!("store {path}: {error}")));
+            }
+            Err(_) => (text, 0),
+        },
+        _ => (text, 0),
+    };
+    if path.is_empty() {
+        return Err(CheckError::Refused("a store needs a path: --store PATH or PATH:SIZE".into()));
+    }
+    let path = whole(path)?;
+    let Some(path) = path.to_str() else {
+        return Err(CheckError::Refused(format!("store path {} is not UTF-8", path.display())));
+    };
+    let spec = StoreSpec { path: path.to_owned(), size };
+    ops::check_store(&spec).map_err(|refusal| CheckError::Refused(refusal.to_string()))?;
+    Ok(spec)
+}
+
+/// Checks that a store can be opened; creates the file if it is missing and a size is named.
+///
+/// # Errors
+/// Missing, not a file or block device, too small, or no space for it; with the next step.
+pub fn prepare_store(spec: &StoreSpec) -> Result<(), CheckError> {
+    let path = Path::new(&spec.path);
+    let refuse = |text: String| Err(CheckError::Refused(text));
+    match fs::metadata(path) {
+        Ok(found) if found.file_type().is_block_device() => Ok(()),
+        Ok(found) if found.is_file() => {
+            // A blank file takes the size it is named with; the data plane sees to it.
+            let len = found.len().max(spec.size);
+            if len < MIN_STORE_BYTES {
+                return refuse(format!(
+                    "store {} has {}, at least 64 MiB are needed; write {}:SIZE to give it a size",
+                    spec.path,
+                    human(len),
+                    spec.path
+                ));
+            }
+            Ok(())
+        }
+        Ok(_) => refuse(format!("store {} is neither a file nor a block device", spec.path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && spec.size == 0 => refuse(format!(
+            "store {} does not exist; check the path, or write {}:SIZE (for example :10GiB) to create a file",
+            spec.path, spec.path
+        )),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => create_store(spec, path),
+        Err(source) => Err(CheckError::Io { what: format!("cannot look at store {}", spec.path), source }),
+    }
+}
+
+fn create_store(spec: &StoreSpec, path: &Path) -> Result<(), CheckError> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    if !folder.is_dir() {
+        let text = format!("store {}: the folder {} does not exist; create it", spec.path, folder.display());
+        return Err(CheckError::Refused(text));
+    }
+    let space = rustix::fs::statvfs(folder)
+        .map_err(|e| io_error(format!("cannot read the free space of {}", folder.display()))(e.into()))?;
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    if free < spec.size {
+        let text = format!(
+            "store {}: {} are named, but {} has {} free; name a smaller size",
+            spec.path,
+            human(spec.size),
+            folder.display(),
+            human(free)
+        );
+        return Err(CheckError::Refused(text));
+    }
+    let create = || {
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.set_len(spec.size)
+    };
+    create().map_err(io_error(format!("cannot create store {}", spec.path)))
+}
+
+/// The data-plane program: the one named, else the one beside this program, else the first in `PATH`.
+///
+/// # Errors
+/// None is found; says where was looked.
+pub fn find_data_plane(named: Option<&Path>) -> Result<PathBuf, CheckError> {
+    const NAME: &str = "torus-dataplane";
+    if let Some(path) = named {
+        if path.is_file() {
+            return Ok(path.to_owned());
+        }
+        return Err(CheckError::Refused(format!("data plane {} does not exist", path.display())));
+    }
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
+    let in_path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = beside.into_iter().chain(std::env::split_paths(&in_path).map(|dir| dir.join(NAME)));
+    places.find(|path| path.is_file()).ok_or_else(|| {
+        let text =
+            format!("{NAME} is neither beside torusd nor in PATH; install it, or name it with --dataplane");
+        CheckError::Refused(text)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn present(up: bool, mtu: u32) -> BTreeMap<String, Interface> {
+        BTreeMap::from([("eth0".to_owned(), Interface { up, carrier: true, mtu })])
+    }
+
+    #[test]
+    fn the_kernel_is_asked_for_interfaces() {
+        let found = interfaces().unwrap();
+        let lo = found.get("lo").unwrap();
+        assert!(lo.mtu >= 1500, "{lo:?}");
+    }
+
+    #[test]
+    fn interface_trouble_names_the_next_step() {
+        let eth0 = ["eth0".to_owned()];
+        assert!(check_interfaces(&eth0, &present(true, 1500)).is_ok());
+        let text =
+            |wanted: &[String], present: &_| check_interfaces(wanted, present).unwrap_err().to_string();
+        assert_eq!(
+            text(&["eth7".to_owned()], &present(true, 1500)),
+            "there is no interface eth7 here; these exist: eth0"
+        );
+        assert_eq!(
+            text(&eth0, &present(false, 1500)),
+            "interface eth0 is down; run `ip link set dev eth0 up`"
+        );
+        assert!(text(&eth0, &present(true, 1059)).contains("MTU 1059"));
+        assert!(check_interfaces(&eth0, &present(true, 1060)).is_ok());
+        assert!(text(&[], &present(true, 1500)).contains("--interface"));
+        assert!(text(&["eth0".into(), "eth0".into()], &present(true, 1500)).contains("twice"));
+    }
+
+    #[test]
+    fn capabilities_depend_on_the_link() {
+        let raw = CapabilitySet::NET_RAW;
+        assert!(missing_capabilities(LinkChoice::AfPacket, raw).is_empty());
+        assert!(missing_capabilities(LinkChoice::Auto, raw).is_empty());
+        assert_eq!(missing_capabilities(LinkChoice::AfXdp, raw).len(), 2);
+        assert!(missing_capabilities(LinkChoice::AfXdp, CapabilitySet::all()).is_empty());
+        assert!(missing_capabilities(LinkChoice::Auto, CapabilitySet::empty())[0].starts_with("CAP_NET_RAW"));
+    }
+
+    #[test]
+    fn stores_parse_with_and_without_size() {
+        let spec = |text| parse_store(text).unwrap();
+        assert_eq!(spec("/x/y:1GiB"), StoreSpec { path: "/x/y".into(), size: 1 << 30 });
+        assert_eq!(spec("/dev/sdz"), StoreSpec { path: "/dev/sdz".into(), size: 0 });
+        assert_eq!(
+            spec("/dev/disk/by-path/pci-0:ata"),
+            StoreSpec { path: "/dev/disk/by-path/pci-0:ata".into(), size: 0 }
+        );
+        assert!(spec("rel:64MiB").path.starts_with('/'));
+        for bad in ["", ":1GiB", "/x:0", "/x:63MiB", "/x:1Gobi"] {
+            assert!(parse_store(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_store_is_created_only_with_a_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s").to_str().unwrap().to_owned();
+        let missing = prepare_store(&StoreSpec { path: path.clone(), size: 0 }).unwrap_err().to_string();
+        assert!(missing.contains("does not exist"), "{missing}");
+        assert!(!Path::new(&path).exists());
+        prepare_store(&StoreSpec { path: path.clone(), size: 64 << 20 }).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 64 << 20);
+        prepare_store(&StoreSpec { path: path.clone(), size: 0 }).unwrap();
+        fs::write(&path, b"short").unwrap();
+        let small = prepare_store(&StoreSpec { path: path.clone(), size: 0 }).unwrap_err().to_string();
+        assert!(small.contains("has 5 B"), "{small}");
+        let folder = dir.path().to_str().unwrap().to_owned();
+        assert!(prepare_store(&StoreSpec { path: folder, size: 0 }).is_err());
+        let huge =
+            prepare_store(&StoreSpec { path: format!("{path}2"), size: 1 << 60 }).unwrap_err().to_string();
+        assert!(huge.contains("smaller size"), "{huge}");
+        let nowhere = prepare_store(&StoreSpec { path: format!("{path}/a/b"), size: 1 << 30 }).unwrap_err();
+        assert!(!nowhere.to_string().is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn netlink_parsing_is_total(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse_links(&bytes, &mut BTreeMap::new());
+        }
+
+        #[test]
+        fn netlink_parsing_ends_on_short_messages(len in 0u32..64, kind in 0u16..20, rest in 0usize..64) {
+            let mut bytes = len.to_ne_bytes().to_vec();
+            bytes.extend(kind.to_ne_bytes());
+            bytes.resize(6 + rest, 1);
+            let _ = parse_links(&bytes, &mut BTreeMap::new());
+        }
+    }
+}

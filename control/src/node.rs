@@ -1,0 +1,660 @@
+//! One node at work: what it knows of the cluster, its session there, and the data plane's desired and observed state.
+//!
+//! Three loops, none of which waits for another: [`interpret`] turns the reflected metadata into one consistent view,
+//! [`session`] keeps the lease with the node's sign of life and status, [`Follower`] publishes what the data plane is to do
+//! and records what it has done. While the metadata store is away, or cannot be read, what was published last stays.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use cluster_map::{ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Observed, StoreState};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::checks;
+use crate::meta::reflector::{self, Reflector};
+use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
+use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
+use crate::ops::{self, Plan, Refusal, RefusalKind};
+use crate::reconcile::{self, Settings};
+use crate::supervise::{DataPlane, Wish};
+
+/// Lifetime of the node's lease.
+const LEASE_TTL: Duration = Duration::from_secs(9);
+/// How often it is renewed.
+const LEASE_RENEWAL: Duration = Duration::from_secs(3);
+/// Shortest time between two writes of the status.
+const STATUS_INTERVAL: Duration = Duration::from_millis(300);
+/// Time before something that failed is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long an answer waits for the node to see what it has just changed.
+const CATCH_UP: Duration = Duration::from_secs(3);
+/// How long a restarted node waits for the metadata before it goes on with the state in the map.
+const FALLBACK_AFTER: Duration = Duration::from_secs(3);
+
+/// Seconds since 1970.
+#[must_use]
+pub fn unix_s(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// A time as RFC 3339 in UTC, to the second.
+#[must_use]
+pub fn rfc3339(unix_s: u64) -> String {
+    // Days to a date after Howard Hinnant, "chrono-compatible low-level date algorithms": years begin in March.
+    let (days, second) = (unix_s / 86_400 + 719_468, unix_s % 86_400);
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// The cluster as this node knows it.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// The last view that could be read.
+    pub view: Arc<View>,
+    /// Its revision; 0 before the first.
+    pub revision: Revision,
+    /// Whether changes are being followed.
+    pub connected: bool,
+    /// Since when they are, or are not.
+    pub since_unix_s: u64,
+    /// Why the node acts on nothing new; empty if it does.
+    pub problem: String,
+}
+
+impl Known {
+    fn nothing() -> Self {
+        Self {
+            view: Arc::default(),
+            revision: Revision(0),
+            connected: false,
+            since_unix_s: unix_s(SystemTime::now()),
+            problem: String::new(),
+        }
+    }
+
+    /// Whether there is a view at all.
+    #[must_use]
+    pub fn listed(&self) -> bool {
+        self.revision > Revision(0)
+    }
+
+    /// Whether it may be acted on.
+    #[must_use]
+    pub fn usable(&self) -> bool {
+        self.listed() && self.problem.is_empty()
+    }
+
+    /// `connected` or `disconnected since …`.
+    #[must_use]
+    pub fn words(&self) -> String {
+        if self.connected {
+            "connected".into()
+        } else {
+            format!("disconnected since {}", rfc3339(self.since_unix_s))
+        }
+    }
+}
+
+/// What the parts of a running node share.
+pub struct Node {
+    /// Its identity.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// When torusd started, seconds since 1970.
+    pub started_unix_s: u64,
+    /// The metadata.
+    pub meta: Arc<dyn MetaStore>,
+    known: watch::Receiver<Arc<Known>>,
+    map: watch::Receiver<Option<MapReader>>,
+    data_plane: watch::Receiver<DataPlane>,
+    problems: Mutex<BTreeMap<&'static str, String>>,
+    _reflector: Reflector,
+}
+
+impl Node {
+    /// Starts reflecting the metadata. `map` and `data_plane` come from the follower and the supervisor.
+    #[must_use]
+    pub fn start(
+        id: NodeId,
+        name: String,
+        meta: Arc<dyn MetaStore>,
+        map: watch::Receiver<Option<MapReader>>,
+        data_plane: watch::Receiver<DataPlane>,
+    ) -> Arc<Self> {
+        let reflector = Reflector::start(Arc::clone(&meta), PREFIX, reflector::Backoff::default());
+        let (publish, known) = watch::channel(Arc::new(Known::nothing()));
+        tokio::spawn(interpret(reflector.subscribe(), publish));
+        Arc::new(Self {
+            id,
+            name,
+            started_unix_s: unix_s(SystemTime::now()),
+            meta,
+            known,
+            map,
+            data_plane,
+            problems: Mutex::default(),
+            _reflector: reflector,
+        })
+    }
+
+    /// The cluster as known now.
+    #[must_use]
+    pub fn known(&self) -> Arc<Known> {
+        Arc::clone(&self.known.borrow())
+    }
+
+    /// A receiver of every coming state of knowledge.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Known>> {
+        self.known.clone()
+    }
+
+    /// How the data plane is.
+    #[must_use]
+    pub fn data_plane(&self) -> DataPlane {
+        self.data_plane.borrow().clone()
+    }
+
+    /// The shared map, once there is one.
+    #[must_use]
+    pub fn map(&self) -> Option<MapReader> {
+        self.map.borrow().clone()
+    }
+
+    /// Says, or with an empty text no longer says, that something is wrong.
+    pub fn set_problem(&self, of: &'static str, text: String) {
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = if text.is_empty() { problems.remove(of) } else { problems.insert(of, text.clone()) };
+        if !text.is_empty() && before.as_ref() != Some(&text) {
+            tracing::error!("{text}");
+        }
+    }
+
+    /// All that is wrong, or waited for.
+    #[must_use]
+    pub fn problem(&self) -> String {
+        let known = self.known();
+        let mut all: Vec<_> =
+            self.problems.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        if !known.problem.is_empty() {
+            all.push(known.problem.clone());
+        }
+        if known.listed() && known.view.cluster.is_none() {
+            all.push("the cluster is not initialised: run `torusctl init` once".into());
+        }
+        if !known.listed() {
+            all.push(format!("no answer yet from {}: keeps trying", self.meta.describe()));
+        }
+        all.join("; ")
+    }
+
+    /// Makes a change, and waits until this node sees it.
+    ///
+    /// # Errors
+    /// As [`ops::apply`].
+    pub async fn change<T>(&self, plan: impl FnMut(&View) -> Result<Plan<T>, Refusal>) -> Result<T, Refusal> {
+        let known = self.known();
+        if known.listed() && !known.problem.is_empty() {
+            let hint = "nothing is changed until this is resolved; running I/O is not affected";
+            return Err(Refusal::new(RefusalKind::Unavailable, "metadata_unusable", &known.problem, hint));
+        }
+        let (answer, revision) = match ops::apply(self.meta.as_ref(), plan).await {
+            Err(mut refusal) if refusal.kind == RefusalKind::Unavailable => {
+                refusal.message = format!("{} (metadata {})", refusal.message, self.known().words());
+                return Err(refusal);
+            }
+            done => done?,
+        };
+        let mut known = self.subscribe();
+        let _ = tokio::time::timeout(CATCH_UP, known.wait_for(|known| known.revision >= revision)).await;
+        Ok(answer)
+    }
+}
+
+/// Turns each reflected state into a view; keeps the last good one beside a problem.
+async fn interpret(mut reflected: watch::Receiver<reflector::View>, publish: watch::Sender<Arc<Known>>) {
+    let mut known = Known::nothing();
+    let mut entries = None;
+    loop {
+        let seen = reflected.borrow_and_update().clone();
+        known.connected = seen.connected;
+        known.since_unix_s = unix_s(seen.since);
+        let changed = entries.as_ref().is_none_or(|before| !Arc::ptr_eq(before, &seen.entries));
+        if seen.rewinds > 0 {
+            // Acting on an older state could undo what was acknowledged since (I14).
+            known.problem = "the metadata store went back in time (a restored backup?): nothing is changed; \
+                             check it, then restart torusd to go on with the older state"
+                .into();
+        } else if seen.listed() && changed {
+            match View::read(seen.entries.values()) {
+                Ok(view) => {
+                    known.view = Arc::new(view);
+                    known.revision = seen.revision;
+                    known.problem.clear();
+                }
+                Err(error) => {
+                    known.revision = known.revision.max(seen.revision);
+                    known.problem = error.to_string();
+                }
+            }
+            entries = Some(Arc::clone(&seen.entries));
+        }
+        publish.send_replace(Arc::new(known.clone()));
+        if reflected.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// How the session of a node ended.
+#[derive(Debug)]
+pub enum SessionEnd {
+    /// It was asked to end.
+    Stopped,
+    /// The cluster does not take the node in.
+    Refused(Refusal),
+}
+
+/// Joins the cluster and keeps the node's lease, its `live` and its `status` record until `stop` turns true.
+pub async fn session(
+    node: Arc<Node>,
+    record: NodeRecord,
+    live: LiveRecord,
+    mut status: watch::Receiver<StatusRecord>,
+    mut stop: watch::Receiver<bool>,
+) -> SessionEnd {
+    let ending = async {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    let mut lease = None;
+    let end = tokio::select! {
+        refusal = keep_session(&node, &record, &live, &mut status, &mut lease) => SessionEnd::Refused(refusal),
+        () = ending => SessionEnd::Stopped,
+    };
+    if let Some(lease) = lease {
+        let _ = tokio::time::timeout(Duration::from_secs(2), node.meta.revoke(lease)).await;
+    }
+    end
+}
+
+async fn keep_session(
+    node: &Node,
+    record: &NodeRecord,
+    live: &LiveRecord,
+    status: &mut watch::Receiver<StatusRecord>,
+    lease: &mut Option<LeaseId>,
+) -> Refusal {
+    if let Err(refusal) = join(node, record).await {
+        return refusal;
+    }
+    loop {
+        let Ok(granted) = node.meta.grant(LEASE_TTL).await else {
+            tokio::time::sleep(RETRY).await;
+            continue;
+        };
+        *lease = Some(granted);
+        let error = hold_lease(node, live, status, granted).await;
+        tracing::warn!(%error, "the node's lease is gone: asking for a new one");
+    }
+}
+
+/// Becomes a member as soon as there is a cluster; tries again for as long as that may help.
+async fn join(node: &Node, record: &NodeRecord) -> Result<(), Refusal> {
+    loop {
+        let mut known = node.subscribe();
+        let closed = known.wait_for(|known| known.connected && known.view.cluster.is_some()).await.is_err();
+        if closed {
+            std::future::pending::<()>().await;
+        }
+        match node.change(|view| ops::join(view, node.id, record)).await {
+            Ok(_) => {
+                node.set_problem("join", String::new());
+                return Ok(());
+            }
+            // A member that is known already keeps serving; a new one is not let in.
+            Err(refusal)
+                if refusal.kind == RefusalKind::Conflict
+                    && !node.known().view.nodes.contains_key(&node.id) =>
+            {
+                return Err(refusal);
+            }
+            Err(refusal) => node.set_problem("join", refusal.to_string()),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Renews the lease and writes the status when it changes; returns when the lease is gone.
+async fn hold_lease(
+    node: &Node,
+    live: &LiveRecord,
+    status: &mut watch::Receiver<StatusRecord>,
+    lease: LeaseId,
+) -> MetaError {
+    let mut renewal = tokio::time::interval(LEASE_RENEWAL);
+    renewal.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut live_due = true;
+    let mut next_status = Instant::now();
+    loop {
+        let write_due = live_due || status.has_changed().unwrap_or(false);
+        let result = tokio::select! {
+            _ = renewal.tick() => node.meta.keep_alive(lease).await.map(|_| ()),
+            () = tokio::time::sleep_until(next_status), if write_due => {
+                let record = status.borrow_and_update().clone();
+                let mut txn = Txn::new().put_leased(keys::status(node.id), encode(&record), lease);
+                if live_due {
+                    txn = txn.put_leased(keys::live(node.id), encode(live), lease);
+                }
+                next_status = Instant::now() + STATUS_INTERVAL;
+                let written = node.meta.txn(txn).await.map(|_| ());
+                live_due &= written.is_err();
+                if written.is_err() {
+                    next_status = Instant::now() + RETRY;
+                    live_due = true;
+                }
+                written
+            }
+            changed = status.changed(), if !write_due => {
+                if changed.is_err() {
+                    // Nobody reports any more: only the lease is kept.
+                    std::future::pending::<()>().await;
+                }
+                status.mark_changed();
+                Ok(())
+            }
+        };
+        match result {
+            Err(error @ MetaError::LeaseGone(_)) => return error,
+            Err(error) => {
+                tracing::warn!(%error, "cannot renew the node's session: keeps trying");
+                tokio::time::sleep(RETRY).await;
+            }
+            Ok(()) => {}
+        }
+    }
+}
+
+/// Publishes the desired state and records what the data plane has done.
+pub struct Follower {
+    node: Arc<Node>,
+    settings: Settings,
+    map_path: PathBuf,
+    map: Option<ControlMap>,
+    announce_map: watch::Sender<Option<MapReader>>,
+    observed: watch::Sender<u64>,
+    wish: watch::Sender<Wish>,
+    status: watch::Sender<StatusRecord>,
+    /// Changes are not computed on a view older than the last one made.
+    seen_after: Revision,
+    started: Instant,
+}
+
+impl Follower {
+    /// A follower; `map` is the one found at start, if it is usable.
+    #[must_use]
+    pub fn new(
+        node: Arc<Node>,
+        settings: Settings,
+        map_path: PathBuf,
+        map: Option<ControlMap>,
+        announce_map: watch::Sender<Option<MapReader>>,
+        wish: watch::Sender<Wish>,
+        status: watch::Sender<StatusRecord>,
+    ) -> Self {
+        let (observed, _) = watch::channel(0);
+        let seen_after = Revision(0);
+        let started = Instant::now();
+        let mut follower = Self {
+            node,
+            settings,
+            map_path,
+            map: None,
+            announce_map,
+            observed,
+            wish,
+            status,
+            seen_after,
+            started,
+        };
+        if let Some(map) = map {
+            follower.use_map(map);
+        }
+        follower
+    }
+
+    /// Takes a map into use and starts a thread that wakes this loop when the data plane reports.
+    fn use_map(&mut self, map: ControlMap) {
+        let reader = map.reader().clone();
+        let observed = self.observed.clone();
+        self.announce_map.send_replace(Some(reader.clone()));
+        self.map = Some(map);
+        std::thread::spawn(move || {
+            let mut seen = 0;
+            while observed.receiver_count() > 0 {
+                match reader.wait_observed(seen, Duration::from_millis(500)) {
+                    Ok(version) if version != seen => {
+                        seen = version;
+                        observed.send_replace(version);
+                    }
+                    Ok(_) => {}
+                    Err(_) => std::thread::sleep(RETRY),
+                }
+            }
+        });
+    }
+
+    /// Runs until `stop` turns true; then the data plane is told to drain.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        let mut known = self.node.subscribe();
+        let mut observed = self.observed.subscribe();
+        let mut data_plane = self.node.data_plane.clone();
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let retry = !self.step().await;
+            tokio::select! {
+                _ = known.changed() => {}
+                _ = observed.changed() => {}
+                _ = data_plane.changed() => {}
+                _ = stop.wait_for(|stop| *stop) => {
+                    self.drain();
+                    return;
+                }
+                _ = tick.tick() => {}
+                () = tokio::time::sleep(RETRY), if retry => {}
+            }
+        }
+    }
+
+    /// Publishes, records, reports; false if something failed and is to be tried again.
+    async fn step(&mut self) -> bool {
+        self.beat();
+        let known = self.node.known();
+        let published = match self.publish(&known) {
+            Ok(()) => {
+                self.node.set_problem("map", String::new());
+                true
+            }
+            Err(error) => {
+                self.node.set_problem("map", error.to_string());
+                false
+            }
+        };
+        let recorded = self.record(&known).await;
+        self.report();
+        published && recorded
+    }
+
+    fn beat(&self) {
+        if let Some(map) = &self.map {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+            let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+            map.beat(seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0));
+        }
+    }
+
+    fn running(&self) -> bool {
+        self.node.data_plane().pid().is_some()
+    }
+
+    /// Puts the desired state into the map if it differs from what is there, and has the data plane started.
+    fn publish(&mut self, known: &Known) -> Result<(), MapError> {
+        if !known.usable() {
+            return self.fall_back();
+        }
+        let Some(mut desired) = reconcile::desired(&known.view, self.node.id, &self.settings) else {
+            return Ok(());
+        };
+        let cores = cores_of_map(&self.settings);
+        let unfit = |map: &ControlMap| {
+            map.reader().cluster() != desired.cluster || map.reader().cores() < usize::from(cores)
+        };
+        if self.map.as_ref().is_some_and(unfit) && !self.running() {
+            self.map = None;
+        }
+        if self.map.is_none() {
+            let geometry = Geometry::new(cores, desired.cluster, self.node.id);
+            let map = ControlMap::create(&self.map_path, &geometry)?;
+            self.use_map(map);
+        }
+        let Some(map) = self.map.as_mut() else { return Ok(()) };
+        let before = map.desired()?;
+        if before.version == 0 || !reconcile::same_wish(&before, &desired) {
+            for store in desired.stores.iter().filter(|s| !before.stores.iter().any(|b| b.path == s.path)) {
+                let spec = crate::model::StoreSpec { path: store.path.clone(), size: store.size_bytes };
+                if let Err(error) = checks::prepare_store(&spec) {
+                    tracing::error!("{error}");
+                }
+            }
+            let version = map.publish(&mut desired)?;
+            tracing::info!(
+                version,
+                volumes = desired.volumes.len(),
+                exports = desired.exports.len(),
+                "published the desired state"
+            );
+        }
+        self.wish.send_if_modified(|wish| std::mem::replace(wish, Wish::Run) != Wish::Run);
+        Ok(())
+    }
+
+    /// Without metadata: what was published last in this boot is kept, and served again if no data plane runs.
+    fn fall_back(&mut self) -> Result<(), MapError> {
+        let due = self.started.elapsed() >= FALLBACK_AFTER && *self.wish.borrow() == Wish::Watch;
+        let running = self.running();
+        let Some(map) = self.map.as_mut().filter(|_| due) else { return Ok(()) };
+        if !running {
+            let mut desired = map.desired()?;
+            if desired.version == 0 {
+                return Ok(());
+            }
+            tracing::warn!("no metadata yet: serving the state that was published last");
+            desired.cores.clone_from(&self.settings.cores);
+            desired.interfaces.clone_from(&self.settings.interfaces);
+            desired.link = self.settings.link;
+            desired.drain = false;
+            map.publish(&mut desired)?;
+        }
+        self.wish.send_replace(Wish::Run);
+        Ok(())
+    }
+
+    /// What the running data plane reports together with what it was told.
+    fn reported(&self) -> Option<(Desired, Observed)> {
+        let map = self.map.as_ref()?;
+        let pid = self.node.data_plane().pid()?;
+        let observed = map.observed().ok().filter(|observed| observed.pid == pid)?;
+        Some((map.desired().ok()?, observed))
+    }
+
+    /// Commits what follows from the data plane's report; false if it is to be tried again.
+    async fn record(&mut self, known: &Known) -> bool {
+        if !known.usable() || !known.connected || known.revision < self.seen_after {
+            return true;
+        }
+        let Some((desired, observed)) = self.reported() else { return true };
+        let now = unix_s(SystemTime::now());
+        for txn in reconcile::changes(&known.view, self.node.id, &desired, &observed, now) {
+            match self.node.meta.txn(txn).await {
+                Ok(TxnOutcome::Committed(revision)) => self.seen_after = self.seen_after.max(revision),
+                // Somebody changed it first; the next view tells.
+                Ok(TxnOutcome::Conflict) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot record what the data plane has done: keeps trying");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Hands the status to the session, if it has changed.
+    fn report(&self) {
+        let words = self.node.data_plane().words();
+        let status = match self.reported() {
+            Some((desired, observed)) => reconcile::status(&desired, &observed, &words),
+            None => {
+                // Nothing is served: only the stores are kept, as not ready.
+                let map = self.map.as_ref();
+                let mut observed = map.and_then(|map| map.observed().ok()).unwrap_or_default();
+                observed.links.clear();
+                observed.exports.clear();
+                observed.volumes.clear();
+                observed.stores.iter_mut().for_each(|store| store.state = StoreState::Opening);
+                reconcile::status(&Desired::default(), &observed, &words)
+            }
+        };
+        self.status.send_if_modified(|now| {
+            let changed = *now != status;
+            *now = status;
+            changed
+        });
+    }
+
+    fn drain(&mut self) {
+        if let Some(map) = &mut self.map {
+            match map.desired() {
+                Ok(mut desired) if desired.version > 0 => {
+                    desired.drain = true;
+                    if let Err(error) = map.publish(&mut desired) {
+                        tracing::error!(%error, "cannot tell the data plane to drain");
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => tracing::error!(%error, "cannot tell the data plane to drain"),
+            }
+        }
+        self.wish.send_replace(Wish::Drain);
+    }
+}
+
+/// Cores that the map has room for: all of the machine, so that another `--cores` needs no new map.
+fn cores_of_map(settings: &Settings) -> u16 {
+    let present = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(present.max(settings.cores.len()).max(1)).unwrap_or(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_utc() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(rfc3339(1_795_342_380), "2026-11-22T10:13:00Z");
+        assert_eq!(rfc3339(4_107_542_399), "2100-02-28T23:59:59Z");
+        assert_eq!(rfc3339(4_107_542_400), "2100-03-01T00:00:00Z");
+    }
+}
