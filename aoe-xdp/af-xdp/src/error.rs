@@ -16,6 +16,43 @@ pub enum Capability {
     IpcLock,
 }
 
+impl Capability {
+    /// Its number, include/uapi/linux/capability.h.
+    const fn bit(self) -> u32 {
+        match self {
+            Self::NetAdmin => 12,
+            Self::NetRaw => 13,
+            Self::IpcLock => 14,
+            Self::Bpf => 39,
+        }
+    }
+
+    /// The first of `needed` that this thread has not; the first of all where it has them, so that a
+    /// refusal for another reason (a security module, a user namespace) still names what it is about.
+    fn missing_of(needed: &[Self]) -> Self {
+        let held = held_capabilities();
+        let is_missing = |capability: &&Self| held & (1 << capability.bit()) == 0;
+        needed.iter().find(is_missing).copied().unwrap_or(needed[0])
+    }
+}
+
+/// The calling thread's effective capabilities, one bit each; none where the kernel does not say.
+fn held_capabilities() -> u64 {
+    const VERSION_3: u32 = 0x2008_0522;
+    const SYS_ADMIN: u32 = 21;
+    let mut header = [VERSION_3, 0];
+    // Effective, permitted and inheritable, for the low and then the high 32 capabilities.
+    let mut data = [0u32; 6];
+    // SAFETY: the two structures of capget(2) version 3, writable.
+    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), data.as_mut_ptr()) };
+    if result != 0 {
+        return 0;
+    }
+    let held = u64::from(data[0]) | u64::from(data[3]) << 32;
+    // CAP_SYS_ADMIN includes CAP_BPF.
+    if held & (1 << SYS_ADMIN) == 0 { held } else { held | 1 << Capability::Bpf.bit() }
+}
+
 impl fmt::Display for Capability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -76,11 +113,12 @@ impl Error {
         Self::Os { action, source: io::Error::last_os_error() }
     }
 
-    /// The last system error, as a failure of `action`; EPERM and EACCES name `capability`.
-    pub(crate) fn last_privileged(action: &'static str, capability: Capability) -> Self {
-        let source = io::Error::last_os_error();
+    /// A failure of `action`; where the system says that a privilege is missing, names the one of `needed`.
+    pub(crate) fn privileged(action: &'static str, needed: &[Capability], source: io::Error) -> Self {
         match source.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => Self::Privilege { action, capability, source },
+            Some(libc::EPERM | libc::EACCES) => {
+                Self::Privilege { action, capability: Capability::missing_of(needed), source }
+            }
             _ => Self::Os { action, source },
         }
     }

@@ -13,6 +13,10 @@
 //!
 //! Under `--cfg loom` only the ring cursors are built, for the model check.
 
+mod ring;
+
+#[cfg(not(loom))]
+pub mod bpf;
 #[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
@@ -24,7 +28,13 @@ pub mod nic;
 #[cfg(not(loom))]
 pub mod packet;
 #[cfg(not(loom))]
+pub mod program;
+#[cfg(not(loom))]
+pub mod queue;
+#[cfg(not(loom))]
 pub mod region;
+#[cfg(not(loom))]
+pub mod socket;
 #[cfg(not(loom))]
 mod sys;
 

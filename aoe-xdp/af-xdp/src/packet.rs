@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::error::{Capability, Error};
 use crate::frame::{MAX_SEGMENTS, RxFrame, Segment, Segments, TxFrame};
-use crate::region::{CHUNK_BYTES, Chunk, HEADER_BYTES, Region};
+use crate::region::{CHUNK_BYTES, Chunk, HEADER_BYTES, Pool, Region};
 use crate::sys;
 
 /// Messages in one system call.
@@ -108,8 +108,8 @@ impl PacketSocket {
         self.receive_buffer_forced
     }
 
-    /// Receives up to `max` frames that are waiting, in one system call for each [`BATCH`]. `take` gives
-    /// empty chunks; `deliver` gets the frames.
+    /// Receives up to `max` frames that are waiting, in one system call for each [`BATCH`], into
+    /// empty chunks of `pool`.
     ///
     /// # Errors
     ///
@@ -117,12 +117,12 @@ impl PacketSocket {
     pub fn receive(
         &mut self,
         max: usize,
-        mut take: impl FnMut() -> Option<Chunk>,
+        pool: &mut Pool,
         mut deliver: impl FnMut(RxFrame),
     ) -> io::Result<usize> {
         let mut delivered = 0;
         while delivered < max {
-            let ready = self.post(BATCH.min(max - delivered), &mut take);
+            let ready = self.post(BATCH.min(max - delivered), pool);
             if ready == 0 {
                 break;
             }
@@ -203,11 +203,11 @@ impl PacketSocket {
     }
 
     /// Posts chunks for `wanted` messages; returns for how many there are enough.
-    fn post(&mut self, wanted: usize, take: &mut impl FnMut() -> Option<Chunk>) -> usize {
+    fn post(&mut self, wanted: usize, pool: &mut Pool) -> usize {
         for index in 0..wanted {
             for slot in &mut self.posted[index] {
                 if slot.is_none() {
-                    *slot = take();
+                    *slot = pool.take_chunk();
                 }
                 if slot.is_none() {
                     return index;
@@ -412,10 +412,10 @@ fn is_tagged(header: &libc::msghdr) -> bool {
     unsafe {
         let mut message = libc::CMSG_FIRSTHDR(header);
         while let Some(control) = message.as_ref() {
-            let needed = libc::CMSG_LEN(sys::length_of::<libc::tpacket_auxdata>()) as usize;
+            let needed = libc::CMSG_LEN(sys::length_of::<libc::tpacket_auxdata>());
             if control.cmsg_level == libc::SOL_PACKET
                 && control.cmsg_type == libc::PACKET_AUXDATA
-                && control.cmsg_len as usize >= needed
+                && control.cmsg_len as u64 >= u64::from(needed)
             {
                 let data = libc::CMSG_DATA(message).cast::<libc::tpacket_auxdata>().read_unaligned();
                 return data.tp_status & libc::TP_STATUS_VLAN_VALID != 0;

@@ -24,7 +24,8 @@ pub const CHUNK_BYTES: usize = 4096;
 /// Bytes in a header slot: a cache line, room for the 36 bytes of an AoE header and a padded reply.
 pub const HEADER_BYTES: usize = 64;
 
-const SLOTS_PER_PAGE: u32 = (CHUNK_BYTES / HEADER_BYTES) as u32;
+const SLOTS_PER_PAGE: u32 = 64;
+const _: () = assert!(SLOTS_PER_PAGE as usize * HEADER_BYTES == CHUNK_BYTES);
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Handles dropped without being released, in builds with debug assertions.
@@ -649,5 +650,232 @@ impl Pool {
     fn index_checked(&self, chunk: &Chunk) -> usize {
         assert_eq!(chunk.region, self.region.id, "a chunk of another region");
         self.index_of(chunk.page.get()).expect("a chunk of this core's range")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn region(cores: u16, chunks_per_core: u32, headers_per_core: u32) -> Arc<Region> {
+        Region::new(RegionConfig { cores, chunks_per_core, headers_per_core }).unwrap()
+    }
+
+    #[test]
+    fn sizes_that_make_no_region_are_refused() {
+        for (cores, chunks_per_core, headers_per_core) in [(0, 1, 1), (1, 0, 1), (1, 1, 0)] {
+            let config = RegionConfig { cores, chunks_per_core, headers_per_core };
+            assert!(matches!(Region::new(config), Err(RegionError::Empty)));
+        }
+        let huge = RegionConfig { cores: u16::MAX, chunks_per_core: u32::MAX, headers_per_core: 1 };
+        assert!(matches!(Region::new(huge), Err(RegionError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn each_pool_is_taken_once() {
+        let region = region(2, 4, 4);
+        let pool = region.pool(1).unwrap();
+        assert_eq!(pool.core(), 1);
+        assert!(matches!(region.pool(1), Err(RegionError::PoolTaken { core: 1 })));
+        assert!(matches!(region.pool(2), Err(RegionError::PoolTaken { core: 2 })));
+        assert!(region.pool(0).is_ok());
+    }
+
+    #[test]
+    fn a_region_is_aligned_and_covers_every_handle() {
+        let region = region(3, 5, 100);
+        assert_eq!(region.base().as_ptr().addr() % CHUNK_BYTES, 0);
+        // 100 headers take two pages.
+        assert_eq!(region.used_bytes(), 3 * (5 + 2) * CHUNK_BYTES);
+        assert_eq!(region.as_iovec().iov_len, region.used_bytes());
+        let mut seen = std::collections::HashSet::new();
+        for core in 0..3 {
+            let mut pool = region.pool(core).unwrap();
+            assert_eq!((pool.free_chunks(), pool.free_headers()), (5, 128));
+            while let Some(chunk) = pool.take_chunk() {
+                assert_eq!(region.owner(&chunk), core);
+                assert_eq!(chunk.offset() % CHUNK_BYTES as u64, 0);
+                assert!(seen.insert(chunk.offset()), "no chunk is given twice");
+                let end = usize::try_from(chunk.into_offset()).unwrap() + CHUNK_BYTES;
+                assert!(end <= region.used_bytes());
+            }
+            while let Some(header) = pool.take_header() {
+                let page = header.offset() / CHUNK_BYTES as u64 * CHUNK_BYTES as u64;
+                assert!(!seen.contains(&page), "headers and chunks are apart");
+                header.into_offset();
+            }
+        }
+        assert_eq!(seen.len(), 15);
+    }
+
+    #[test]
+    fn bytes_written_are_bytes_read() {
+        let region = region(1, 2, 2);
+        let mut pool = region.pool(0).unwrap();
+        let mut chunk = pool.take_chunk().unwrap();
+        pool.bytes_mut(&mut chunk)[4095] = 7;
+        assert_eq!(region.bytes(&chunk)[4095], 7);
+        let mut header = pool.take_header().unwrap();
+        pool.header_bytes_mut(&mut header)[63] = 9;
+        assert_eq!(region.header_bytes(&header)[63], 9);
+        pool.release(chunk);
+        pool.release_header(header);
+    }
+
+    #[test]
+    fn copies_are_counted() {
+        let region = region(2, 2, 2);
+        let (mut pool, mut other) = (region.pool(0).unwrap(), region.pool(1).unwrap());
+        let mut chunk = pool.take_chunk().unwrap();
+        pool.copy_in(&mut chunk, 512, &[5; 1024]);
+        let mut back = [0; 100];
+        other.copy_out(&chunk, 1436, &mut back);
+        assert_eq!(back, [5; 100]);
+        assert_eq!((pool.bytes_copied(), other.bytes_copied()), (1024, 100));
+        pool.release(chunk);
+    }
+
+    #[test]
+    fn a_shared_chunk_is_read_only_and_free_after_its_last_release() {
+        let region = region(1, 1, 1);
+        let mut pool = region.pool(0).unwrap();
+        let mut chunk = pool.take_chunk().unwrap();
+        assert!(pool.take_chunk().is_none());
+        let copy = pool.share(&chunk);
+        assert_eq!(pool.references(&chunk), 2);
+        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pool.bytes_mut(&mut chunk)[0] = 1;
+        }));
+        assert!(written.is_err(), "a shared chunk must not be writable");
+        pool.release(chunk);
+        assert_eq!(pool.free_chunks(), 0);
+        pool.release(copy);
+        assert_eq!(pool.free_chunks(), 1);
+    }
+
+    #[test]
+    fn a_chunk_of_another_core_is_told_apart() {
+        let region = region(2, 1, 1);
+        let (mut first, mut second) = (region.pool(0).unwrap(), region.pool(1).unwrap());
+        let chunk = first.take_chunk().unwrap();
+        assert!(first.owns(&chunk) && !second.owns(&chunk));
+        let wrong = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| second.release(chunk)));
+        assert!(wrong.is_err(), "a chunk must go home");
+    }
+
+    #[test]
+    fn a_handle_of_another_region_is_refused() {
+        let (one, two) = (region(1, 1, 1), region(1, 1, 1));
+        let mut pool = one.pool(0).unwrap();
+        let chunk = pool.take_chunk().unwrap();
+        assert!(!two.pool(0).unwrap().owns(&chunk));
+        assert!(std::panic::catch_unwind(|| two.bytes(&chunk).len()).is_err());
+        pool.release(chunk);
+    }
+
+    #[test]
+    fn offsets_come_back_as_the_handles_they_were() {
+        let region = region(2, 2, 65);
+        let mut pool = region.pool(1).unwrap();
+        let chunk_offset = pool.take_chunk().unwrap().into_offset();
+        let header_offset = pool.take_header().unwrap().into_offset();
+        // SAFETY: each offset was given up just above and is taken back once.
+        let (chunk, header) = unsafe {
+            assert!(region.handle_from_offset(region.used_bytes() as u64).is_none());
+            assert!(region.chunk_from_offset(header_offset).is_none());
+            assert!(region.header_from_offset(chunk_offset).is_none());
+            (
+                region.chunk_from_offset(chunk_offset + 4095).unwrap(),
+                region.header_from_offset(header_offset + 63).unwrap(),
+            )
+        };
+        assert_eq!((chunk.offset(), header.offset()), (chunk_offset, header_offset));
+        pool.release(chunk);
+        pool.release_header(header);
+        assert_eq!((pool.free_chunks(), pool.free_headers()), (2, 128));
+    }
+
+    #[cfg(debug_assertions)]
+    #[test]
+    fn dropped_handles_are_counted() {
+        let region = region(1, 1, 1);
+        let mut pool = region.pool(0).unwrap();
+        let before = leaked_handles();
+        drop(pool.take_chunk());
+        // Other tests of this process may leak too.
+        assert!(leaked_handles() > before);
+        assert_eq!(pool.free_chunks(), 0, "a leaked chunk is never handed out again");
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Take,
+        Share(usize),
+        Release(usize),
+        Write(usize, u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            Just(Step::Take),
+            any::<usize>().prop_map(Step::Share),
+            any::<usize>().prop_map(Step::Release),
+            (any::<usize>(), any::<u8>()).prop_map(|(which, value)| Step::Write(which, value)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn references_are_counted_as_handles_exist(
+            steps in proptest::collection::vec(step(), 1..200),
+        ) {
+            const CHUNKS: usize = 8;
+            let region = region(1, 8, 1);
+            let mut pool = region.pool(0).unwrap();
+            let mut held: Vec<Chunk> = Vec::new();
+            let mut contents: HashMap<u64, u8> = HashMap::new();
+            for step in steps {
+                match step {
+                    Step::Take => match pool.take_chunk() {
+                        Some(mut chunk) => {
+                            prop_assert!(held.iter().all(|other| other.offset() != chunk.offset()));
+                            pool.bytes_mut(&mut chunk)[0] = 0;
+                            contents.insert(chunk.offset(), 0);
+                            held.push(chunk);
+                        }
+                        None => prop_assert_eq!(contents.len(), CHUNKS),
+                    },
+                    Step::Share(which) if !held.is_empty() => {
+                        let chunk = pool.share(&held[which % held.len()]);
+                        held.push(chunk);
+                    }
+                    Step::Release(which) if !held.is_empty() => {
+                        let chunk = held.swap_remove(which % held.len());
+                        if pool.references(&chunk) == 1 {
+                            contents.remove(&chunk.offset());
+                        }
+                        pool.release(chunk);
+                    }
+                    Step::Write(which, value) if !held.is_empty() => {
+                        let index = which % held.len();
+                        if pool.references(&held[index]) == 1 {
+                            pool.bytes_mut(&mut held[index])[0] = value;
+                            contents.insert(held[index].offset(), value);
+                        }
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!(pool.free_chunks() + contents.len(), CHUNKS);
+                for chunk in &held {
+                    let handles = held.iter().filter(|other| other.offset() == chunk.offset()).count();
+                    prop_assert_eq!(usize::from(pool.references(chunk)), handles);
+                    prop_assert_eq!(region.bytes(chunk)[0], contents[&chunk.offset()]);
+                }
+            }
+            held.into_iter().for_each(|chunk| pool.release(chunk));
+            prop_assert_eq!(pool.free_chunks(), CHUNKS);
+        }
     }
 }

@@ -52,7 +52,7 @@ pub(crate) fn open_socket(
     // SAFETY: a plain system call without pointers.
     let fd = unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
-        return Err(Error::last_privileged(action, capability));
+        return Err(Error::privileged(action, &[capability], io::Error::last_os_error()));
     }
     // SAFETY: a descriptor that the kernel just gave to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

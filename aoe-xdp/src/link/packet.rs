@@ -35,15 +35,11 @@ impl PacketQueue {
         let room = out.capacity() - out.len();
         let stats = &mut self.stats;
         stats.kicks += 1;
-        let got = self.socket.receive(
-            room,
-            || pool.take_chunk(),
-            |frame| {
-                stats.rx_frames += 1;
-                stats.rx_bytes += frame.len() as u64;
-                out.push(frame);
-            },
-        );
+        let got = self.socket.receive(room, pool, |frame| {
+            stats.rx_frames += 1;
+            stats.rx_bytes += frame.len() as u64;
+            out.push(frame);
+        });
         // An interface that went down says so here; frames come again when it is up again.
         got.unwrap_or(0)
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
 use af_xdp::frame::{RxFrame, TxFrame};
-use af_xdp::region::{Chunk, Pool};
+use af_xdp::region::{CHUNK_BYTES, Chunk, Pool};
 
 use super::geometry::ETHERNET_BYTES;
 use super::packet::{PacketQueue, release_frame};
@@ -58,7 +58,7 @@ impl Queue {
     /// The frame itself where the ring, or without scatter-gather the pool, has no room: keep it, flush,
     /// reap and try again.
     pub fn transmit(&mut self, pool: &mut Pool, frame: TxFrame) -> Result<(), TxFrame> {
-        if !frame.is_well_formed() || frame.len() > self.longest_bytes {
+        if !self.is_sendable(&frame) {
             if self.refused.len() == REFUSED_FRAMES {
                 return Err(frame);
             }
@@ -70,6 +70,14 @@ impl Queue {
             Kind::Xdp(queue) => queue.transmit(pool, frame),
             Kind::Packet(queue) => queue.transmit(frame),
         }
+    }
+
+    /// Whether a frame can be sent here at all. More slices than the link sends are copied into one chunk.
+    fn is_sendable(&self, frame: &TxFrame) -> bool {
+        let is_gathered = frame.data.len() < usize::from(self.info.segments);
+        frame.is_well_formed()
+            && frame.len() <= self.longest_bytes
+            && (is_gathered || frame.len() <= CHUNK_BYTES)
     }
 
     /// Makes the kernel send what was queued. True when another call now would send nothing more; false

@@ -1,59 +1,443 @@
-//! AF_XDP queues.
-use std::os::fd::BorrowedFd;
+//! Queues on AF_XDP: which modes are tried in which order, and what was had.
+
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use af_xdp::frame::{RxFrame, TxFrame};
-use af_xdp::nic::{Nic, NicState};
-use af_xdp::region::{Chunk, Pool, Region};
+use af_xdp::bpf::{AttachMode, LoadedProgram, XdpLink, XskMap};
+use af_xdp::frame::{RxFrame, Segment, TxFrame};
+use af_xdp::nic::{Features, Nic, NicState};
+use af_xdp::queue;
+use af_xdp::region::{CHUNK_BYTES, Chunk, Handle, Pool, Region};
+use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem};
 
-use super::{LinkError, LinkInfo, LinkStats};
+use super::error::LinkError;
+use super::geometry::max_sectors;
+use super::interface::add_note;
+use super::packet::{release_chunk, release_frame};
+use super::{ETHERTYPE_AOE, LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
 
-#[derive(Debug)]
-pub(super) enum XdpInterface {}
-#[derive(Debug)]
-pub(super) enum XdpQueue {}
+/// Entries of each ring.
+const RING_ENTRIES: u32 = 2048;
+/// Beside the kernel's 256 bytes this puts 36 bytes of headers before byte 512 of the chunk, so that the
+/// payload is aligned for a disk.
+const HEADROOM_BYTES: u32 = 220;
+/// Descriptors that one kick may send in copy mode, where the kernel lets it be raised.
+const SEND_BUDGET: u32 = 256;
+/// The kernel's own headroom (`XDP_PACKET_HEADROOM`).
+const KERNEL_HEADROOM_BYTES: usize = 256;
+/// What a driver keeps at the end of a zero-copy buffer for frames of several (`skb_shared_info`).
+const ZERO_COPY_TAIL_BYTES: usize = 320;
+/// Zero-copy buffer lengths are multiples of this (include/net/xdp_sock_drv.h).
+const ZERO_COPY_GRAIN_BYTES: usize = 128;
+/// What a zero-copy bind adds to the MTU: Ethernet header, checksum, two VLAN tags.
+const ZERO_COPY_FRAME_BYTES: usize = 26;
+/// Chunks of other cores that may wait to be reaped after a frame was copied into one chunk.
+const FOREIGN_CHUNKS: usize = 4096;
+
+/// Why there is no AF_XDP here.
 #[derive(Debug, thiserror::Error)]
-#[error("not built in yet")]
-pub(super) struct XdpError;
+pub(super) enum XdpError {
+    #[error("{0}")]
+    System(#[from] af_xdp::Error),
+    #[error("{0}")]
+    Refused(String),
+}
+
 impl XdpError {
-    pub(super) fn into_link_error(self, name: &str) -> LinkError {
-        LinkError::NoAfXdp { interface: name.to_owned(), reason: self.to_string() }
+    /// As an error for a user who insisted on AF_XDP.
+    pub(super) fn into_link_error(self, interface: &str) -> LinkError {
+        match self {
+            Self::System(error) if error.missing_capability().is_some() => {
+                LinkError::system(interface, error)
+            }
+            other => LinkError::NoAfXdp { interface: interface.to_owned(), reason: other.to_string() },
+        }
     }
 }
+
+/// One combination of modes that a socket may be bound with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Attempt {
+    zero_copy: bool,
+    segments: bool,
+}
+
+impl Attempt {
+    fn name(self) -> &'static str {
+        match (self.zero_copy, self.segments) {
+            (true, true) => "zero-copy with scatter-gather",
+            (true, false) => "zero-copy",
+            (false, true) => "copy with scatter-gather",
+            (false, false) => "copy",
+        }
+    }
+
+    /// Bytes of a frame that one receive buffer holds.
+    fn buffer_bytes(self) -> usize {
+        let copied = CHUNK_BYTES - KERNEL_HEADROOM_BYTES - HEADROOM_BYTES as usize;
+        match (self.zero_copy, self.segments) {
+            (false, _) => copied,
+            (true, false) => copied / ZERO_COPY_GRAIN_BYTES * ZERO_COPY_GRAIN_BYTES,
+            (true, true) => (copied - ZERO_COPY_TAIL_BYTES) / ZERO_COPY_GRAIN_BYTES * ZERO_COPY_GRAIN_BYTES,
+        }
+    }
+
+    /// The longest frame that can be received.
+    fn receive_bytes(self) -> usize {
+        self.buffer_bytes() * if self.segments { MAX_SEGMENTS } else { 1 }
+    }
+
+    /// Descriptors that one sent frame may have.
+    fn send_segments(self, features: Option<Features>) -> u8 {
+        let ours = u8::try_from(1 + MAX_SEGMENTS).expect("a few segments");
+        match (self.segments, self.zero_copy, features) {
+            (false, _, _) => 1,
+            (true, true, Some(features)) if features.zero_copy_segments > 0 => {
+                u8::try_from(features.zero_copy_segments).unwrap_or(ours).min(ours)
+            }
+            (true, _, _) => ours,
+        }
+    }
+}
+
+/// The combinations worth trying, best first.
+///
+/// Zero-copy without scatter-gather comes before copying with it only where a whole frame fits one
+/// buffer: otherwise it would halve or quarter the sectors of a frame.
+fn attempts(mode: AttachMode, mtu_bytes: u32, features: Option<Features>) -> Vec<Attempt> {
+    let attempt = |zero_copy, segments| Attempt { zero_copy, segments };
+    let declared = features.is_none_or(|features| features.zero_copy);
+    if mode == AttachMode::Generic || !declared {
+        return vec![attempt(false, true), attempt(false, false)];
+    }
+    let single = attempt(true, false);
+    let fits = mtu_bytes as usize + ZERO_COPY_FRAME_BYTES <= single.buffer_bytes();
+    let middle = if fits { [single, attempt(false, true)] } else { [attempt(false, true), single] };
+    vec![attempt(true, true), middle[0], middle[1], attempt(false, false)]
+}
+
+/// What the queues of an interface share: the attached program, its map, the UMEM.
+#[derive(Debug)]
+pub(super) struct XdpInterface {
+    _link: XdpLink,
+    map: XskMap,
+    umem: Umem,
+    builder: SocketBuilder,
+    region: Arc<Region>,
+    ifindex: u32,
+    segments: u8,
+    /// Queue 0, bound already, until it is taken.
+    first: Option<queue::Queue>,
+    taken: Vec<bool>,
+}
+
 impl XdpInterface {
-    pub(super) fn open(_: &Nic, _: NicState, _: &Arc<Region>, _: &mut LinkInfo) -> Result<Self, XdpError> {
-        Err(XdpError)
+    /// Attaches the program and binds queue 0 in the best mode that is granted; fills in `info`.
+    pub(super) fn open(
+        nic: &Nic,
+        state: NicState,
+        region: &Arc<Region>,
+        info: &mut LinkInfo,
+    ) -> Result<Self, XdpError> {
+        let queues = nic.queues();
+        let usable = queues.receive.min(queues.transmit);
+        let map = XskMap::new(u32::from(queues.receive))?;
+        let program = LoadedProgram::load(ETHERTYPE_AOE, &map)?;
+        let mut refusals = Vec::new();
+        let link = attach(&program, nic, &mut refusals)?;
+        let features = nic.features();
+        let (first, builder, attempt) = bind_first(nic, state, region, &link, features, &mut refusals)?;
+        let obtained = first.obtained();
+        info.mode = mode_of(link.mode(), obtained);
+        info.segments = attempt.send_segments(features);
+        info.max_sectors = max_sectors(state.mtu_bytes, info.segments, attempt.receive_bytes())
+            .ok_or_else(|| XdpError::Refused(format!("MTU {} is too small", state.mtu_bytes)))?;
+        info.hugepages = obtained.hugepages;
+        info.note = note_of(nic, link.mode(), obtained, features, &refusals);
+        if queues.receive > usable {
+            let advice = format!(
+                "{} receive queues have no transmit queue and are not served: ethtool -L {} rx {usable}",
+                queues.receive - usable,
+                info.interface
+            );
+            add_note(&mut info.note, &advice);
+        }
+        Ok(Self {
+            _link: link,
+            map,
+            umem: first.socket().umem(),
+            builder,
+            region: Arc::clone(region),
+            ifindex: nic.index(),
+            segments: info.segments,
+            first: Some(first),
+            taken: vec![false; usize::from(usable)],
+        })
     }
+
     pub(super) fn queues(&self) -> u16 {
-        match *self {}
+        u16::try_from(self.taken.len()).expect("made from a count of 16 bits")
     }
-    pub(super) fn take_queue(&mut self, _: u16, _: &mut Pool) -> Result<Option<XdpQueue>, af_xdp::Error> {
-        match *self {}
+
+    /// Takes a queue; `None` where there is none to take.
+    pub(super) fn take_queue(
+        &mut self,
+        index: u16,
+        pool: &mut Pool,
+    ) -> Result<Option<XdpQueue>, af_xdp::Error> {
+        if self.taken.get(usize::from(index)) != Some(&false) {
+            return Ok(None);
+        }
+        let number = u32::from(index);
+        let mut queue = match self.first.take_if(|_| index == 0) {
+            Some(first) => first,
+            None => queue::Queue::bind_shared(&self.builder, &self.umem, &self.region, self.ifindex, number)?,
+        };
+        // A quarter of the core's chunks at most, so that two interfaces leave half for I/O and sending.
+        let share = u32::try_from(pool.chunk_capacity() / 4).unwrap_or(RING_ENTRIES).max(1);
+        queue.set_fill_target(share.min(RING_ENTRIES));
+        queue.fill(pool);
+        self.map.set(number, queue.as_fd())?;
+        self.taken[usize::from(index)] = true;
+        Ok(Some(XdpQueue::new(queue, Arc::clone(&self.region), self.segments)))
     }
 }
+
+/// Attaches the program in the driver, or else in the generic hook.
+fn attach(program: &LoadedProgram, nic: &Nic, refusals: &mut Vec<String>) -> Result<XdpLink, XdpError> {
+    for mode in [AttachMode::Native, AttachMode::Generic] {
+        match XdpLink::attach(program, nic.index(), mode) {
+            Ok(link) => return Ok(link),
+            Err(error) if error.missing_capability().is_some() => return Err(error.into()),
+            Err(error) => refusals.push(error.to_string()),
+        }
+    }
+    Err(XdpError::Refused(refusals.join("; ")))
+}
+
+/// Binds queue 0 in the first combination of modes that the kernel grants.
+fn bind_first(
+    nic: &Nic,
+    state: NicState,
+    region: &Arc<Region>,
+    link: &XdpLink,
+    features: Option<Features>,
+    refusals: &mut Vec<String>,
+) -> Result<(queue::Queue, SocketBuilder, Attempt), XdpError> {
+    for attempt in attempts(link.mode(), state.mtu_bytes, features) {
+        let builder = SocketBuilder::new()
+            .ring_entries(RING_ENTRIES)
+            .headroom_bytes(HEADROOM_BYTES)
+            .copy_mode(if attempt.zero_copy { CopyMode::ZeroCopy } else { CopyMode::Copy })
+            .segments(attempt.segments)
+            .need_wakeup(true)
+            .send_budget(SEND_BUDGET);
+        match queue::Queue::bind(&builder, region, nic.index(), 0) {
+            Ok(first) => return Ok((first, builder, attempt)),
+            Err(error) if error.missing_capability().is_some() => return Err(error.into()),
+            Err(error) => refusals.push(format!("{}: {error}", attempt.name())),
+        }
+    }
+    Err(XdpError::Refused(refusals.join("; ")))
+}
+
+fn mode_of(attached: AttachMode, obtained: Obtained) -> LinkMode {
+    match (attached, obtained.zero_copy) {
+        (AttachMode::Generic, _) => LinkMode::XdpGeneric,
+        (AttachMode::Native, false) => LinkMode::XdpNativeCopy,
+        (AttachMode::Native, true) => LinkMode::XdpZeroCopy,
+    }
+}
+
+/// Why nothing better was had, and what to change.
+fn note_of(
+    nic: &Nic,
+    mode: AttachMode,
+    obtained: Obtained,
+    features: Option<Features>,
+    refusals: &[String],
+) -> String {
+    let mut note = String::new();
+    if mode == AttachMode::Native && features.is_some_and(|features| !features.zero_copy) {
+        add_note(&mut note, &format!("driver {} has no AF_XDP zero-copy", nic.driver()));
+    }
+    for refusal in refusals {
+        add_note(&mut note, refusal);
+    }
+    if !obtained.segments {
+        add_note(&mut note, "frames to send are copied into one chunk each");
+    }
+    if nic.vlan_offloads().receive {
+        add_note(&mut note, "802.1Q tags are stripped before XDP sees them: ethtool -K IF rxvlan off");
+    }
+    note
+}
+
+/// One AF_XDP queue.
+#[derive(Debug)]
+pub(super) struct XdpQueue {
+    queue: queue::Queue,
+    region: Arc<Region>,
+    segments: u8,
+    /// Chunks of other cores, of frames that were copied, until they are reaped.
+    foreign: Vec<Chunk>,
+    stats: LinkStats,
+}
+
 impl XdpQueue {
-    pub(super) fn receive(&mut self, _: &mut Pool, _: &mut Vec<RxFrame>) -> usize {
-        match *self {}
+    fn new(queue: queue::Queue, region: Arc<Region>, segments: u8) -> Self {
+        let foreign = Vec::with_capacity(if segments > 1 { 0 } else { FOREIGN_CHUNKS });
+        Self { queue, region, segments, foreign, stats: LinkStats::default() }
     }
-    pub(super) fn transmit(&mut self, _: &mut Pool, _: TxFrame) -> Result<(), TxFrame> {
-        match *self {}
+
+    pub(super) fn receive(&mut self, pool: &mut Pool, out: &mut Vec<RxFrame>) -> usize {
+        let room = out.capacity() - out.len();
+        let stats = &mut self.stats;
+        let got = self.queue.receive(room, pool, |frame| {
+            stats.rx_frames += 1;
+            stats.rx_bytes += frame.len() as u64;
+            out.push(frame);
+        });
+        self.queue.fill(pool);
+        got
     }
+
+    pub(super) fn transmit(&mut self, pool: &mut Pool, frame: TxFrame) -> Result<(), TxFrame> {
+        let bytes = frame.len() as u64;
+        let descriptors = 1 + frame.data.len();
+        let queued = if descriptors <= usize::from(self.segments) {
+            self.queue.send(frame)
+        } else {
+            self.send_copied(pool, frame)
+        };
+        match queued {
+            Ok(()) => {
+                self.stats.tx_frames += 1;
+                self.stats.tx_bytes += bytes;
+                Ok(())
+            }
+            Err(frame) => {
+                self.stats.tx_ring_full += 1;
+                Err(frame)
+            }
+        }
+    }
+
+    /// Sends a frame from one chunk that it is copied into.
+    fn send_copied(&mut self, pool: &mut Pool, frame: TxFrame) -> Result<(), TxFrame> {
+        if !self.queue.has_send_room(1) || self.foreign.len() + frame.data.len() > FOREIGN_CHUNKS {
+            return Err(frame);
+        }
+        let Some(mut chunk) = pool.take_chunk() else { return Err(frame) };
+        let header = &self.region.header_bytes(&frame.header)[..usize::from(frame.header_len)];
+        pool.copy_in(&mut chunk, 0, header);
+        let mut end = header.len();
+        for segment in frame.data.iter() {
+            pool.copy_in(&mut chunk, end, segment.bytes(&self.region));
+            end += usize::from(segment.len);
+        }
+        let len = u16::try_from(end).expect("the frame fits a chunk: the queue refuses longer ones");
+        self.queue.send_single(Segment { chunk, offset: 0, len }).expect("room was seen before");
+        self.stats.tx_linearised += 1;
+        let foreign = &mut self.foreign;
+        release_frame(frame, pool, &mut |chunk| foreign.push(chunk));
+        Ok(())
+    }
+
     pub(super) fn flush(&mut self) -> bool {
-        match *self {}
+        let flushed = self.queue.flush();
+        self.stats.kicks += u64::from(flushed.kicks);
+        flushed.complete
     }
-    pub(super) fn reap(&mut self, _: &mut Pool, _: &mut dyn FnMut(Chunk)) {
-        match *self {}
+
+    pub(super) fn reap(&mut self, pool: &mut Pool, foreign: &mut dyn FnMut(Chunk)) {
+        for chunk in self.foreign.drain(..) {
+            foreign(chunk);
+        }
+        self.queue.reap(|handle| match handle {
+            Handle::Header(header) => pool.release_header(header),
+            Handle::Chunk(chunk) => release_chunk(chunk, pool, foreign),
+        });
     }
+
     pub(super) fn poll_fd(&self) -> BorrowedFd<'_> {
-        match *self {}
+        self.queue.as_fd()
     }
+
     pub(super) fn has_rx(&self) -> bool {
-        match *self {}
+        self.queue.has_receivable()
     }
+
     pub(super) fn tx_pending(&self) -> bool {
-        match *self {}
+        self.queue.tx_pending()
     }
+
     pub(super) fn stats(&mut self) -> LinkStats {
-        match *self {}
+        let mut stats = self.stats;
+        // Counters that the kernel does not give are left as they were.
+        if let Ok(kernel) = self.queue.statistics() {
+            stats.rx_dropped = kernel.rx_dropped + kernel.rx_ring_full;
+            stats.tx_dropped = kernel.tx_invalid_descriptors;
+        }
+        stats.rx_invalid = self.queue.invalid_frames();
+        stats.fill_chunks = u64::from(self.queue.fill_chunks());
+        stats.tx_outstanding = u64::from(self.queue.outstanding());
+        stats
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn features(zero_copy: bool, zero_copy_segments: u32) -> Option<Features> {
+        Some(Features { native_redirect: true, zero_copy, receive_segments: true, zero_copy_segments })
+    }
+
+    fn names(attempts: &[Attempt]) -> Vec<&'static str> {
+        attempts.iter().map(|attempt| attempt.name()).collect()
+    }
+
+    #[test]
+    fn buffers_are_as_the_kernel_reckons_them() {
+        let bytes = |zero_copy, segments| Attempt { zero_copy, segments }.buffer_bytes();
+        assert_eq!(bytes(false, true), 3620);
+        assert_eq!(bytes(true, false), 3584);
+        assert_eq!(bytes(true, true), 3200);
+    }
+
+    #[test]
+    fn small_frames_prefer_zero_copy_without_segments() {
+        let order = attempts(AttachMode::Native, 1500, None);
+        assert_eq!(
+            names(&order),
+            ["zero-copy with scatter-gather", "zero-copy", "copy with scatter-gather", "copy"]
+        );
+    }
+
+    #[test]
+    fn jumbo_frames_prefer_whole_frames_over_zero_copy() {
+        let order = attempts(AttachMode::Native, 9000, features(true, 1));
+        assert_eq!(
+            names(&order),
+            ["zero-copy with scatter-gather", "copy with scatter-gather", "zero-copy", "copy"]
+        );
+    }
+
+    #[test]
+    fn zero_copy_is_not_tried_where_it_cannot_be() {
+        let copies = ["copy with scatter-gather", "copy"];
+        assert_eq!(names(&attempts(AttachMode::Native, 9000, features(false, 0))), copies);
+        assert_eq!(names(&attempts(AttachMode::Generic, 9000, features(true, 8))), copies);
+    }
+
+    #[test]
+    fn a_driver_may_limit_the_segments_of_a_frame() {
+        let both = Attempt { zero_copy: true, segments: true };
+        assert_eq!(both.send_segments(features(true, 3)), 3);
+        assert_eq!(both.send_segments(features(true, 0)), 5);
+        assert_eq!(both.send_segments(features(true, 300)), 5);
+        assert_eq!(Attempt { zero_copy: false, segments: true }.send_segments(features(true, 3)), 5);
+        assert_eq!(Attempt { zero_copy: false, segments: false }.send_segments(None), 1);
     }
 }
