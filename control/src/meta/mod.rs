@@ -127,7 +127,7 @@ pub enum Compare {
     Absent(String),
     /// The key exists.
     Exists(String),
-    /// The key exists and was last changed at this revision.
+    /// The key exists and was last changed at this revision (≥ 1).
     Revision(String, Revision),
 }
 
@@ -238,6 +238,9 @@ impl Txn {
         }
         for compare in &self.compares {
             validate_key(compare.key())?;
+            if let Compare::Revision(key, Revision(..1)) = compare {
+                return Err(MetaError::Invalid(format!("key {key:?} compared with a revision below 1")));
+            }
             bytes = bytes.saturating_add(compare.key().len());
         }
         if bytes > MAX_TXN_BYTES {

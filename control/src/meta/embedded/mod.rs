@@ -135,6 +135,11 @@ impl EmbeddedStore {
         })
     }
 
+    /// Forgets the history up to and including `through`: watches can no longer start there. Data stays.
+    pub fn compact(&self, through: Revision) {
+        self.published.change(|state| state.compact(through));
+    }
+
     fn usable(&self) -> Result<&mpsc::Sender<Command>, MetaError> {
         if let Some(broken) = self.broken.get() {
             return Err(unusable(broken));
