@@ -209,7 +209,7 @@ mod tests {
         fn sectors_are_found_wherever_a_frame_is_cut(
             mut cuts in proptest::collection::vec(0usize..36 + 4 * SECTOR_LEN + 20, 0..4),
         ) {
-            let frame: Vec<u8> = (0..36 + 4 * SECTOR_LEN + 20).map(|i| (i / 7) as u8).collect();
+            let frame: Vec<u8> = (0..36 + 4 * SECTOR_LEN + 20).map(|i| (i / 7 % 251).to_le_bytes()[0]).collect();
             cuts.sort_unstable();
             let mut parts = Vec::new();
             let mut from = 0;

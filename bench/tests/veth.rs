@@ -1,6 +1,8 @@
 //! `torus-bench` over veth pairs in network namespaces of its own: against its own target without a store, and against
 //! vblade, a target with one. Needs root, `ip` and vblade.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;

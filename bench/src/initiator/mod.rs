@@ -719,5 +719,5 @@ impl Initiator {
 
 /// The driver's clock in a tag: milliseconds, 16 bits.
 fn jiffies(now_ns: u64) -> u32 {
-    u32::try_from(now_ns / MILLISECOND_NS & 0xffff).expect("16 bits fit")
+    u32::try_from((now_ns / MILLISECOND_NS) & 0xffff).expect("16 bits fit")
 }

@@ -37,7 +37,7 @@ impl RoundTrip {
     /// How long a request may stay unanswered: twice the average and eight deviations. Like the driver's it has no
     /// lower bound but one microsecond, and no back-off.
     pub(crate) fn timeout_ns(&self) -> u64 {
-        let timeout_us = (2 * self.average >> AVERAGE_SHIFT) + (8 * self.deviation >> DEVIATION_SHIFT);
+        let timeout_us = ((2 * self.average) >> AVERAGE_SHIFT) + ((8 * self.deviation) >> DEVIATION_SHIFT);
         u64::try_from(timeout_us.max(1)).unwrap_or(1) * MICROSECOND_NS
     }
 }

@@ -499,13 +499,14 @@ proptest! {
     fn receiving_is_total(
         bytes in proptest::collection::vec(any::<u8>(), 0..80),
         response in any::<bool>(),
+        code in 0u8..5,
         tag in any::<u32>(),
     ) {
         let mut initiator = ready(settings(Behaviour::Linux));
         initiator.submit(Operation { kind: Kind::Read, lba: 0, sectors: 1, version: 0, due_ns: 0 });
         initiator.transmit(0);
         initiator.receive(&bytes, bytes.len(), 5);
-        let mut header = Header::request(STATION, TARGET, ADDRESS, bytes.len() as u8 % 5, tag);
+        let mut header = Header::request(STATION, TARGET, ADDRESS, code, tag);
         header.version_flags |= if response { 8 } else { 0 };
         let mut frame = header.as_bytes().to_vec();
         prop_assert_eq!(frame.len(), HEADER_LEN);
