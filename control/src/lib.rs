@@ -8,6 +8,8 @@
 
 pub mod api;
 pub mod checks;
+pub mod cli;
+pub mod client;
 pub mod daemon;
 pub mod meta;
 pub mod model;

@@ -1,0 +1,187 @@
+//! The smallest data plane: keeps the contract of the shared map, serves nothing. For the tests of `torusd`.
+//!
+//! Stores are opened at once (a blank file gets an id in its first 16 bytes), volumes are there as soon as they are wanted,
+//! exports are served. The environment changes that:
+//! - `FAKE_REFUSE`: prints `error: …` and exits with 2;
+//! - `FAKE_ALLOCATE_MS`: a volume takes this long to allocate, with progress;
+//! - `FAKE_FAIL_VOLUMES`: volumes fail with this text;
+//! - `FAKE_DEAF`: never looks at the map again once it has reported (as a data plane that hangs).
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use cluster_map::{
+    Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability, ExportState, Latency, LinkMode,
+    Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId,
+    VolumeIntent, VolumeObserved,
+};
+use rustix::fs::FlockOperation;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, run, map_flag, map, lock_flag, lock] = arguments.as_slice() else {
+        eprintln!("error: usage: fake_dataplane run --map PATH --lock PATH");
+        return ExitCode::from(2);
+    };
+    if (run.as_str(), map_flag.as_str(), lock_flag.as_str()) != ("run", "--map", "--lock") {
+        eprintln!("error: usage: fake_dataplane run --map PATH --lock PATH");
+        return ExitCode::from(2);
+    }
+    if let Ok(text) = std::env::var("FAKE_REFUSE") {
+        eprintln!("error: {text}");
+        return ExitCode::from(2);
+    }
+    match serve(Path::new(map), Path::new(lock)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn hold_lock(path: &Path) -> Result<File> {
+    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        bail!("{} is locked by another data plane", path.display());
+    }
+    file.set_len(0)?;
+    writeln!(file, "{}", std::process::id())?;
+    Ok(file)
+}
+
+/// What it remembers between desired states.
+#[derive(Default)]
+struct Memory {
+    stores: BTreeMap<PathBuf, StoreId>,
+    since: BTreeMap<VolumeId, Instant>,
+}
+
+fn serve(map: &Path, lock: &Path) -> Result<()> {
+    let _lock = hold_lock(lock)?;
+    let mut map = DataMap::attach(map).context("cannot attach to the map")?;
+    let mut memory = Memory::default();
+    let stats = map.core_stats(0)?;
+    let mut busy = false;
+    let mut seen = 0;
+    loop {
+        if !busy {
+            map.wait_desired(seen, Duration::from_millis(500))?;
+        }
+        let desired = map.desired()?;
+        seen = desired.version;
+        if desired.drain {
+            return Ok(());
+        }
+        let mut observed = observe(&desired, &mut memory)?;
+        busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating);
+        map.publish_observed(&mut observed)?;
+        stats.add(Counter::Reads, 1);
+        stats.record(Latency::Read, 1000);
+        if std::env::var_os("FAKE_DEAF").is_some() {
+            std::thread::sleep(Duration::from_secs(3600));
+        }
+        if busy {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
+    let stores: Vec<_> = desired.stores.iter().map(|store| open(store, memory)).collect();
+    let links = desired.interfaces.iter().map(|interface| ObservedLink {
+        interface: interface.clone(),
+        core: desired.cores.first().copied().unwrap_or(0),
+        mode: LinkMode::XdpNativeCopy,
+        segments: 4,
+        mtu: 9000,
+        max_sectors: 16,
+        up: true,
+        ..ObservedLink::default()
+    });
+    let exports = desired.exports.iter().map(|export| ObservedExport {
+        volume: export.volume,
+        shelf: export.shelf,
+        slot: export.slot,
+        state: ExportState::Serving,
+        ..ObservedExport::default()
+    });
+    Ok(Observed {
+        version: 0,
+        applied: desired.version,
+        pid: std::process::id(),
+        links: links.collect(),
+        volumes: desired.volumes.iter().map(|volume| observe_volume(volume, memory)).collect(),
+        exports: exports.collect(),
+        stores,
+    })
+}
+
+fn open(store: &DesiredStore, memory: &mut Memory) -> ObservedStore {
+    let path = PathBuf::from(&store.path);
+    let opened = match memory.stores.get(&path) {
+        Some(id) => Ok(*id),
+        None => read_or_format(&path),
+    };
+    let mut observed = ObservedStore { path: store.path.clone(), ..ObservedStore::default() };
+    match opened {
+        Ok(id) => {
+            memory.stores.insert(path.clone(), id);
+            observed.id = Some(id);
+            observed.state = StoreState::Ready;
+            observed.durability = Durability::DsyncWriteBack;
+            observed.capacity_bytes = std::fs::metadata(&path).map_or(0, |m| m.len());
+            observed.free_bytes = observed.capacity_bytes;
+        }
+        Err(error) => {
+            observed.state = StoreState::Failed;
+            observed.error = format!("{error:#}");
+        }
+    }
+    observed
+}
+
+fn read_or_format(path: &Path) -> Result<StoreId> {
+    let mut file = OpenOptions::new().read(true).write(true).open(path).context("cannot open the store")?;
+    let mut id = [0; 16];
+    file.read_exact(&mut id)?;
+    if id == [0; 16] {
+        id = uuid::Uuid::new_v4().into_bytes();
+        file.write_all_at(&id, 0)?;
+    }
+    Ok(StoreId(id))
+}
+
+fn observe_volume(volume: &DesiredVolume, memory: &mut Memory) -> ObservedVolume {
+    let mut observed = ObservedVolume {
+        id: volume.id,
+        store: volume.store,
+        state: VolumeObserved::Ready,
+        size_sectors: volume.size_sectors,
+        ..ObservedVolume::default()
+    };
+    if volume.state == VolumeIntent::Purging {
+        observed.state = VolumeObserved::Purged;
+        return observed;
+    }
+    if let Ok(text) = std::env::var("FAKE_FAIL_VOLUMES") {
+        observed.state = VolumeObserved::Failed;
+        observed.error = text;
+        return observed;
+    }
+    let needed = std::env::var("FAKE_ALLOCATE_MS").ok().and_then(|ms| ms.parse().ok()).unwrap_or(0);
+    let since = memory.since.entry(volume.id).or_insert_with(Instant::now);
+    let done = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    if done < needed {
+        observed.state = VolumeObserved::Allocating;
+        observed.done_bytes = volume.size_sectors * 512 / needed * done;
+    }
+    observed
+}
