@@ -10,6 +10,10 @@
 mod codec;
 mod disk;
 mod journal;
+#[cfg(test)]
+mod sim_disk;
+#[cfg(test)]
+mod tests;
 
 use std::fs;
 use std::io::{self, Read, Seek, Write};
