@@ -230,7 +230,7 @@ pub(crate) struct LinkArgs {
     /// Size of the volume that is pretended.
     #[arg(long, value_parser = bytes, default_value = "1GiB")]
     pub(crate) size: u64,
-    /// Threads that serve, one per core from core 0 on; the interface needs as many queues.
+    /// Threads that serve, one per core from core 0 on; the interface needs as many queues (--pair makes them).
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) cores: u16,
     /// With --interface: the first core that serves. Without it the threads run where they are put.

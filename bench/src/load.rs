@@ -369,6 +369,11 @@ impl<'a> Generator<'a> {
         let mut sent = 0;
         while station.can_send() {
             let Some(outgoing) = self.initiator.transmit(now) else { break };
+            // By address, so that all frames about one block stay in one queue and in order.
+            let queue = outgoing.io.map_or(0, |(_, piece, _)| {
+                usize::try_from(piece.lba / CHUNK_SECTORS as u64 % station.queues() as u64)
+                    .expect("below the number of queues")
+            });
             let data = match outgoing.io {
                 Some((Kind::Write, piece, _)) => self.write_data(station, piece),
                 Some((Kind::Read, piece, true)) => {
@@ -379,7 +384,7 @@ impl<'a> Generator<'a> {
                 }
                 _ => Segments::new(),
             };
-            station.send(0, outgoing.head(), data);
+            station.send(queue, outgoing.head(), data);
             sent += 1;
         }
         sent

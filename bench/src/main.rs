@@ -176,13 +176,20 @@ fn print_served(args: &LinkArgs, report: &ServeReport) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The core after the server's, or the last one where there are no more.
+fn generator_core(args: &LinkArgs) -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let last = u16::try_from(cores - 1).unwrap_or(u16::MAX);
+    (SERVER_CORE + args.cores).min(last)
+}
+
 fn ceiling_pair(args: &LinkArgs) -> anyhow::Result<bool> {
-    let load = args.shape.load(args.shelf_slot, Some(SERVER_CORE + args.cores))?;
+    let load = args.shape.load(args.shelf_slot, Some(generator_core(args)))?;
     let stop = stop_flag()?;
     let mut rates = Vec::new();
     let mut ok = true;
     for _ in 0..args.repeat {
-        let pair = Pair::create(args.mtu)?;
+        let pair = Pair::create(args.mtu, args.cores)?;
         let (report, served) = measure_pair(args, &load, &pair, &stop)?;
         if args.json {
             println!("{}", serde_json::json!({ "load": report, "server": served }));
@@ -215,12 +222,12 @@ fn measure_pair(
             enter(&pair.server)?;
             let region = region(args.cores)?;
             let mut interface = open_server(args, INTERFACE, &region)?;
-            let core_of = |thread| Some(SERVER_CORE + thread);
+            let core_of = |thread: u16| Some((SERVER_CORE + thread).min(generator_core(args)));
             serve_all(args, &region, &mut interface, core_of, &served_enough)
         });
         let client = scope.spawn(|| {
             enter(&pair.client)?;
-            pin(SERVER_CORE + args.cores)?;
+            pin(generator_core(args))?;
             let region = region(1)?;
             let mut interface = Interface::open(INTERFACE, args.link, &region)?;
             let mut station = Station::open(&mut interface, &region, 0, 1)?;

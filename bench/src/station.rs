@@ -67,6 +67,11 @@ impl Station {
         self.queues[0].info()
     }
 
+    /// How many queues there are to send on.
+    pub(crate) fn queues(&self) -> usize {
+        self.queues.len()
+    }
+
     /// Receives a batch from every queue and gives each frame to `take`, then its memory back. Returns how many
     /// frames there were.
     pub(crate) fn receive(&mut self, mut take: impl FnMut(&mut Station, &RxFrame, usize)) -> usize {

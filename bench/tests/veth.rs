@@ -160,6 +160,22 @@ fn the_pair_measures_itself_on_both_links_and_at_both_mtus() {
 }
 
 #[test]
+fn several_cores_share_the_queues_of_a_pair() {
+    let args = ["ceiling", "link", "--pair", "--json", "--ops", "4000", "--cores", "2", "--link", "af-xdp"];
+    let output = Command::new(BENCH).args(args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let both = report(&output);
+    assert_eq!((&both["load"]["ok"], &both["load"]["operations"]), (&true.into(), &4000.into()), "{both}");
+    // With fewer queues than cores there is nothing to share.
+    let net = Net::new(1500);
+    let serve = ["ceiling", "link", "--interface", "eth0", "--cores", "3"];
+    let output = Net::command(&net.server, BENCH, &serve).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("1 queues") && error.contains("3 cores"), "{error}");
+}
+
+#[test]
 fn a_target_that_keeps_nothing_is_caught() {
     let net = Net::new(9000);
     let server = net.serve(BENCH, &["ceiling", "link", "--interface", "eth0", "--size", "4MiB", "--json"]);

@@ -20,23 +20,22 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// Makes namespaces and pair, up and with this MTU.
+    /// Makes namespaces and pair, up, with this MTU and number of queues.
     ///
     /// # Errors
     /// What `ip` said; nothing is left then.
-    pub(crate) fn create(mtu: u32) -> anyhow::Result<Pair> {
+    pub(crate) fn create(mtu: u32, queues: u16) -> anyhow::Result<Pair> {
         let id = std::process::id();
         let pair = Pair { server: format!("tbench-{id}-s"), client: format!("tbench-{id}-c") };
-        let (server, client, mtu) = (pair.server.as_str(), pair.client.as_str(), mtu.to_string());
+        let (server, client) = (pair.server.as_str(), pair.client.as_str());
+        let (mtu, queues) = (mtu.to_string(), queues.to_string());
         for namespace in [server, client] {
             ip(&["netns", "add", namespace])?;
         }
-        ip(&[
-            "-n", server, "link", "add", INTERFACE, "mtu", &mtu, "type", "veth", "peer", "name", INTERFACE,
-            "mtu", &mtu, "netns", client,
-        ])?;
+        let shape = ["mtu", &mtu, "numtxqueues", &queues, "numrxqueues", &queues];
+        let (here, there) = (["-n", server, "link", "add", INTERFACE], ["netns", client]);
+        ip(&[&here[..], &shape, &["type", "veth", "peer", "name", INTERFACE], &shape, &there].concat())?;
         for namespace in [server, client] {
-            // Neighbour discovery and router solicitations would be counted among our frames.
             quiet(namespace)?;
             ip(&["-n", namespace, "link", "set", INTERFACE, "up"])?;
         }
@@ -65,8 +64,14 @@ pub(crate) fn enter(namespace: &str) -> anyhow::Result<()> {
         .with_context(|| format!("cannot enter network namespace {namespace}: this needs CAP_SYS_ADMIN"))
 }
 
+/// Keeps neighbour discovery and router solicitations away, which would be counted among our frames, and leaves tags
+/// in the frames. Where a tool is missing the pair works all the same.
 fn quiet(namespace: &str) -> anyhow::Result<()> {
-    ip(&["netns", "exec", namespace, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6 || true"])
+    let script = format!(
+        "echo 1 2>/dev/null >/proc/sys/net/ipv6/conf/all/disable_ipv6; \
+         ethtool -K {INTERFACE} txvlan off rxvlan off >/dev/null 2>&1; true"
+    );
+    ip(&["netns", "exec", namespace, "sh", "-c", &script])
 }
 
 fn ip(args: &[&str]) -> anyhow::Result<()> {
