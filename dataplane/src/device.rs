@@ -109,7 +109,7 @@ impl Device {
         if len_bytes < min_bytes {
             return Err(DeviceError::TooSmall { path: shown, len_bytes, min_bytes });
         }
-        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| is_memory(fs.f_type as i64));
+        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| is_memory(fs.f_type));
         let number = if kind.is_block_device() { metadata.rdev() } else { metadata.dev() };
         let durability = match (in_memory && kind.is_file(), has_volatile_cache(number)) {
             (true, _) => Durability::Memory,
@@ -123,6 +123,22 @@ impl Device {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// A second handle on the same open file description.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn try_clone(&self) -> Result<Device, DeviceError> {
+        let file =
+            self.file.try_clone().map_err(|source| self.io_error("duplicate its descriptor", source))?;
+        Ok(Device { file, path: self.path.clone(), len_bytes: self.len_bytes, durability: self.durability })
+    }
+
+    /// The bare descriptor.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
     }
 
     /// Where it is.
@@ -195,9 +211,9 @@ impl Device {
         self.file.sync_data().map_err(|source| self.io_error("sync it", source))
     }
 
-    /// Writes zeros over a range, in pieces, and tells `progress` after each the bytes done; syncs at the end. Multiples
-    /// of 4096. Zeros are written, not promised: the first write to a block that a file system has only reserved costs
-    /// several times one that overwrites.
+    /// Writes zeros over a range, in pieces, and tells `progress` after each the bytes done, which says whether to go on;
+    /// syncs at the end. Multiples of 4096. Whether it went to the end. Zeros are written, not promised: the first write
+    /// to a block that a file system has only reserved costs several times one that overwrites.
     ///
     /// # Errors
     /// When they cannot be written.
@@ -205,8 +221,8 @@ impl Device {
         &self,
         offset_bytes: u64,
         len_bytes: u64,
-        mut progress: impl FnMut(u64),
-    ) -> Result<(), DeviceError> {
+        mut progress: impl FnMut(u64) -> bool,
+    ) -> Result<bool, DeviceError> {
         const PIECE_BYTES: usize = 1 << 20;
         let zeros = AlignedBuffer::new(PIECE_BYTES);
         let mut done = 0;
@@ -216,9 +232,12 @@ impl Device {
                 .write_all_at(&zeros.bytes()[..piece], offset_bytes + done)
                 .map_err(|source| self.io_error("write zeros to it", source))?;
             done += piece as u64;
-            progress(done);
+            if !progress(done) {
+                return Ok(false);
+            }
         }
-        self.file.sync_data().map_err(|source| self.io_error("sync it", source))
+        self.file.sync_data().map_err(|source| self.io_error("sync it", source))?;
+        Ok(true)
     }
 
     fn io_error(&self, what: &'static str, source: io::Error) -> DeviceError {
@@ -270,7 +289,7 @@ fn open_direct(path: &Path, create: bool) -> io::Result<File> {
         // Older tmpfs has no O_DIRECT, and needs none.
         Err(error) if error.kind() == ErrorKind::InvalidInput => {
             let file = open(exclusive)?;
-            let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| is_memory(fs.f_type as i64));
+            let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| is_memory(fs.f_type));
             if in_memory { Ok(file) } else { Err(error) }
         }
         opened => opened,
@@ -403,7 +422,11 @@ mod tests {
         device.write_durably(0, &vec![9; 8192]).unwrap();
         device.write_durably(3 * MIB, &vec![9; 8192]).unwrap();
         let mut told = Vec::new();
-        device.fill_with_zeros(4096, 2 * MIB + 4096, |done| told.push(done)).unwrap();
+        let to_the_end = device.fill_with_zeros(4096, 2 * MIB + 4096, |done| {
+            told.push(done);
+            true
+        });
+        assert!(to_the_end.unwrap());
         assert_eq!(told, [MIB, 2 * MIB, 2 * MIB + 4096]);
         let bytes = std::fs::read(&path).unwrap();
         assert!(bytes[..4096].iter().all(|&b| b == 9) && bytes[4096..8192].iter().all(|&b| b == 0));

@@ -2,4 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod exchange;
+pub mod manager;
+pub mod reactor;
+pub mod request;
 pub mod store;

@@ -179,9 +179,9 @@ impl LinearStore {
         let mut send = |part: usize, offset_bytes: u64, blocks: Blocks| {
             let token = token(at, part);
             if write {
-                disk.write(offset_bytes, blocks, token)
+                disk.write(offset_bytes, blocks, token);
             } else {
-                disk.read(offset_bytes, blocks, token)
+                disk.read(offset_bytes, blocks, token);
             }
         };
         send(0, first_offset, first);

@@ -1,5 +1,7 @@
 //! The ring against real files: O_DIRECT on the file system of the build folder, inline on tmpfs.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;

@@ -148,7 +148,7 @@ impl Allocation {
         for run in new_runs {
             match entry.runs.last_mut() {
                 Some(last) if last.first_extent + last.extents == run.first_extent => {
-                    last.extents += run.extents
+                    last.extents += run.extents;
                 }
                 _ => entry.runs.push(run),
             }

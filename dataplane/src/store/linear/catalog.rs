@@ -186,7 +186,7 @@ impl Catalog {
     fn write_table(&mut self) -> Result<(), CatalogError> {
         let sequence = self.sequence + 1;
         let bytes = format::encode_table(&self.allocation, sequence).map_err(CatalogError::Table)?;
-        let slot = TABLE_OFFSETS[usize::from(sequence % 2 == 0)];
+        let slot = TABLE_OFFSETS[usize::from(sequence.is_multiple_of(2))];
         self.device.write_durably(slot, &bytes)?;
         self.sequence = sequence;
         Ok(())
@@ -286,7 +286,7 @@ mod tests {
         reserve(&mut catalog, 1);
         let before = catalog.allocation().clone();
         reserve(&mut catalog, 2);
-        let newest = TABLE_OFFSETS[usize::from(catalog.sequence % 2 == 0)];
+        let newest = TABLE_OFFSETS[usize::from(catalog.sequence.is_multiple_of(2))];
         drop(catalog);
         damage(&path, newest + 64);
         let mut catalog = open(&path).unwrap();

@@ -1,0 +1,237 @@
+//! What cores and the manager hand to each other: bounded, lock-free queues, and the wake-up of a core that sleeps.
+//!
+//! Invariants:
+//! * A queue that is full refuses; the sender counts a drop and keeps what it wanted to send. Nothing waits.
+//! * A sleeper is never missed: it announces its sleep before it looks at its queues a last time, and a sender queues
+//!   before it looks for the announcement, both with sequentially consistent order between the two steps.
+//! * Chunks travel with the message that names them and go home to the core that owns them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, OnceLock};
+
+use aoe_xdp::link::{Chunk, RxFrame, Segments};
+use aoe_xdp::target::{ExportTable, ReplyHead};
+use cluster_map::Durability;
+use crossbeam::queue::ArrayQueue;
+use rustix::event::EventfdFlags;
+use torus_uring::WakeHandle;
+
+use crate::store::linear::Placement;
+
+/// Messages that may wait for a core: a few receive batches from every other core.
+const MESSAGES_MAX: usize = 4096;
+
+/// What one core asks another to do.
+#[derive(Debug)]
+pub enum Message {
+    /// Serve this request: the export is yours. The frame's chunks are the sender's.
+    Serve {
+        /// Ordinal of the interface it came in by.
+        interface: u8,
+        /// The frame.
+        frame: RxFrame,
+    },
+    /// Send this answer: the interface's queue is yours. The chunks are the sender's.
+    Send {
+        /// Ordinal of the interface to send by.
+        interface: u8,
+        /// The frame's beginning.
+        head: ReplyHead,
+        /// What follows it.
+        data: Segments,
+    },
+    /// Take your chunk back.
+    TakeBack(Chunk),
+}
+
+/// How cores reach a store.
+#[derive(Debug, Clone)]
+pub struct StoreAccess {
+    /// The descriptor that holds the store's lock; cores register duplicates.
+    pub file: Arc<OwnedFd>,
+    /// What a completed write means.
+    pub durability: Durability,
+    /// Each write must be synced.
+    pub dsync: bool,
+}
+
+/// Where the data of an export is.
+#[derive(Debug, Clone)]
+pub struct Served {
+    /// Position of its store in [`CoreConfig::stores`].
+    pub store: usize,
+    /// Its place there.
+    pub placement: Arc<Placement>,
+    /// The core that serves it.
+    pub owner: u16,
+}
+
+/// Everything that cores are told; a new one replaces the old one as a whole.
+#[derive(Debug, Default)]
+pub struct CoreConfig {
+    /// Grows by one.
+    pub version: u64,
+    /// What the wire sees.
+    pub exports: ExportTable,
+    /// By export key.
+    pub served: Vec<Option<Served>>,
+    /// Keys of the exports to advertise.
+    pub announce: Vec<u32>,
+    /// Stores by position; a position is not used again while a request may name it.
+    pub stores: Vec<Option<StoreAccess>>,
+    /// Take no more requests, finish, and end.
+    pub drain: bool,
+}
+
+/// A core's letter box.
+#[derive(Debug)]
+pub struct Mailbox {
+    messages: ArrayQueue<Message>,
+    config: ArrayQueue<Arc<CoreConfig>>,
+    /// Old configurations, for the manager to drop: a core frees no memory.
+    retired: ArrayQueue<Arc<CoreConfig>>,
+    sleeping: AtomicBool,
+    applied: AtomicU64,
+    wake: OnceLock<WakeHandle>,
+    doorbell: OwnedFd,
+}
+
+impl Mailbox {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn new() -> std::io::Result<Mailbox> {
+        Ok(Mailbox {
+            messages: ArrayQueue::new(MESSAGES_MAX),
+            config: ArrayQueue::new(1),
+            retired: ArrayQueue::new(4),
+            sleeping: AtomicBool::new(false),
+            applied: AtomicU64::new(0),
+            wake: OnceLock::new(),
+            doorbell: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// The owner tells how other rings wake it.
+    pub fn set_wake_handle(&self, handle: WakeHandle) {
+        let first = self.wake.set(handle).is_ok();
+        assert!(first, "a core has one ring");
+    }
+
+    /// How to wake the owner from another ring; `None` before it runs.
+    pub fn wake_handle(&self) -> Option<&WakeHandle> {
+        self.wake.get()
+    }
+
+    /// Queues a message. Whether the owner sleeps and must be woken.
+    ///
+    /// # Errors
+    /// The message, when the box is full.
+    pub fn send(&self, message: Message) -> Result<bool, Message> {
+        self.messages.push(message)?;
+        fence(Ordering::SeqCst);
+        Ok(self.sleeping.load(Ordering::Relaxed))
+    }
+
+    /// The next message.
+    pub fn receive(&self) -> Option<Message> {
+        self.messages.pop()
+    }
+
+    /// The manager hands over a configuration and wakes the owner. The one before must have been applied.
+    ///
+    /// # Panics
+    /// If it was not.
+    pub fn configure(&self, config: Arc<CoreConfig>) {
+        assert!(self.config.push(config).is_ok(), "one configuration at a time");
+        while self.retired.pop().is_some() {}
+        self.ring_doorbell();
+    }
+
+    /// Wakes the owner from a thread that has no ring.
+    pub fn ring_doorbell(&self) {
+        // Fails only when the counter is full, and then the owner is awake.
+        let _full = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+    }
+
+    /// What the owner polls.
+    pub fn doorbell(&self) -> BorrowedFd<'_> {
+        self.doorbell.as_fd()
+    }
+
+    /// The owner has heard the doorbell.
+    pub fn silence_doorbell(&self) {
+        let mut count = [0u8; 8];
+        let _nothing_to_read = rustix::io::read(&self.doorbell, &mut count);
+    }
+
+    /// The owner takes a new configuration.
+    pub fn take_config(&self) -> Option<Arc<CoreConfig>> {
+        self.config.pop()
+    }
+
+    /// The owner gives an old configuration away.
+    pub fn retire(&self, config: Arc<CoreConfig>) {
+        // At most one is retired for each configuration sent, and the manager empties the queue as it sends.
+        let _never_full = self.retired.push(config);
+    }
+
+    /// The owner tells that no request of an older configuration is left.
+    pub fn set_applied(&self, version: u64) {
+        self.applied.store(version, Ordering::Release);
+    }
+
+    /// The newest configuration before which no request is left.
+    pub fn applied(&self) -> u64 {
+        self.applied.load(Ordering::Acquire)
+    }
+
+    /// The owner announces that it is going to sleep. Whether it may: false when something arrived meanwhile.
+    pub fn begin_sleep(&self) -> bool {
+        self.sleeping.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.messages.is_empty() && self.config.is_empty()
+    }
+
+    /// The owner is awake.
+    pub fn end_sleep(&self) {
+        self.sleeping.store(false, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sender_sees_a_sleeper_and_a_sleeper_sees_a_message() {
+        let mailbox = Mailbox::new().unwrap();
+        let message = || Message::Send {
+            interface: 0,
+            head: ReplyHead { bytes: [0; 64], len: 60 },
+            data: Segments::new(),
+        };
+        assert!(!mailbox.send(message()).unwrap());
+        assert!(!mailbox.begin_sleep(), "a message waits");
+        mailbox.end_sleep();
+        assert!(mailbox.receive().is_some());
+        assert!(mailbox.begin_sleep());
+        assert!(mailbox.send(message()).unwrap(), "must be woken");
+    }
+
+    #[test]
+    fn a_full_box_refuses_and_keeps_nothing() {
+        let mailbox = Mailbox::new().unwrap();
+        let message = || Message::Send {
+            interface: 0,
+            head: ReplyHead { bytes: [0; 64], len: 60 },
+            data: Segments::new(),
+        };
+        for _ in 0..MESSAGES_MAX {
+            mailbox.send(message()).unwrap();
+        }
+        assert!(mailbox.send(message()).is_err());
+    }
+}

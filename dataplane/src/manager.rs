@@ -1,0 +1,360 @@
+//! The thread that turns the desired state of the map into reality: opens interfaces and stores, allocates and fills
+//! volumes, tells the cores what to serve, and writes down what came of it.
+//!
+//! Invariants:
+//! * It never touches a request: cores go on at full speed while it waits for a device.
+//! * A volume is served only after its extents have been filled (no bytes of another volume are ever seen), and only up to
+//!   the size in force in the store's table.
+//! * Extents are freed only when the desired state says *purging* (I2) or smaller, and no core has a request on them any
+//!   more. What is found and not asked for is reported as orphan and kept.
+//! * What is observed of an export or a volume is published after it has become true.
+
+mod start;
+mod stores;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use aoe_xdp::link::{Interface, LinkInfo, LinkMode};
+use aoe_xdp::target::{Export, ExportTable};
+use aoe_xdp::wire::{Address, Mac};
+use cluster_map::{
+    DataMap, Desired, DesiredExport, ExportState, Observed, ObservedExport, ObservedLink, VolumeId,
+    VolumeIntent,
+};
+use rustix::time::{ClockId, clock_gettime};
+
+pub use start::{StartError, start};
+use stores::Stores;
+
+use crate::exchange::{CoreConfig, Mailbox, Served};
+
+/// How often interfaces are looked at, and the longest time between two signs of life.
+const LOOK: Duration = Duration::from_secs(1);
+/// The same while volumes are being filled.
+const LOOK_BUSY: Duration = Duration::from_millis(20);
+/// How long cores may take to finish the requests of an old configuration before it is said to be stuck. A disk that
+/// takes longer has its requests finished whenever it does; nothing is freed before.
+const SETTLE_WARNING: Duration = Duration::from_secs(10);
+
+/// One opened interface and the cores that own its queues.
+pub(crate) struct OpenInterface {
+    interface: Interface,
+    /// (what it is, the CPU that owns it), by queue
+    queues: Vec<(LinkInfo, u16)>,
+    ordinal: u8,
+}
+
+/// What is known of an export that cores serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct KeyedExport {
+    key: u32,
+    wish: DesiredExport,
+    size_sectors: u64,
+}
+
+/// The manager of one process.
+pub struct Manager {
+    map: DataMap,
+    interfaces: Vec<OpenInterface>,
+    stores: Stores,
+    mailboxes: Arc<[Mailbox]>,
+    threads: Vec<JoinHandle<std::io::Result<()>>>,
+    version: u64,
+    /// What cores serve now.
+    exports: BTreeMap<VolumeId, KeyedExport>,
+    keys_free: BTreeSet<u32>,
+    keys_next: u32,
+    published: Option<Observed>,
+}
+
+impl Manager {
+    fn new(
+        map: DataMap,
+        interfaces: Vec<OpenInterface>,
+        stores: Stores,
+        mailboxes: Arc<[Mailbox]>,
+        threads: Vec<JoinHandle<std::io::Result<()>>>,
+    ) -> Manager {
+        Manager {
+            map,
+            interfaces,
+            stores,
+            mailboxes,
+            threads,
+            version: 0,
+            exports: BTreeMap::new(),
+            keys_free: BTreeSet::new(),
+            keys_next: 0,
+            published: None,
+        }
+    }
+
+    /// Follows the desired state until it says to drain.
+    ///
+    /// # Errors
+    /// When the map or a core fails: the process must end then, so that its supervisor starts another one.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        let mut desired = self.map.desired()?;
+        loop {
+            self.map.beat(boot_time_ns());
+            if desired.drain {
+                return self.drain(&desired);
+            }
+            self.converge(&desired)?;
+            self.check_cores()?;
+            let look = if self.stores.is_filling() { LOOK_BUSY } else { LOOK };
+            if self.map.wait_desired(desired.version, look)? != desired.version {
+                desired = self.map.desired()?;
+            }
+        }
+    }
+
+    /// One step towards the desired state.
+    fn converge(&mut self, desired: &Desired) -> anyhow::Result<()> {
+        self.stores.open_missing(desired);
+        self.stores.allocate(desired);
+        let wanted = self.wanted_exports(desired);
+        if wanted != self.exports || self.stores.access_changed() {
+            self.configure(wanted, false)?;
+        }
+        // From here on no core has a request on what is not served.
+        let served: BTreeSet<VolumeId> = self.exports.keys().copied().collect();
+        self.stores.release(desired, &served);
+        if self.stores.close_removed() {
+            self.configure(self.exports.clone(), false)?;
+            self.stores.drop_closed();
+        }
+        self.publish(desired)
+    }
+
+    /// Exports that can be served now, with stable keys.
+    fn wanted_exports(&mut self, desired: &Desired) -> BTreeMap<VolumeId, KeyedExport> {
+        let mut wanted = BTreeMap::new();
+        let mut addresses = BTreeSet::new();
+        for wish in &desired.exports {
+            let Some(size_sectors) = servable_sectors(desired, &self.stores, wish.volume) else { continue };
+            // The control process keeps addresses unique; should it fail to, the first one stands.
+            if !addresses.insert((wish.shelf, wish.slot)) || wanted.contains_key(&wish.volume) {
+                continue;
+            }
+            let key = match self.exports.get(&wish.volume) {
+                Some(known) => known.key,
+                None => self.take_key(),
+            };
+            wanted.insert(wish.volume, KeyedExport { key, wish: *wish, size_sectors });
+        }
+        wanted
+    }
+
+    fn take_key(&mut self) -> u32 {
+        self.keys_free.pop_first().unwrap_or_else(|| {
+            self.keys_next += 1;
+            self.keys_next - 1
+        })
+    }
+
+    /// Puts a set of exports in force on all cores, and waits until no request of the former set is left.
+    fn configure(&mut self, exports: BTreeMap<VolumeId, KeyedExport>, drain: bool) -> anyhow::Result<()> {
+        self.version += 1;
+        let cores = u32::try_from(self.mailboxes.len()).expect("a core's index has 16 bits");
+        let mut served: Vec<Option<Served>> = vec![None; self.keys_next as usize];
+        let mut table = Vec::new();
+        let mut announce = Vec::new();
+        for (volume, export) in &exports {
+            let Some((store, placement)) = self.stores.placement(*volume) else { continue };
+            let owner = u16::try_from(export.key % cores).expect("below the number of cores");
+            served[export.key as usize] = Some(Served { store, placement, owner });
+            table.push(wire_export(export));
+            if self.exports.get(volume) != Some(export) {
+                announce.push(export.key);
+            }
+        }
+        self.accept_macs(&exports)?;
+        let config = Arc::new(CoreConfig {
+            version: self.version,
+            exports: ExportTable::new(table)?,
+            served,
+            announce,
+            stores: self.stores.access(),
+            drain,
+        });
+        for mailbox in &*self.mailboxes {
+            mailbox.configure(Arc::clone(&config));
+        }
+        if !drain {
+            self.await_settled()?;
+        }
+        for (volume, export) in &self.exports {
+            if !exports.contains_key(volume) {
+                self.keys_free.insert(export.key);
+            }
+        }
+        self.exports = exports;
+        Ok(())
+    }
+
+    fn await_settled(&mut self) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let mut warned = false;
+        while self.mailboxes.iter().any(|mailbox| mailbox.applied() < self.version) {
+            self.check_cores()?;
+            if !warned && started.elapsed() > SETTLE_WARNING {
+                warned = true;
+                eprintln!(
+                    "torus-dataplane: a device holds requests for more than {SETTLE_WARNING:?}; changes wait for it"
+                );
+            }
+            std::thread::sleep(Duration::from_micros(200));
+            self.map.beat(boot_time_ns());
+        }
+        Ok(())
+    }
+
+    /// Lets the interfaces take frames for the exports' MACs, and no longer for those that are gone.
+    fn accept_macs(&mut self, exports: &BTreeMap<VolumeId, KeyedExport>) -> anyhow::Result<()> {
+        for open in &mut self.interfaces {
+            let mac_of = |export: &KeyedExport| wire_export(export).mac_on(open.ordinal).0;
+            let wanted: BTreeSet<[u8; 6]> = exports.values().map(mac_of).collect();
+            let present: BTreeSet<[u8; 6]> = self.exports.values().map(mac_of).collect();
+            for mac in wanted.difference(&present) {
+                open.interface.add_mac(*mac)?;
+            }
+            for mac in present.difference(&wanted) {
+                open.interface.remove_mac(*mac)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A core that has ended without being told to is a crash.
+    fn check_cores(&mut self) -> anyhow::Result<()> {
+        let Some(at) = self.threads.iter().position(JoinHandle::is_finished) else { return Ok(()) };
+        match self.threads.swap_remove(at).join() {
+            Ok(Ok(())) => anyhow::bail!("a core ended without being told to"),
+            Ok(Err(error)) => Err(anyhow::Error::new(error).context("io_uring failed")),
+            Err(_) => anyhow::bail!("a core panicked"),
+        }
+    }
+
+    fn drain(mut self, desired: &Desired) -> anyhow::Result<()> {
+        self.configure(self.exports.clone(), true)?;
+        for thread in self.threads.drain(..) {
+            thread.join().map_err(|_| anyhow::anyhow!("a core panicked while draining"))??;
+        }
+        self.exports.clear();
+        self.publish(desired)
+    }
+
+    /// Writes down what is true now, if it has changed.
+    fn publish(&mut self, desired: &Desired) -> anyhow::Result<()> {
+        let mut observed = Observed {
+            version: 0,
+            applied: desired.version,
+            pid: std::process::id(),
+            links: self.observe_links(),
+            stores: self.stores.observe(desired),
+            volumes: self.stores.observe_volumes(desired),
+            exports: desired.exports.iter().map(|wish| self.observe_export(desired, wish)).collect(),
+        };
+        if self.published.as_ref() == Some(&observed) {
+            return Ok(());
+        }
+        self.published = Some(observed.clone());
+        self.map.publish_observed(&mut observed)?;
+        Ok(())
+    }
+
+    fn observe_links(&self) -> Vec<ObservedLink> {
+        let mut links = Vec::new();
+        for open in &self.interfaces {
+            let state = open.interface.state();
+            for (info, cpu) in &open.queues {
+                let up = state.as_ref().is_ok_and(|state| state.up && state.running);
+                let mtu = state.as_ref().map_or(info.mtu, |state| state.mtu_bytes);
+                let note = if mtu == info.mtu {
+                    info.note.clone()
+                } else {
+                    format!(
+                        "the MTU was {} when the link was opened: restart the node to use {mtu}",
+                        info.mtu
+                    )
+                };
+                links.push(ObservedLink {
+                    interface: info.interface.clone(),
+                    queue: info.queue,
+                    core: *cpu,
+                    mode: observed_mode(info.mode),
+                    segments: info.segments,
+                    mtu,
+                    max_sectors: info.max_sectors,
+                    up,
+                    mac: info.mac,
+                    note,
+                });
+            }
+        }
+        links
+    }
+
+    fn observe_export(&self, desired: &Desired, wish: &DesiredExport) -> ObservedExport {
+        let serving = self.exports.get(&wish.volume).filter(|known| known.wish == *wish);
+        let known_volume = desired.volumes.iter().any(|volume| volume.id == wish.volume);
+        let (state, error) = match (serving, known_volume) {
+            (Some(_), _) => (ExportState::Serving, String::new()),
+            (None, true) => (ExportState::Waiting, String::new()),
+            (None, false) => (ExportState::Failed, "the node has no such volume".to_owned()),
+        };
+        ObservedExport {
+            volume: wish.volume,
+            shelf: wish.shelf,
+            slot: wish.slot,
+            state,
+            size_sectors: serving.map_or(0, |known| known.size_sectors),
+            error,
+        }
+    }
+}
+
+/// Sectors of a volume that can be served: what is in force on its store, never more than desired.
+fn servable_sectors(desired: &Desired, stores: &Stores, volume: VolumeId) -> Option<u64> {
+    let wish = desired.volumes.iter().find(|wish| wish.id == volume && wish.state == VolumeIntent::Active)?;
+    let sectors = stores.committed_sectors(volume)?.min(wish.size_sectors);
+    (sectors > 0).then_some(sectors)
+}
+
+fn wire_export(export: &KeyedExport) -> Export {
+    let serial: String =
+        export.wish.volume.to_string().chars().filter(char::is_ascii_hexdigit).take(20).collect();
+    Export {
+        key: export.key,
+        address: Address { shelf: export.wish.shelf, slot: export.wish.slot },
+        mac: Mac(export.wish.mac),
+        size_sectors: export.size_sectors,
+        read_only: export.wish.read_only,
+        serial,
+        config_string: Vec::new(),
+    }
+}
+
+fn observed_mode(mode: LinkMode) -> cluster_map::LinkMode {
+    match mode {
+        LinkMode::XdpZeroCopy => cluster_map::LinkMode::XdpZeroCopy,
+        LinkMode::XdpNativeCopy => cluster_map::LinkMode::XdpNativeCopy,
+        LinkMode::XdpGeneric => cluster_map::LinkMode::XdpGeneric,
+        LinkMode::Packet => cluster_map::LinkMode::Packet,
+    }
+}
+
+/// Nanoseconds of the clock that goes on during suspend, by which grants and signs of life are counted.
+fn boot_time_ns() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// The process's claim to be the node's one data plane: an exclusive lock, with its pid for the supervisor to read.
+#[derive(Debug)]
+pub struct ProcessLock(#[expect(dead_code, reason = "held, not read")] OwnedFd);

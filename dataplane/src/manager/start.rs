@@ -1,0 +1,286 @@
+//! Bringing the process up: lock, map, interfaces, stores, cores. Whatever is wrong with the configuration is said here,
+//! before the first frame is served.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use aoe_xdp::link::{
+    Interface, LinkChoice, LinkError, LinkInfo, Pool, Queue, Region, RegionConfig, RegionError,
+};
+use aoe_xdp::target::Ingress;
+use aoe_xdp::wire::Mac;
+use cluster_map::{DataMap, Desired, MapError};
+use rustix::fs::FlockOperation;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::{Manager, OpenInterface, ProcessLock, Stores};
+use crate::exchange::Mailbox;
+use crate::reactor::{Egress, Parts, Reactor};
+use crate::store::linear::catalog::CatalogError;
+
+/// Interfaces of a node: their ordinals are four bits of an export's MAC.
+const INTERFACES_MAX: usize = 16;
+/// Chunks for each core beside those that its receive rings hold: requests in progress with three blocks each, their
+/// read-modify-writes, and answers on their way out. 32 MiB.
+const CHUNKS_PER_CORE: u32 = 8192;
+/// Chunks that one queue's receive ring holds (its length, in `aoe_xdp::link`).
+const CHUNKS_PER_QUEUE: u32 = 2048;
+/// Answers on their way out of one core.
+const HEADERS_PER_CORE: u32 = 8192;
+/// How long to wait for the first desired state.
+const DESIRED_WAIT: Duration = Duration::from_secs(30);
+
+/// Why the process cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Another one does.
+    #[error("another torus-dataplane of this node is running (it holds {0}): stop it first")]
+    Running(String),
+    /// The lock file cannot be used.
+    #[error("cannot use the lock file {path}: {source}")]
+    Lock {
+        /// Its path.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The map cannot be used.
+    #[error("cannot use the shared map: {0}")]
+    Map(#[from] MapError),
+    /// The control process has not written what it wants.
+    #[error("the control process has published nothing in {} s: is torusd running?", DESIRED_WAIT.as_secs())]
+    NothingDesired,
+    /// No core or no interface, or too many.
+    #[error("{0}")]
+    Configuration(String),
+    /// A link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// Frame memory.
+    #[error(transparent)]
+    Memory(#[from] RegionError),
+    /// A store.
+    #[error(transparent)]
+    Store(#[from] CatalogError),
+    /// A core's thread.
+    #[error("core {cpu} cannot start: {reason}")]
+    Core {
+        /// The CPU.
+        cpu: u16,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl StartError {
+    /// Whether it is the configuration's fault, so that another start would end the same way.
+    #[must_use]
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            StartError::Configuration(_)
+            | StartError::Link(_)
+            | StartError::Store(_)
+            | StartError::Core { .. } => true,
+            StartError::Running(_)
+            | StartError::Lock { .. }
+            | StartError::Map(_)
+            | StartError::NothingDesired
+            | StartError::Memory(_) => false,
+        }
+    }
+}
+
+/// Takes the process lock and writes the pid into it.
+///
+/// # Errors
+/// [`StartError::Running`], [`StartError::Lock`].
+fn lock_process(path: &Path) -> Result<ProcessLock, StartError> {
+    let fail = |source| StartError::Lock { path: path.display().to_string(), source };
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(fail)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(StartError::Running(path.display().to_string())),
+        Err(error) => return Err(fail(error.into())),
+    }
+    file.set_len(0).map_err(fail)?;
+    writeln!(file, "{}", std::process::id()).map_err(fail)?;
+    Ok(ProcessLock(file.into()))
+}
+
+fn first_desired(map: &DataMap) -> Result<Desired, StartError> {
+    if map.wait_desired(0, DESIRED_WAIT)? == 0 {
+        return Err(StartError::NothingDesired);
+    }
+    Ok(map.desired()?)
+}
+
+fn check(desired: &Desired) -> Result<(), StartError> {
+    let wrong = |text: String| Err(StartError::Configuration(text));
+    if desired.cores.is_empty() {
+        return wrong("no core to run on: name at least one with --cores".into());
+    }
+    if desired.interfaces.is_empty() || desired.interfaces.len() > INTERFACES_MAX {
+        return wrong(format!(
+            "{} interfaces were named: name 1 to {INTERFACES_MAX}",
+            desired.interfaces.len()
+        ));
+    }
+    for (i, cpu) in desired.cores.iter().enumerate() {
+        if desired.cores[..i].contains(cpu) {
+            return wrong(format!("core {cpu} is named twice in --cores"));
+        }
+        if usize::from(*cpu) >= CpuSet::MAX_CPU {
+            return wrong(format!("core {cpu} does not exist: see lscpu"));
+        }
+    }
+    for (i, name) in desired.interfaces.iter().enumerate() {
+        if desired.interfaces[..i].contains(name) {
+            return wrong(format!("interface {name} is named twice"));
+        }
+    }
+    Ok(())
+}
+
+fn link_choice(choice: cluster_map::LinkChoice) -> LinkChoice {
+    match choice {
+        cluster_map::LinkChoice::Auto => LinkChoice::Auto,
+        cluster_map::LinkChoice::AfXdp => LinkChoice::AfXdp,
+        cluster_map::LinkChoice::AfPacket => LinkChoice::AfPacket,
+    }
+}
+
+/// Interfaces, pools and the queues of each core.
+struct Paths {
+    interfaces: Vec<OpenInterface>,
+    pools: Vec<Pool>,
+    queues: Vec<Vec<(u8, Queue)>>,
+    egress: Vec<Vec<Egress>>,
+    ingress: Vec<Ingress>,
+}
+
+fn open_paths(desired: &Desired) -> Result<Paths, StartError> {
+    let cores = u16::try_from(desired.cores.len()).expect("each core number has 16 bits and is named once");
+    // Queues are known only after the interfaces are open, and those need the memory: room for the usual few is made.
+    let queues_per_core = u32::try_from(desired.interfaces.len()).expect("at most 16") * 4;
+    let region = Region::new(RegionConfig {
+        cores,
+        chunks_per_core: CHUNKS_PER_CORE + queues_per_core * CHUNKS_PER_QUEUE,
+        headers_per_core: HEADERS_PER_CORE,
+    })?;
+    let mut pools = (0..cores).map(|core| region.pool(core)).collect::<Result<Vec<_>, _>>()?;
+    let mut paths = Paths {
+        interfaces: Vec::new(),
+        pools: Vec::new(),
+        queues: (0..cores).map(|_| Vec::new()).collect(),
+        egress: vec![Vec::new(); usize::from(cores)],
+        ingress: Vec::new(),
+    };
+    for (ordinal, name) in (0u8..).zip(&desired.interfaces) {
+        open_path(&mut paths, &mut pools, ordinal, name, desired, &region)?;
+    }
+    paths.pools = pools;
+    Ok(paths)
+}
+
+/// Opens one interface; its queues go round the cores, starting where the interface before ended.
+fn open_path(
+    paths: &mut Paths,
+    pools: &mut [Pool],
+    ordinal: u8,
+    name: &str,
+    desired: &Desired,
+    region: &Arc<Region>,
+) -> Result<(), StartError> {
+    let mut interface = Interface::open(name, link_choice(desired.link), region)?;
+    let taken: usize = paths.queues.iter().map(Vec::len).sum();
+    let mut queues: Vec<(LinkInfo, u16)> = Vec::new();
+    let mut owners = Vec::new();
+    for queue in 0..interface.queues() {
+        let core = (taken + usize::from(queue)) % pools.len();
+        let opened = interface.take_queue(queue, &mut pools[core])?;
+        queues.push((opened.info().clone(), desired.cores[core]));
+        owners.push((core, paths.queues[core].len()));
+        paths.queues[core].push((ordinal, opened));
+    }
+    let Some((first, _)) = queues.first() else {
+        return Err(StartError::Configuration(format!("interface {name} has no queue")));
+    };
+    paths.ingress.push(Ingress { mac: Mac(first.mac), ordinal, sectors_max: first.max_sectors });
+    let (first_core, _) = owners[0];
+    for (core, egress) in paths.egress.iter_mut().enumerate() {
+        let own = owners.iter().find(|(owner, _)| *owner == core).map(|(_, at)| Egress::Own(*at));
+        egress.push(own.unwrap_or(Egress::Other(u16::try_from(first_core).expect("a core's index"))));
+    }
+    paths.interfaces.push(OpenInterface { interface, queues, ordinal });
+    Ok(())
+}
+
+/// Starts one core's thread, pinned, and waits until it runs.
+fn start_core(cpu: u16, parts: Parts) -> Result<std::thread::JoinHandle<std::io::Result<()>>, StartError> {
+    let (ready, started) = mpsc::sync_channel::<Result<(), String>>(1);
+    let fail = |reason: String| StartError::Core { cpu, reason };
+    let run = move || {
+        let reactor = pin(cpu).and_then(|()| Reactor::new(parts).map_err(|error| error.to_string()));
+        match reactor {
+            Ok(mut reactor) => {
+                let _manager_waits = ready.send(Ok(()));
+                reactor.run()
+            }
+            Err(reason) => {
+                let _manager_waits = ready.send(Err(reason));
+                Ok(())
+            }
+        }
+    };
+    let name = format!("core-{cpu}");
+    let thread =
+        std::thread::Builder::new().name(name).spawn(run).map_err(|error| fail(error.to_string()))?;
+    match started.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(reason)) => Err(fail(reason)),
+        Err(_) => Err(fail("its thread crashed".into())),
+    }
+}
+
+fn pin(cpu: u16) -> Result<(), String> {
+    let mut set = CpuSet::new();
+    set.set(usize::from(cpu));
+    sched_setaffinity(None, &set).map_err(|error| format!("cannot pin a thread to it ({error}): see lscpu"))
+}
+
+/// Brings everything up that the desired state names.
+///
+/// # Errors
+/// [`StartError`]; nothing is served then.
+pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock), StartError> {
+    let lock = lock_process(lock_path)?;
+    let map = DataMap::attach(map_path)?;
+    let desired = first_desired(&map)?;
+    check(&desired)?;
+    let stores = Stores::open_all(&desired)?;
+    let paths = open_paths(&desired)?;
+    let mailboxes = (0..desired.cores.len()).map(|_| Mailbox::new()).collect::<std::io::Result<Vec<_>>>();
+    let mailboxes: Arc<[Mailbox]> = mailboxes
+        .map_err(|error| StartError::Configuration(format!("cannot make queues between cores: {error}")))?
+        .into();
+    let mut threads = Vec::new();
+    let per_core = paths.pools.into_iter().zip(paths.queues).zip(paths.egress).zip(&desired.cores);
+    for (core, (((pool, queues), egress), &cpu)) in (0u16..).zip(per_core) {
+        let parts = Parts {
+            core,
+            pool,
+            queues,
+            egress,
+            ingress: paths.ingress.clone(),
+            mailboxes: Arc::clone(&mailboxes),
+            stats: map.core_stats(core)?,
+        };
+        threads.push(start_core(cpu, parts)?);
+    }
+    Ok((Manager::new(map, paths.interfaces, stores, mailboxes, threads), lock))
+}

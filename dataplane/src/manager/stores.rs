@@ -1,0 +1,433 @@
+//! The stores of a node: which are open, what is allocated on them, and the zero-fill of new extents.
+//!
+//! A volume's extents are reserved in the table first, then filled by a thread of their own, then committed; after a crash
+//! in between the fill is begun again. So the table never promises bytes that were not written.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use cluster_map::{
+    Desired, DesiredStore, DesiredVolume, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId,
+    VolumeIntent, VolumeObserved,
+};
+
+use crate::device::DeviceError;
+use crate::exchange::StoreAccess;
+use crate::store::linear::Placement;
+use crate::store::linear::allocation::Entry;
+use crate::store::linear::catalog::{Catalog, CatalogError};
+use crate::store::linear::format::DATA_OFFSET_BYTES;
+use crate::store::{BLOCK_BYTES, EXTENT_BYTES, SECTOR_BYTES};
+
+/// How long a store that could not be opened is left alone before it is tried again.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// A zero-fill in progress.
+struct Fill {
+    size_sectors: u64,
+    done_bytes: Arc<AtomicU64>,
+    cancelled: Arc<AtomicBool>,
+    thread: JoinHandle<Result<bool, DeviceError>>,
+}
+
+struct OpenStore {
+    /// As the desired state spells it.
+    path: String,
+    catalog: Catalog,
+    access: StoreAccess,
+    fills: BTreeMap<VolumeId, Fill>,
+    /// Why a volume could not be made or changed, and for which size: another wish is another try.
+    failures: BTreeMap<VolumeId, (u64, String)>,
+    /// The desired state names it no more.
+    removed: bool,
+    /// Cores have been told to let it go.
+    released: bool,
+}
+
+/// All stores. Positions are stable while a store is open.
+#[derive(Default)]
+pub(super) struct Stores {
+    slots: Vec<Option<OpenStore>>,
+    /// By path: why opening failed, and when.
+    failed: BTreeMap<String, (String, Instant)>,
+    access_changed: bool,
+}
+
+impl Stores {
+    /// Opens every store that the desired state names.
+    ///
+    /// # Errors
+    /// The first one that cannot be opened.
+    pub(super) fn open_all(desired: &Desired) -> Result<Stores, CatalogError> {
+        let mut stores = Stores::default();
+        for wish in &desired.stores {
+            stores.open(desired, wish)?;
+        }
+        Ok(stores)
+    }
+
+    /// Opens what is named and not open; marks what is open and no longer named.
+    pub(super) fn open_missing(&mut self, desired: &Desired) {
+        for store in self.slots.iter_mut().flatten() {
+            store.removed = !desired.stores.iter().any(|wish| wish.path == store.path);
+        }
+        self.failed.retain(|path, _| desired.stores.iter().any(|wish| &wish.path == path));
+        for wish in &desired.stores {
+            let open = self.slots.iter().flatten().any(|store| store.path == wish.path);
+            let recent = self.failed.get(&wish.path).is_some_and(|(_, when)| when.elapsed() < RETRY);
+            if open || recent {
+                continue;
+            }
+            match self.open(desired, wish) {
+                Ok(()) => {
+                    self.failed.remove(&wish.path);
+                }
+                Err(error) => {
+                    self.failed.insert(wish.path.clone(), (error.to_string(), Instant::now()));
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, desired: &Desired, wish: &DesiredStore) -> Result<(), CatalogError> {
+        let mut fresh = [0u8; 16];
+        rustix::rand::getrandom(&mut fresh, rustix::rand::GetRandomFlags::empty()).map_err(|error| {
+            DeviceError::Io { path: wish.path.clone(), what: "make an id", source: error.into() }
+        })?;
+        let catalog =
+            Catalog::open(Path::new(&wish.path), wish.size_bytes, desired.cluster, wish.id, StoreId(fresh))?;
+        let device = catalog.device();
+        let access = StoreAccess {
+            file: Arc::new(OwnedFd::from(device.try_clone()?.into_file())),
+            durability: device.durability(),
+            dsync: device.needs_dsync(),
+        };
+        let store = OpenStore {
+            path: wish.path.clone(),
+            catalog,
+            access,
+            fills: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            removed: false,
+            released: false,
+        };
+        match self.slots.iter_mut().find(|slot| slot.is_none()) {
+            Some(slot) => *slot = Some(store),
+            None => self.slots.push(Some(store)),
+        }
+        self.access_changed = true;
+        Ok(())
+    }
+
+    /// Whether cores must be told of stores again; asking resets it.
+    pub(super) fn access_changed(&mut self) -> bool {
+        std::mem::take(&mut self.access_changed)
+    }
+
+    /// How cores reach the stores, by position.
+    pub(super) fn access(&self) -> Vec<Option<StoreAccess>> {
+        let access = |slot: &Option<OpenStore>| {
+            slot.as_ref().filter(|store| !store.released).map(|s| s.access.clone())
+        };
+        self.slots.iter().map(access).collect()
+    }
+
+    /// Whether a zero-fill is in progress.
+    pub(super) fn is_filling(&self) -> bool {
+        self.slots.iter().flatten().any(|store| !store.fills.is_empty())
+    }
+
+    fn with_volume(&self, id: VolumeId) -> Option<(usize, &OpenStore, &Entry)> {
+        self.slots.iter().enumerate().find_map(|(at, slot)| {
+            let store = slot.as_ref().filter(|store| !store.removed)?;
+            Some((at, store, store.catalog.allocation().get(id)?))
+        })
+    }
+
+    /// Sectors of a volume that may be served.
+    pub(super) fn committed_sectors(&self, id: VolumeId) -> Option<u64> {
+        self.with_volume(id).map(|(_, _, entry)| entry.committed_sectors)
+    }
+
+    /// Where a volume is: the store's position, and its place there.
+    pub(super) fn placement(&self, id: VolumeId) -> Option<(usize, Arc<Placement>)> {
+        let (at, _, entry) = self.with_volume(id)?;
+        Some((at, Arc::new(Placement::new(&entry.runs, DATA_OFFSET_BYTES))))
+    }
+
+    /// Takes finished fills in, and begins what the desired state wants larger or new.
+    pub(super) fn allocate(&mut self, desired: &Desired) {
+        for store in self.slots.iter_mut().flatten() {
+            store.finish_fills();
+            if store.removed {
+                continue;
+            }
+            for wish in &desired.volumes {
+                if wish.store == store.catalog.id() && wish.state == VolumeIntent::Active {
+                    store.allocate(wish);
+                }
+            }
+        }
+    }
+
+    /// Frees what is purged or smaller. Called when no core serves more than the desired state names.
+    pub(super) fn release(&mut self, desired: &Desired, served: &std::collections::BTreeSet<VolumeId>) {
+        for store in self.slots.iter_mut().flatten().filter(|store| !store.removed) {
+            let id = store.catalog.id();
+            for wish in desired.volumes.iter().filter(|wish| wish.store == id) {
+                let Some(committed) =
+                    store.catalog.allocation().get(wish.id).map(|entry| entry.committed_sectors)
+                else {
+                    continue;
+                };
+                match wish.state {
+                    VolumeIntent::Purging if !served.contains(&wish.id) => store.purge(wish),
+                    VolumeIntent::Active if wish.size_sectors > 0 && committed > wish.size_sectors => {
+                        self.access_changed |= store.shrink(wish);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Whether cores must be told to let stores go that are no longer named.
+    pub(super) fn close_removed(&mut self) -> bool {
+        let mut any = false;
+        for store in self.slots.iter_mut().flatten().filter(|store| store.removed && !store.released) {
+            for fill in store.fills.values() {
+                fill.cancelled.store(true, Ordering::Relaxed);
+            }
+            if store.fills.is_empty() {
+                store.released = true;
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Closes the stores that cores have let go.
+    pub(super) fn drop_closed(&mut self) {
+        for slot in &mut self.slots {
+            if slot.as_ref().is_some_and(|store| store.released) {
+                *slot = None;
+            }
+        }
+    }
+
+    /// What is known of the stores that are named.
+    pub(super) fn observe(&self, desired: &Desired) -> Vec<ObservedStore> {
+        let observe = |wish: &DesiredStore| {
+            if let Some(store) = self.slots.iter().flatten().find(|store| store.path == wish.path) {
+                return store.observe();
+            }
+            let error = self.failed.get(&wish.path).map(|(error, _)| error.clone()).unwrap_or_default();
+            let state = if error.is_empty() { StoreState::Opening } else { StoreState::Failed };
+            ObservedStore {
+                path: wish.path.clone(),
+                id: wish.id,
+                state,
+                error: shortened(&error),
+                ..ObservedStore::default()
+            }
+        };
+        desired.stores.iter().map(observe).collect()
+    }
+
+    /// What is known of the volumes that are named or found.
+    pub(super) fn observe_volumes(&self, desired: &Desired) -> Vec<ObservedVolume> {
+        let open: Vec<&OpenStore> = self.slots.iter().flatten().filter(|store| !store.removed).collect();
+        let mut volumes = Vec::new();
+        for wish in &desired.volumes {
+            if let Some(store) = open.iter().find(|store| store.catalog.id() == wish.store) {
+                volumes.push(store.observe_volume(wish));
+            }
+        }
+        for store in open {
+            for entry in store.catalog.allocation().entries() {
+                if !desired.volumes.iter().any(|wish| wish.id == entry.id) {
+                    volumes.push(ObservedVolume {
+                        id: entry.id,
+                        store: store.catalog.id(),
+                        state: VolumeObserved::Orphan,
+                        size_sectors: entry.committed_sectors,
+                        done_bytes: 0,
+                        error: String::new(),
+                    });
+                }
+            }
+        }
+        volumes
+    }
+}
+
+impl OpenStore {
+    fn finish_fills(&mut self) {
+        let finished: Vec<VolumeId> =
+            self.fills.iter().filter(|(_, fill)| fill.thread.is_finished()).map(|(id, _)| *id).collect();
+        for id in finished {
+            let fill = self.fills.remove(&id).expect("just listed");
+            let failure = match fill.thread.join() {
+                Ok(Ok(true)) => self.commit_fill(id, fill.size_sectors).err().map(|error| error.to_string()),
+                Ok(Ok(false)) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some("the zero-fill crashed".to_owned()),
+            };
+            if let Some(failure) = failure {
+                self.failures.insert(id, (fill.size_sectors, failure));
+            }
+        }
+    }
+
+    fn commit_fill(&mut self, id: VolumeId, size_sectors: u64) -> Result<(), CatalogError> {
+        let mut allocation = self.catalog.allocation().clone();
+        if allocation.get(id).is_some() {
+            allocation.commit(id, size_sectors);
+            self.catalog.commit(allocation)?;
+        }
+        Ok(())
+    }
+
+    /// Begins to make a volume as large as it is wanted.
+    fn allocate(&mut self, wish: &DesiredVolume) {
+        let committed = self.catalog.allocation().get(wish.id).map_or(0, |entry| entry.committed_sectors);
+        let tried = self.failures.get(&wish.id).is_some_and(|(size, _)| *size == wish.size_sectors);
+        if committed >= wish.size_sectors && committed > 0 || self.fills.contains_key(&wish.id) || tried {
+            return;
+        }
+        self.failures.remove(&wish.id);
+        if let Err(error) = self.begin_fill(wish) {
+            self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+        }
+    }
+
+    fn begin_fill(&mut self, wish: &DesiredVolume) -> anyhow::Result<()> {
+        let mut allocation = self.catalog.allocation().clone();
+        allocation.reserve(wish.id, wish.size_sectors)?;
+        if allocation != *self.catalog.allocation() {
+            self.catalog.commit(allocation)?;
+        }
+        let entry = self.catalog.allocation().get(wish.id).expect("just reserved");
+        let ranges = unfilled_ranges(entry);
+        let device = self.catalog.device().try_clone()?;
+        let done_bytes = Arc::new(AtomicU64::new(0));
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let (done, cancel) = (Arc::clone(&done_bytes), Arc::clone(&cancelled));
+        let thread = std::thread::Builder::new().name("zero-fill".into()).spawn(move || {
+            let mut before = 0;
+            for (offset_bytes, len_bytes) in ranges {
+                let went_on = device.fill_with_zeros(offset_bytes, len_bytes, |bytes| {
+                    done.store(before + bytes, Ordering::Relaxed);
+                    !cancel.load(Ordering::Relaxed)
+                })?;
+                if !went_on {
+                    return Ok(false);
+                }
+                before += len_bytes;
+            }
+            Ok(true)
+        })?;
+        self.fills.insert(wish.id, Fill { size_sectors: wish.size_sectors, done_bytes, cancelled, thread });
+        Ok(())
+    }
+
+    fn purge(&mut self, wish: &DesiredVolume) {
+        if let Some(fill) = self.fills.get(&wish.id) {
+            fill.cancelled.store(true, Ordering::Relaxed);
+            return;
+        }
+        let mut allocation = self.catalog.allocation().clone();
+        allocation.remove(wish.id);
+        if let Err(error) = self.catalog.commit(allocation) {
+            self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+        }
+    }
+
+    /// Gives the end of a volume up; whether it did.
+    fn shrink(&mut self, wish: &DesiredVolume) -> bool {
+        if self.fills.contains_key(&wish.id) {
+            return false;
+        }
+        match self.try_shrink(wish) {
+            Ok(()) => true,
+            Err(error) => {
+                self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+                false
+            }
+        }
+    }
+
+    fn try_shrink(&mut self, wish: &DesiredVolume) -> Result<(), CatalogError> {
+        let mut allocation = self.catalog.allocation().clone();
+        allocation.shrink(wish.id, wish.size_sectors);
+        // What the last extent keeps beyond the new end must be zeros when the volume grows again.
+        let entry = allocation.get(wish.id).expect("shrunk, not removed");
+        let last = entry.runs.last().expect("a volume has at least one extent");
+        let end_bytes = DATA_OFFSET_BYTES + u64::from(last.first_extent + last.extents) * EXTENT_BYTES;
+        let unused = u64::from(entry.extents()) * EXTENT_BYTES - wish.size_sectors * SECTOR_BYTES;
+        let unused = unused / BLOCK_BYTES as u64 * BLOCK_BYTES as u64;
+        self.catalog.device().fill_with_zeros(end_bytes - unused, unused, |_| true)?;
+        self.catalog.commit(allocation)
+    }
+
+    fn observe(&self) -> ObservedStore {
+        let allocation = self.catalog.allocation();
+        ObservedStore {
+            path: self.path.clone(),
+            id: Some(self.catalog.id()),
+            state: StoreState::Ready,
+            durability: self.access.durability,
+            capacity_bytes: u64::from(allocation.extent_count()) * EXTENT_BYTES,
+            free_bytes: u64::from(allocation.free_extents()) * EXTENT_BYTES,
+            error: String::new(),
+        }
+    }
+
+    fn observe_volume(&self, wish: &DesiredVolume) -> ObservedVolume {
+        let entry = self.catalog.allocation().get(wish.id);
+        let committed = entry.map_or(0, |entry| entry.committed_sectors);
+        let failure = self.failures.get(&wish.id).filter(|(size, _)| *size == wish.size_sectors);
+        let filling = self.fills.get(&wish.id);
+        let state = match (wish.state, failure, entry) {
+            (_, Some(_), _) => VolumeObserved::Failed,
+            (VolumeIntent::Purging, _, None) => VolumeObserved::Purged,
+            (VolumeIntent::Active, _, Some(_)) if committed == wish.size_sectors => VolumeObserved::Ready,
+            _ => VolumeObserved::Allocating,
+        };
+        ObservedVolume {
+            id: wish.id,
+            store: wish.store,
+            state,
+            size_sectors: committed,
+            done_bytes: filling
+                .map_or(committed * SECTOR_BYTES, |fill| fill.done_bytes.load(Ordering::Relaxed)),
+            error: failure.map(|(_, error)| shortened(error)).unwrap_or_default(),
+        }
+    }
+}
+
+/// Device ranges of a volume that have not been filled: (first byte, bytes).
+fn unfilled_ranges(entry: &Entry) -> Vec<(u64, u64)> {
+    let mut skip = entry.filled_extents;
+    let mut ranges = Vec::new();
+    for run in &entry.runs {
+        let skipped = skip.min(run.extents);
+        skip -= skipped;
+        let extents = run.extents - skipped;
+        if extents > 0 {
+            let first = u64::from(run.first_extent + skipped);
+            ranges.push((DATA_OFFSET_BYTES + first * EXTENT_BYTES, u64::from(extents) * EXTENT_BYTES));
+        }
+    }
+    ranges
+}
+
+/// An error text that fits the map.
+fn shortened(text: &str) -> String {
+    text.chars().take(240).collect()
+}
