@@ -25,6 +25,9 @@ const FRAME_SECTORS_MAX: usize = 16;
 const PAYLOAD_CHUNKS: usize = 64;
 /// How long the loop turns without anything to do before it sleeps.
 const SPIN_NS: u64 = 100_000;
+/// A turn of the loop that takes longer means that this thread did not run: another one had its core, or the
+/// hypervisor took it.
+const STALL_NS: u64 = 2_000_000;
 /// Gaps longer than this are listed.
 const GAP_LISTED_NS: u64 = 100_000_000;
 /// Gaps that are listed.
@@ -98,6 +101,10 @@ struct Progress {
     /// When something finished last, or the first operation after an idle time was submitted.
     last_ns: u64,
     longest_gap_ns: u64,
+    longest_unstalled_gap_ns: u64,
+    /// How long this thread did not run since `last_ns`, and at the longest.
+    stalled_ns: u64,
+    longest_stall_ns: u64,
     gaps: Vec<Gap>,
     reads: Latencies,
     writes: Latencies,
@@ -246,6 +253,9 @@ impl<'a> Generator<'a> {
                 start_ns,
                 last_ns: start_ns,
                 longest_gap_ns: 0,
+                longest_unstalled_gap_ns: 0,
+                stalled_ns: 0,
+                longest_stall_ns: 0,
                 gaps: Vec::with_capacity(GAPS_MAX),
                 reads: Latencies::new(),
                 writes: Latencies::new(),
@@ -261,8 +271,11 @@ impl<'a> Generator<'a> {
     fn turn(&mut self, station: &mut Station, stop: &AtomicBool) -> anyhow::Result<()> {
         let end_ns = self.load.duration_ns.map(|duration| self.progress.start_ns.saturating_add(duration));
         let mut busy_ns = self.progress.start_ns;
+        let (mut last_turn_ns, mut slept_ns) = (busy_ns, 0);
         loop {
             let now = now_ns();
+            self.progress.turned(now.saturating_sub(last_turn_ns).saturating_sub(slept_ns));
+            (last_turn_ns, slept_ns) = (now, 0);
             let received = station.receive(|station, frame, _| self.take(station, frame, now));
             self.initiator.tick(now, &mut self.finished);
             self.account(now);
@@ -282,12 +295,13 @@ impl<'a> Generator<'a> {
             } else if now.saturating_sub(busy_ns) < SPIN_NS {
                 std::hint::spin_loop();
             } else {
-                self.sleep(station, now, end_ns)?;
+                slept_ns = self.sleep(station, now, end_ns)?;
             }
         }
     }
 
-    fn sleep(&self, station: &Station, now: u64, end_ns: Option<u64>) -> anyhow::Result<()> {
+    /// Sleeps until a frame comes or something is due; returns how long that was allowed to take.
+    fn sleep(&self, station: &Station, now: u64, end_ns: Option<u64>) -> anyhow::Result<u64> {
         let mut until_ns = self.initiator.next_tick_ns();
         if let Some(end_ns) = end_ns.filter(|&end| end > now) {
             until_ns = until_ns.min(end_ns);
@@ -297,8 +311,8 @@ impl<'a> Generator<'a> {
         }
         // Turning on through the last moment hits a due time better than the timer does.
         match until_ns.saturating_sub(now) {
-            0..60_000 => Ok(()),
-            left => station.sleep(left - 50_000),
+            0..60_000 => Ok(0),
+            left => station.sleep(left - 50_000).map(|()| left),
         }
     }
 
@@ -323,7 +337,7 @@ impl<'a> Generator<'a> {
                 self.next_due_ns += 1_000_000_000 / rate;
             }
             if self.initiator.unfinished() == 0 {
-                self.progress.last_ns = now;
+                self.progress.wait_from(now);
             }
             let (lba, sectors) = (self.region.lba(block), self.region.block_sectors);
             self.initiator.submit(Operation { kind, lba, sectors, version, due_ns });
@@ -500,6 +514,8 @@ impl<'a> Generator<'a> {
             errors: progress.errors,
             link_dropped: station.dropped(),
             longest_gap_ms: progress.longest_gap_ns as f64 / 1e6,
+            longest_unstalled_gap_ms: progress.longest_unstalled_gap_ns as f64 / 1e6,
+            longest_stall_ms: progress.longest_stall_ns as f64 / 1e6,
             gaps: progress.gaps,
             cost: Cost {
                 thread_us_per_op: per_op_us(thread_ns),
@@ -528,14 +544,31 @@ impl Verifier {
 }
 
 impl Progress {
+    /// From now on an answer is waited for.
+    fn wait_from(&mut self, now: u64) {
+        self.last_ns = now;
+        self.stalled_ns = 0;
+    }
+
+    /// A turn of the loop took this long, sleep not counted.
+    fn turned(&mut self, turn_ns: u64) {
+        if turn_ns >= STALL_NS {
+            self.stalled_ns += turn_ns;
+            self.longest_stall_ns = self.longest_stall_ns.max(turn_ns);
+        }
+    }
+
     /// Something finished after at least one operation was unfinished since the last time.
     fn advance(&mut self, now: u64) {
         let gap_ns = now.saturating_sub(self.last_ns);
-        self.last_ns = now;
+        let unstalled_ns = gap_ns.saturating_sub(self.stalled_ns);
+        let stalled_ms = self.stalled_ns as f64 / 1e6;
         self.longest_gap_ns = self.longest_gap_ns.max(gap_ns);
+        self.longest_unstalled_gap_ns = self.longest_unstalled_gap_ns.max(unstalled_ns);
+        self.wait_from(now);
         if gap_ns > GAP_LISTED_NS && self.gaps.len() < GAPS_MAX {
             let ended_s = now.saturating_sub(self.start_ns) as f64 / 1e9;
-            self.gaps.push(Gap { ended_s, ms: gap_ns as f64 / 1e6 });
+            self.gaps.push(Gap { ended_s, ms: gap_ns as f64 / 1e6, stalled_ms });
         }
     }
 }

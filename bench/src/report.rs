@@ -101,6 +101,8 @@ pub(crate) struct Gap {
     /// Seconds after the start at which it ended.
     pub(crate) ended_s: f64,
     pub(crate) ms: f64,
+    /// How much of it the generator itself did not run.
+    pub(crate) stalled_ms: f64,
 }
 
 /// What the machine spent.
@@ -165,6 +167,10 @@ pub(crate) struct LoadReport {
     /// Frames that the generator's own link dropped.
     pub(crate) link_dropped: u64,
     pub(crate) longest_gap_ms: f64,
+    /// As `longest_gap_ms`, less the time within each gap that the generator itself did not run.
+    pub(crate) longest_unstalled_gap_ms: f64,
+    /// The longest time that the generator itself did not run.
+    pub(crate) longest_stall_ms: f64,
     /// Gaps above 100 ms.
     pub(crate) gaps: Vec<Gap>,
     #[serde(flatten)]
@@ -226,7 +232,11 @@ impl LoadReport {
             counters.malformed,
             self.link_dropped
         )?;
-        writeln!(out, "longest gap {:.1} ms", self.longest_gap_ms)?;
+        writeln!(
+            out,
+            "longest gap {:.1} ms ({:.1} ms less own stalls, of which the longest was {:.1} ms)",
+            self.longest_gap_ms, self.longest_unstalled_gap_ms, self.longest_stall_ms
+        )?;
         write_cost(out, &self.cost)?;
         if let Some(findings) = &self.verify {
             write_findings(out, findings)?;

@@ -257,6 +257,8 @@ fn a_target_that_is_killed_and_comes_back_costs_a_gap_and_no_error() {
         let run = good(&load.output());
         let gap_ms = run["longest_gap_ms"].as_f64().unwrap();
         assert!((1400.0..5000.0).contains(&gap_ms), "{run}");
+        let unstalled_ms = run["longest_unstalled_gap_ms"].as_f64().unwrap();
+        assert!(unstalled_ms > 1000.0 && unstalled_ms <= gap_ms, "{run}");
         assert!(run["retransmits"].as_u64().unwrap() > 0 && !run["gaps"].as_array().unwrap().is_empty());
         drop(server);
     }
