@@ -2,6 +2,8 @@
 //! server, one per test.
 
 mod etcd_server;
+mod outage;
+mod reflector;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -278,9 +278,11 @@ fn a_full_disk_refuses_and_recovers() {
         let disk = SimDisk::default();
         let mut core = open(&disk).await.unwrap();
         batch(&mut core, &[Txn::new().put("a", "1")], 0).await;
+        let whole = disk.bytes(JOURNAL);
         disk.fail(disk.operations(), Fault::NoSpace);
         let txns = [Txn::new().put("b", "2"), Txn::new().when(Compare::Absent("b".into())).put("c", "3")];
         let refused = batch(&mut core, &txns, 0).await;
+        assert_eq!(disk.bytes(JOURNAL), whole);
         assert!(
             refused.iter().all(|outcome| matches!(outcome, Err(MetaError::Unavailable(_)))),
             "{refused:?}"
