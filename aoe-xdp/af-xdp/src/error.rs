@@ -133,6 +133,12 @@ impl Error {
         }
     }
 
+    /// Whether somebody else has it, or a process that just ended had it a moment ago: the kernel takes an
+    /// AF_XDP socket apart after its process is gone.
+    pub fn is_busy(&self) -> bool {
+        self.errno() == Some(libc::EBUSY)
+    }
+
     /// The capability that is missing, where that is the reason.
     pub fn missing_capability(&self) -> Option<Capability> {
         match self {

@@ -1,4 +1,4 @@
-//! The AF_PACKET twin: a raw socket bound to one EtherType, moved in batches straight between chunks and
+//! The AF_PACKET twin: a raw socket for untagged frames of one EtherType, moved in batches straight between chunks and
 //! the kernel (recvmmsg and sendmmsg over I/O vectors: no copy in user space), and [`MacFilter`].
 //!
 //! Invariants: the chunks posted for receiving are held by the socket alone; a frame's header and chunks
@@ -25,8 +25,6 @@ pub const RECEIVE_OFFSET: usize = 476;
 pub const RECEIVE_BYTES: usize = RECEIVE_CHUNKS * CHUNK_BYTES - RECEIVE_OFFSET;
 
 const SOCKET_BUFFER_BYTES: i32 = 8 << 20;
-/// Control message space for one `tpacket_auxdata`.
-const CONTROL_WORDS: usize = 8;
 
 /// Counters of the socket.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -35,8 +33,6 @@ pub struct PacketStatistics {
     pub dropped_full: u64,
     /// Frames longer than the chunks posted for them.
     pub truncated: u64,
-    /// Frames that carried an 802.1Q tag, which is not ours.
-    pub tagged: u64,
     /// Frames the kernel refused to send (too long, link down, queue full).
     pub send_refused: u64,
 }
@@ -53,10 +49,9 @@ pub struct PacketSocket {
     receive_buffer_forced: bool,
 }
 
-/// The I/O vectors, control space and message headers of one batch, made once.
+/// The I/O vectors and message headers of one batch, made once.
 struct Vectors<const N: usize> {
     slices: [[libc::iovec; N]; BATCH],
-    control: [[u64; CONTROL_WORDS]; BATCH],
     messages: [libc::mmsghdr; BATCH],
 }
 
@@ -89,9 +84,9 @@ impl PacketSocket {
             sys::set_option(fd.as_fd(), level, name, &value).map_err(|source| Error::Os { action, source })
         };
         set(libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1, "ignoring outgoing frames (Linux 4.20)")?;
-        set(libc::SOL_PACKET, libc::PACKET_AUXDATA, 1, "asking for VLAN tags of frames")?;
+        accept_only(fd.as_fd(), ethertype)?;
         let receive_buffer_forced = enlarge_buffers(fd.as_fd());
-        bind(fd.as_fd(), index, ethertype)?;
+        bind(fd.as_fd(), index)?;
         Ok(Self {
             fd,
             region: Arc::clone(region),
@@ -227,8 +222,6 @@ impl PacketSocket {
             message.msg_len = 0;
             message.msg_hdr.msg_iov = vectors.slices[index].as_mut_ptr();
             message.msg_hdr.msg_iovlen = RECEIVE_CHUNKS as _;
-            message.msg_hdr.msg_control = vectors.control[index].as_mut_ptr().cast();
-            message.msg_hdr.msg_controllen = mem::size_of_val(&vectors.control[index]) as _;
             message.msg_hdr.msg_flags = 0;
         }
         wanted
@@ -254,10 +247,6 @@ impl PacketSocket {
         let message = &self.receive.messages[index];
         if message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0 {
             self.statistics.truncated += 1;
-            return None;
-        }
-        if is_tagged(&message.msg_hdr) {
-            self.statistics.tagged += 1;
             return None;
         }
         let mut rest = message.msg_len as usize;
@@ -392,36 +381,41 @@ fn enlarge_buffers(fd: BorrowedFd<'_>) -> bool {
     ask(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF) && send_forced
 }
 
-fn bind(fd: BorrowedFd<'_>, index: u32, ethertype: u16) -> Result<(), Error> {
+/// Makes the kernel drop, before it queues them, all frames but untagged ones of `ethertype`.
+fn accept_only(fd: BorrowedFd<'_>, ethertype: u16) -> Result<(), Error> {
+    // Ancillary loads of classic BPF (include/uapi/linux/filter.h): whether a tag was taken out.
+    const VLAN_TAG_PRESENT: u32 = (-4096_i32 + 48).cast_unsigned();
+    const LOAD_HALF: u16 = 0x28;
+    const JUMP_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    const WHOLE_FRAME: u32 = 0x4_0000;
+    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut program = [
+        op(LOAD_HALF, 0, 0, VLAN_TAG_PRESENT),
+        op(JUMP_EQUAL, 0, 3, 0),
+        op(LOAD_HALF, 0, 0, 12),
+        op(JUMP_EQUAL, 0, 1, u32::from(ethertype)),
+        op(RETURN, 0, 0, WHOLE_FRAME),
+        op(RETURN, 0, 0, 0),
+    ];
+    let filter = libc::sock_fprog {
+        len: libc::c_ushort::try_from(program.len()).expect("the filter is short"),
+        filter: program.as_mut_ptr(),
+    };
+    sys::set_option(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter)
+        .map_err(|source| Error::Os { action: "filtering an AF_PACKET socket", source })
+}
+
+fn bind(fd: BorrowedFd<'_>, index: u32) -> Result<(), Error> {
     // SAFETY: all zero is a valid sockaddr_ll.
     let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
     address.sll_family = libc::c_ushort::try_from(libc::AF_PACKET).expect("address families are small");
-    address.sll_protocol = ethertype.to_be();
+    // All protocols: a tap bound to one sees frames only after the kernel has cleared their VLAN tags.
+    address.sll_protocol = u16::try_from(libc::ETH_P_ALL).expect("protocols are 16 bits").to_be();
     address.sll_ifindex = i32::try_from(index).expect("the kernel's indices are positive integers");
     // SAFETY: a whole sockaddr_ll of the length given.
     let result = unsafe {
         libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&address).cast(), sys::length_of::<libc::sockaddr_ll>())
     };
     if result == 0 { Ok(()) } else { Err(Error::last("binding an AF_PACKET socket to the interface")) }
-}
-
-/// Whether the frame's auxiliary data says that it carried an 802.1Q tag.
-fn is_tagged(header: &libc::msghdr) -> bool {
-    // SAFETY: the kernel filled the control space that `header` describes; the macros stay inside it, and
-    // the data is read unaligned only where the message is long enough for it.
-    unsafe {
-        let mut message = libc::CMSG_FIRSTHDR(header);
-        while let Some(control) = message.as_ref() {
-            let needed = libc::CMSG_LEN(sys::length_of::<libc::tpacket_auxdata>());
-            if control.cmsg_level == libc::SOL_PACKET
-                && control.cmsg_type == libc::PACKET_AUXDATA
-                && control.cmsg_len as u64 >= u64::from(needed)
-            {
-                let data = libc::CMSG_DATA(message).cast::<libc::tpacket_auxdata>().read_unaligned();
-                return data.tp_status & libc::TP_STATUS_VLAN_VALID != 0;
-            }
-            message = libc::CMSG_NXTHDR(header, message);
-        }
-    }
-    false
 }

@@ -10,7 +10,7 @@
 //!   frame handed back, never a stall.
 //! * What was obtained, and why nothing better, is in [`LinkInfo`].
 //!
-//! Frames with an 802.1Q tag are not ours: AF_XDP leaves them to the host, AF_PACKET drops and counts them.
+//! Frames with an 802.1Q tag are not ours: both links leave them to the host.
 
 mod error;
 mod geometry;
@@ -127,7 +127,7 @@ pub struct LinkStats {
     pub rx_bytes: u64,
     /// Frames the kernel dropped: ring or buffer full, or no empty chunk.
     pub rx_dropped: u64,
-    /// Frames dropped here: truncated, too many segments, tagged, or a head shorter than 36 bytes.
+    /// Frames dropped here: truncated, too many segments, or a head shorter than 36 bytes.
     pub rx_invalid: u64,
     /// Frames given to the kernel.
     pub tx_frames: u64,

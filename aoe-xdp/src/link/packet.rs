@@ -92,7 +92,7 @@ impl PacketQueue {
         let kernel = self.socket.statistics();
         let mut stats = self.stats;
         stats.rx_dropped = kernel.dropped_full;
-        stats.rx_invalid = kernel.truncated + kernel.tagged;
+        stats.rx_invalid = kernel.truncated;
         stats.tx_frames -= kernel.send_refused;
         stats.tx_dropped = kernel.send_refused;
         stats.fill_chunks = self.socket.posted_chunks() as u64;

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use af_xdp::bpf::{AttachMode, LoadedProgram, XdpLink, XskMap};
 use af_xdp::frame::{RxFrame, Segment, TxFrame};
@@ -33,6 +34,11 @@ const ZERO_COPY_GRAIN_BYTES: usize = 128;
 const ZERO_COPY_FRAME_BYTES: usize = 26;
 /// Chunks of other cores that may wait to be reaped after a frame was copied into one chunk.
 const FOREIGN_CHUNKS: usize = 4096;
+
+/// How long a busy queue or hook is asked for again, after a crash of whoever had it.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+/// How often.
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why there is no AF_XDP here.
 #[derive(Debug, thiserror::Error)]
@@ -153,7 +159,7 @@ impl XdpInterface {
         info.max_sectors = max_sectors(state.mtu_bytes, info.segments, attempt.receive_bytes())
             .ok_or_else(|| XdpError::Refused(format!("MTU {} is too small", state.mtu_bytes)))?;
         info.hugepages = obtained.hugepages;
-        info.note = note_of(nic, link.mode(), obtained, features, &refusals);
+        info.note = note_of(nic, &info.interface, link.mode(), obtained, features, &refusals);
         if queues.receive > usable {
             let advice = format!(
                 "{} receive queues have no transmit queue and are not served: ethtool -L {} rx {usable}",
@@ -206,13 +212,24 @@ impl XdpInterface {
 /// Attaches the program in the driver, or else in the generic hook.
 fn attach(program: &LoadedProgram, nic: &Nic, refusals: &mut Vec<String>) -> Result<XdpLink, XdpError> {
     for mode in [AttachMode::Native, AttachMode::Generic] {
-        match XdpLink::attach(program, nic.index(), mode) {
+        match while_busy(|| XdpLink::attach(program, nic.index(), mode)) {
             Ok(link) => return Ok(link),
             Err(error) if error.missing_capability().is_some() => return Err(error.into()),
             Err(error) => refusals.push(error.to_string()),
         }
     }
     Err(XdpError::Refused(refusals.join("; ")))
+}
+
+/// Tries again for a while what is refused as busy.
+fn while_busy<T>(mut attempt: impl FnMut() -> Result<T, af_xdp::Error>) -> Result<T, af_xdp::Error> {
+    let until = Instant::now() + BUSY_PATIENCE;
+    loop {
+        match attempt() {
+            Err(error) if error.is_busy() && Instant::now() < until => std::thread::sleep(BUSY_PAUSE),
+            result => return result,
+        }
+    }
 }
 
 /// Binds queue 0 in the first combination of modes that the kernel grants.
@@ -232,7 +249,7 @@ fn bind_first(
             .segments(attempt.segments)
             .need_wakeup(true)
             .send_budget(SEND_BUDGET);
-        match queue::Queue::bind(&builder, region, nic.index(), 0) {
+        match while_busy(|| queue::Queue::bind(&builder, region, nic.index(), 0)) {
             Ok(first) => return Ok((first, builder, attempt)),
             Err(error) if error.missing_capability().is_some() => return Err(error.into()),
             Err(error) => refusals.push(format!("{}: {error}", attempt.name())),
@@ -252,6 +269,7 @@ fn mode_of(attached: AttachMode, obtained: Obtained) -> LinkMode {
 /// Why nothing better was had, and what to change.
 fn note_of(
     nic: &Nic,
+    interface: &str,
     mode: AttachMode,
     obtained: Obtained,
     features: Option<Features>,
@@ -268,7 +286,8 @@ fn note_of(
         add_note(&mut note, "frames to send are copied into one chunk each");
     }
     if nic.vlan_offloads().receive {
-        add_note(&mut note, "802.1Q tags are stripped before XDP sees them: ethtool -K IF rxvlan off");
+        let advice = "802.1Q tags are stripped before XDP sees them: ethtool -K";
+        add_note(&mut note, &format!("{advice} {interface} rxvlan off"));
     }
     note
 }
@@ -387,8 +406,82 @@ impl XdpQueue {
 }
 
 #[cfg(test)]
+#[path = "../../tests/link/netns.rs"]
+mod netns;
+
+#[cfg(test)]
 mod tests {
     use super::*;
+    use af_xdp::region::RegionConfig;
+
+    /// A link without scatter-gather, as many drivers' zero-copy is: frames are copied into one chunk, the
+    /// copy is counted, and what they were made of comes back at once.
+    #[test]
+    fn frames_are_copied_where_there_is_no_scatter_gather() {
+        let test = "link::xdp::tests::frames_are_copied_where_there_is_no_scatter_gather";
+        netns::isolated(test, || {
+            netns::veth_pair(1500, 1);
+            let config = RegionConfig { cores: 3, chunks_per_core: 256, headers_per_core: 64 };
+            let region = Region::new(config).unwrap();
+            let open = |name, core| {
+                let mut pool = region.pool(core).unwrap();
+                let nic = Nic::open(name).unwrap();
+                let map = XskMap::new(1).unwrap();
+                let program = LoadedProgram::load(ETHERTYPE_AOE, &map).unwrap();
+                let link = XdpLink::attach(&program, nic.index(), AttachMode::Native).unwrap();
+                let builder = SocketBuilder::new()
+                    .headroom_bytes(HEADROOM_BYTES)
+                    .ring_entries(64)
+                    .copy_mode(CopyMode::Copy);
+                let mut queue = queue::Queue::bind(&builder, &region, nic.index(), 0).unwrap();
+                assert!(!queue.obtained().segments);
+                queue.set_fill_target(32);
+                queue.fill(&mut pool);
+                map.set(0, queue.as_fd()).unwrap();
+                (XdpQueue::new(queue, Arc::clone(&region), 1), pool, link)
+            };
+            let (mut a, mut pool, _a_link) = open("a0", 0);
+            let (mut b, mut b_pool, _b_link) = open("b0", 1);
+            let mut elsewhere = region.pool(2).unwrap();
+            let before = (pool.free_chunks(), pool.free_headers());
+            let mut header = pool.take_header().unwrap();
+            pool.header_bytes_mut(&mut header)[..36].fill(0x11);
+            pool.header_bytes_mut(&mut header)[12..14].copy_from_slice(&ETHERTYPE_AOE.to_be_bytes());
+            let mut own = pool.take_chunk().unwrap();
+            pool.bytes_mut(&mut own)[512..1024].fill(0x22);
+            let mut foreign = elsewhere.take_chunk().unwrap();
+            elsewhere.bytes_mut(&mut foreign)[..512].fill(0x33);
+            let mut data = af_xdp::frame::Segments::new();
+            data.push(Segment { chunk: own, offset: 512, len: 512 }).unwrap();
+            data.push(Segment { chunk: foreign, offset: 0, len: 512 }).unwrap();
+            a.transmit(&mut pool, TxFrame { header, header_len: 36, data }).unwrap();
+            assert_eq!(pool.bytes_copied(), 36 + 1024);
+            assert_eq!((pool.free_chunks(), pool.free_headers()), (before.0 - 1, before.1));
+            assert!(a.flush());
+            let mut frames = Vec::with_capacity(4);
+            let until = Instant::now() + Duration::from_secs(5);
+            while frames.is_empty() && Instant::now() < until {
+                b.receive(&mut b_pool, &mut frames);
+            }
+            let got = frames.pop().expect("the frame arrives");
+            let bytes = got.head(&region);
+            assert_eq!(bytes.len(), 1060);
+            assert!(bytes[36..548].iter().all(|byte| *byte == 0x22));
+            assert!(bytes[548..].iter().all(|byte| *byte == 0x33));
+            got.release(&mut b_pool);
+            let mut home = 0;
+            while a.stats().tx_outstanding > 0 || home == 0 {
+                assert!(Instant::now() < until);
+                a.reap(&mut pool, &mut |chunk| {
+                    home += 1;
+                    elsewhere.release(chunk);
+                });
+            }
+            assert_eq!((home, a.stats().tx_linearised), (1, 1));
+            assert_eq!((pool.free_chunks(), pool.free_headers()), before);
+            assert_eq!(elsewhere.free_chunks(), elsewhere.chunk_capacity());
+        });
+    }
 
     fn features(zero_copy: bool, zero_copy_segments: u32) -> Option<Features> {
         Some(Features { native_redirect: true, zero_copy, receive_segments: true, zero_copy_segments })

@@ -7,6 +7,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// Set in the process that runs inside the namespace.
 const INSIDE: &str = "AOE_TEST_IN_NETNS";
@@ -62,4 +63,20 @@ pub(crate) fn veth_pair(mtu: u32, queues: u16) {
     ip(&format!("link add a0 {side} type veth peer name b0 {side}"));
     ip("link set a0 up");
     ip("link set b0 up");
+    wait_up("a0");
+    wait_up("b0");
+}
+
+/// Waits until the kernel has noticed an interface's carrier and given it a queueing discipline: until
+/// then it drops what is sent.
+pub(crate) fn wait_up(name: &str) {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let text = ip_output(&format!("link show {name}"));
+        if text.contains("state UP") && !text.contains("qdisc noop ") {
+            return;
+        }
+        assert!(Instant::now() < until, "{name} does not come up: {text}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }

@@ -91,11 +91,8 @@ impl Station {
     pub(crate) fn collect_within(&mut self, count: usize, time: Duration) -> Vec<Vec<u8>> {
         let until = Instant::now() + time;
         let mut frames = Vec::new();
-        while frames.len() < count && Instant::now() < until {
+        loop {
             self.queue.receive(&mut self.pool, &mut self.received);
-            if self.received.is_empty() {
-                std::thread::sleep(Duration::from_micros(200));
-            }
             for frame in self.received.drain(..) {
                 let head = frame.head(&self.region);
                 assert!(head.len() >= HEADERS || head.len() == frame.len(), "the head is in one piece");
@@ -103,8 +100,11 @@ impl Station {
                 frames.push(bytes.collect());
                 frame.release(&mut self.pool);
             }
+            if frames.len() >= count || Instant::now() >= until {
+                return frames;
+            }
+            std::thread::yield_now();
         }
-        frames
     }
 
     /// Waits until everything sent is completed, then checks that every chunk and header is accounted for.
