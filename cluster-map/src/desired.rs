@@ -308,3 +308,161 @@ impl Desired {
         })
     }
 }
+
+#[cfg(all(test, not(loom)))]
+pub(crate) mod tests {
+    use super::*;
+    use crate::layout::LEVEL;
+    use crate::record::other_level::{flipped, relaid};
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    fn store() -> impl Strategy<Value = DesiredStore> {
+        ("[a-z/ü]{1,60}", any::<u64>(), any::<Option<[u8; 16]>>())
+            .prop_map(|(path, size_bytes, id)| DesiredStore { path, size_bytes, id: id.map(StoreId) })
+    }
+
+    fn volume() -> impl Strategy<Value = DesiredVolume> {
+        let state = prop_oneof![Just(VolumeIntent::Active), Just(VolumeIntent::Purging)];
+        (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>(), state).prop_map(
+            |(id, store, size_sectors, state)| DesiredVolume {
+                id: VolumeId(id),
+                store: StoreId(store),
+                size_sectors,
+                state,
+            },
+        )
+    }
+
+    fn export() -> impl Strategy<Value = DesiredExport> {
+        (any::<[u8; 16]>(), any::<u16>(), any::<u8>(), any::<[u8; 6]>(), any::<bool>()).prop_map(
+            |(volume, shelf, slot, mut mac, read_only)| {
+                mac[5] &= 0xf0;
+                DesiredExport { volume: VolumeId(volume), shelf, slot, mac, read_only }
+            },
+        )
+    }
+
+    /// Any desired state, with version 0.
+    pub(crate) fn any_desired() -> impl Strategy<Value = Desired> {
+        let link = prop_oneof![Just(LinkChoice::Auto), Just(LinkChoice::AfXdp), Just(LinkChoice::AfPacket)];
+        let ids = (any::<[u8; 16]>(), any::<[u8; 16]>());
+        let start = (vec(any::<u16>(), 0..5), link, vec("[a-z0-9]{0,15}", 0..4));
+        let rest = (vec(store(), 0..6), vec(volume(), 0..9), vec(export(), 0..9), any::<bool>());
+        (ids, start, rest).prop_map(
+            |((cluster, node), (cores, link, interfaces), (stores, volumes, exports, drain))| Desired {
+                version: 0,
+                cluster: ClusterId(cluster),
+                node: NodeId(node),
+                cores,
+                link,
+                interfaces,
+                stores,
+                volumes,
+                exports,
+                drain,
+            },
+        )
+    }
+
+    pub(crate) fn encoded(desired: &Desired) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        desired.encode(&mut bytes).unwrap();
+        bytes
+    }
+
+    const TABLES: std::ops::Range<usize> = std::mem::offset_of!(Head, cores)..size_of::<Head>();
+
+    /// As written by the next level, which still serves this one: longer head, longer records.
+    pub(crate) fn newer(desired: &Desired) -> Vec<u8> {
+        relaid(&encoded(desired), (LEVEL + 1, LEVEL), 20, TABLES, |table, stride| stride + 3 + table)
+    }
+
+    /// As written by a level that had only what every record must have.
+    pub(crate) fn older(desired: &Desired) -> Vec<u8> {
+        let least = [
+            CoreRecord::LEAST,
+            InterfaceRecord::LEAST,
+            StoreRecord::LEAST,
+            VolumeRecord::LEAST,
+            ExportRecord::LEAST,
+        ];
+        relaid(&encoded(desired), (LEVEL, LEVEL), 0, TABLES, |table, _| least[table])
+    }
+
+    /// What is left of a state in the form of [`older`].
+    pub(crate) fn without_newer_fields(mut desired: Desired) -> Desired {
+        desired.stores.iter_mut().for_each(|store| store.id = None);
+        desired
+    }
+
+    proptest! {
+        #[test]
+        fn a_state_survives_encoding(desired in any_desired(), version: u64) {
+            let read = Desired::decode(&encoded(&desired), version).unwrap();
+            prop_assert_eq!(read, Desired { version, ..desired });
+        }
+
+        #[test]
+        fn a_newer_level_is_read(desired in any_desired()) {
+            prop_assert_eq!(Desired::decode(&newer(&desired), 0).unwrap(), desired);
+        }
+
+        #[test]
+        fn an_older_level_is_read_with_defaults(desired in any_desired()) {
+            prop_assert_eq!(Desired::decode(&older(&desired), 0).unwrap(), without_newer_fields(desired));
+        }
+
+        #[test]
+        fn decoding_random_bytes_is_total(bytes in vec(any::<u8>(), 0..600)) {
+            let _ = Desired::decode(&bytes, 1);
+        }
+
+        #[test]
+        fn decoding_flipped_bits_is_total(desired in any_desired(), bits in vec(any::<usize>(), 1..4)) {
+            let bytes = bits.iter().fold(encoded(&desired), |bytes, bit| flipped(&bytes, *bit));
+            let _ = Desired::decode(&bytes, 1);
+        }
+
+        #[test]
+        fn no_part_can_be_missing(desired in any_desired(), cut: prop::sample::Index) {
+            let bytes = encoded(&desired);
+            prop_assert!(Desired::decode(&bytes[..cut.index(bytes.len())], 1).is_err());
+        }
+    }
+
+    #[test]
+    fn a_record_below_its_least_is_refused() {
+        let desired = Desired { volumes: vec![DesiredVolume::default()], ..Desired::default() };
+        let short = relaid(&encoded(&desired), (LEVEL, LEVEL), 0, TABLES, |_, stride| stride - 1);
+        let fault = Desired::decode(&short, 1).unwrap_err();
+        assert!(matches!(&fault, Fault::Corrupt(what) if what.contains("table of cores")), "{fault:?}");
+    }
+
+    #[test]
+    fn a_level_that_leaves_this_one_behind_is_refused() {
+        let bytes =
+            relaid(&encoded(&Desired::default()), (LEVEL + 2, LEVEL + 1), 0, TABLES, |_, stride| stride);
+        let refused = Fault::Level { found: LEVEL + 2, lowest_reader: LEVEL + 1, supported: LEVEL };
+        assert_eq!(Desired::decode(&bytes, 1), Err(refused));
+    }
+
+    #[test]
+    fn impossible_wishes_are_refused() {
+        let with_path = |path: String| Desired {
+            stores: vec![DesiredStore { path, ..DesiredStore::default() }],
+            ..Desired::default()
+        };
+        let with_mac = |mac| Desired {
+            exports: vec![DesiredExport { mac, ..DesiredExport::default() }],
+            ..Desired::default()
+        };
+        let refused =
+            |desired: Desired| matches!(desired.encode(&mut Vec::new()), Err(MapError::Invalid { .. }));
+        assert!(refused(with_path(String::new())));
+        assert!(refused(with_path("x".repeat(MAX_PATH_BYTES + 1))));
+        assert!(!refused(with_path("x".repeat(MAX_PATH_BYTES))));
+        assert!(refused(with_mac([2, 0, 0, 0, 0, 1])));
+        assert!(!refused(with_mac([2, 0, 0, 0, 0, 0x10])));
+    }
+}

@@ -366,3 +366,182 @@ impl StatsLayout {
         (core < self.cores && histogram < HISTOGRAMS).then(|| start..start + 1 + BUCKETS)
     }
 }
+
+#[cfg(all(test, not(loom)))]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn small_geometry(cores: u16) -> Geometry {
+        Geometry {
+            desired_bytes: 1,
+            observed_bytes: 5000,
+            ..Geometry::new(cores, ClusterId([7; 16]), NodeId([9; 16]))
+        }
+    }
+
+    /// A header page with some bytes replaced and a checksum that fits.
+    pub(crate) fn forged(page: &[u8; PAGE], at: usize, bytes: &[u8]) -> [u8; PAGE] {
+        let mut page = *page;
+        page[at..at + bytes.len()].copy_from_slice(bytes);
+        seal(&mut page);
+        page
+    }
+
+    /// A header page as another level would write it.
+    pub(crate) fn of_level(page: &[u8; PAGE], level: u32, lowest_reader: u32) -> [u8; PAGE] {
+        let page = forged(page, std::mem::offset_of!(Header, level), &level.to_le_bytes());
+        forged(&page, std::mem::offset_of!(Header, lowest_reader), &lowest_reader.to_le_bytes())
+    }
+
+    /// A header page as another boot would write it.
+    pub(crate) fn of_boot(page: &[u8; PAGE], boot: [u8; 16]) -> [u8; PAGE] {
+        forged(page, std::mem::offset_of!(Header, boot), &boot)
+    }
+
+    /// A header page whose cores have only `counters` counters.
+    pub(crate) fn with_counters(page: &[u8; PAGE], counters: u32) -> [u8; PAGE] {
+        forged(page, std::mem::offset_of!(Header, counters), &counters.to_le_bytes())
+    }
+
+    /// Everything that the layout leads to lies in the file, and nothing lies on anything else.
+    fn assert_sound(layout: &Layout) {
+        let words = layout.file_len / WORD;
+        let stats = &layout.stats;
+        let mut used = vec![0..PAGE / WORD, layout.signals..layout.signals + SIGNAL_LINES * LINE_WORDS];
+        for area in [&layout.desired, &layout.observed] {
+            assert!(area.head.len() >= HEAD_WORDS);
+            used.push(area.head.clone());
+            used.extend(area.slots.clone());
+        }
+        for core in 0..stats.cores {
+            let counters = (0..Counter::COUNT).filter_map(|counter| stats.counter(core, counter));
+            used.extend(counters.map(|word| word..word + 1));
+            used.extend((0..HISTOGRAMS).filter_map(|histogram| stats.histogram(core, histogram)));
+            assert_eq!(stats.histogram(core, HISTOGRAMS), None);
+        }
+        assert_eq!((stats.counter(stats.cores, 0), stats.histogram(stats.cores, 0)), (None, None));
+        used.sort_by_key(|range| range.start);
+        assert!(used.iter().all(|range| range.start < range.end && range.end <= words));
+        assert!(used.windows(2).all(|pair| pair[0].end <= pair[1].start), "{layout:?}");
+    }
+
+    #[test]
+    fn a_planned_header_is_read_back() {
+        let geometry = small_geometry(3);
+        let page = plan(&geometry, [5; 16]).unwrap();
+        let layout = Layout::parse(&page, file_len(&page)).unwrap();
+        assert_sound(&layout);
+        assert_eq!((layout.cluster, layout.node, layout.boot), (geometry.cluster, geometry.node, [5; 16]));
+        assert_eq!(layout.stats.cores, 3);
+        let slot = |area: &AreaLayout| area.slots.clone().map(|slot| slot.len() * WORD);
+        assert_eq!((slot(&layout.desired), slot(&layout.observed)), ([4096; 2], [8192; 2]));
+    }
+
+    #[test]
+    fn impossible_geometries_are_refused() {
+        let refused = |geometry| matches!(plan(&geometry, [0; 16]), Err(MapError::Invalid { .. }));
+        assert!(refused(small_geometry(0)));
+        assert!(refused(small_geometry(u16::MAX)));
+        assert!(refused(Geometry { desired_bytes: 0, ..small_geometry(1) }));
+        assert!(refused(Geometry { observed_bytes: u64::MAX, ..small_geometry(1) }));
+        assert!(!refused(small_geometry(1)));
+    }
+
+    #[test]
+    fn levels_next_to_ours_are_spoken() {
+        // (found, lowest reader, own level, spoken)
+        for (found, lowest_reader, own, spoken) in [
+            (1, 1, 1, true),
+            (2, 1, 1, true),
+            (2, 2, 1, false),
+            (3, 2, 1, false),
+            (1, 1, 2, true),
+            (5, 4, 5, true),
+            (4, 4, 5, true),
+            (4, 3, 5, true),
+            (3, 3, 5, false),
+            (3, 2, 5, false),
+            (6, 5, 5, true),
+            (6, 6, 5, false),
+            (0, 0, 1, false),
+            (1, 0, 1, false),
+            (1, 2, 1, false),
+            (u32::MAX, 1, 1, true),
+        ] {
+            let said = check_level(found, lowest_reader, own);
+            assert_eq!(said.is_ok(), spoken, "level {found} (from {lowest_reader}) read by {own}: {said:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_header_is_refused() {
+        let page = plan(&small_geometry(1), [0; 16]).unwrap();
+        let len = file_len(&page);
+        assert_eq!(Layout::parse(&[0; PAGE], len), Err(Fault::NotAMap));
+        for wrong in [0, len - PAGE as u64, len + PAGE as u64, len + 1, u64::MAX] {
+            assert!(matches!(Layout::parse(&page, wrong), Err(Fault::Corrupt(_))), "length {wrong}");
+        }
+        for at in 8..PAGE {
+            let mut flipped = page;
+            flipped[at] ^= 1;
+            assert!(Layout::parse(&flipped, len).is_err(), "flip in byte {at}");
+        }
+    }
+
+    #[test]
+    fn sections_that_overlap_are_refused() {
+        let page = plan(&small_geometry(1), [0; 16]).unwrap();
+        let (desired, observed) =
+            (std::mem::offset_of!(Header, desired), std::mem::offset_of!(Header, observed));
+        let place: [u8; 8] = page[desired..desired + 8].try_into().unwrap();
+        let forged = forged(&page, observed, &place);
+        assert_eq!(Layout::parse(&forged, file_len(&page)), Err(Fault::corrupt("sections overlap")));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4096))]
+
+        /// With a checksum that fits, every number in the header is up to the forger.
+        #[test]
+        fn a_forged_header_is_refused_or_sound(
+            edits in prop::collection::vec((8..size_of::<Header>() - 8, any::<u64>(), 0_u32..64), 1..4),
+        ) {
+            let mut page = plan(&small_geometry(2), [0; 16]).unwrap();
+            let len = file_len(&page);
+            for (at, value, shift) in edits {
+                page = forged(&page, at & !7, &(value >> shift).to_le_bytes());
+            }
+            if let Ok(layout) = Layout::parse(&page, len) {
+                assert_sound(&layout);
+            }
+        }
+
+        /// Small changes of the numbers that are there get further.
+        #[test]
+        fn a_nudged_header_is_refused_or_sound(
+            edits in prop::collection::vec((8..size_of::<Header>() / 4, -3_i32..=3, 0_u32..14), 1..4),
+        ) {
+            let mut page = plan(&small_geometry(2), [0; 16]).unwrap();
+            let len = file_len(&page);
+            for (index, change, shift) in edits {
+                let at = 4 * index;
+                let was = u32::from_le_bytes(page[at..at + 4].try_into().unwrap());
+                page = forged(&page, at, &was.wrapping_add_signed(change << shift).to_le_bytes());
+            }
+            if let Ok(layout) = Layout::parse(&page, len) {
+                assert_sound(&layout);
+            }
+        }
+
+        #[test]
+        fn random_pages_are_refused(seed in prop::collection::vec(any::<u8>(), 1..64), magic: bool) {
+            let mut page = [0; PAGE];
+            page.iter_mut().zip(seed.iter().cycle()).for_each(|(byte, value)| *byte = *value);
+            if magic {
+                page[..8].copy_from_slice(&MAGIC);
+            }
+            prop_assert!(Layout::parse(&page, 1 << 20).is_err());
+        }
+    }
+}

@@ -687,3 +687,8 @@ impl Drop for CoreStats {
         self.role.shared.taken[self.core].store(false, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod killed_tests;
+#[cfg(test)]
+mod tests;

@@ -417,3 +417,182 @@ impl Observed {
         })
     }
 }
+
+#[cfg(all(test, not(loom)))]
+pub(crate) mod tests {
+    use super::*;
+    use crate::layout::LEVEL;
+    use crate::record::other_level::{flipped, relaid};
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    fn note() -> impl Strategy<Value = String> {
+        "[ -~ä€]{0,40}"
+    }
+
+    fn link() -> impl Strategy<Value = ObservedLink> {
+        use LinkMode::{Packet, XdpGeneric, XdpNativeCopy, XdpZeroCopy};
+        let mode = select(vec![XdpZeroCopy, XdpNativeCopy, XdpGeneric, Packet]);
+        let numbers = (any::<u16>(), any::<u16>(), any::<u8>(), any::<u32>(), any::<u8>());
+        ("[a-z0-9]{0,15}", mode, numbers, any::<bool>(), any::<[u8; 6]>(), note()).prop_map(
+            |(interface, mode, (queue, core, segments, mtu, max_sectors), up, mac, note)| ObservedLink {
+                interface,
+                queue,
+                core,
+                mode,
+                segments,
+                mtu,
+                max_sectors,
+                up,
+                mac,
+                note,
+            },
+        )
+    }
+
+    fn store() -> impl Strategy<Value = ObservedStore> {
+        let state = select(vec![StoreState::Opening, StoreState::Ready, StoreState::Failed]);
+        let durability =
+            select(vec![Durability::Memory, Durability::WriteThrough, Durability::DsyncWriteBack]);
+        let id = any::<Option<[u8; 16]>>();
+        ("[a-z/]{0,60}", id, state, durability, any::<u64>(), any::<u64>(), note()).prop_map(
+            |(path, id, state, durability, capacity_bytes, free_bytes, error)| ObservedStore {
+                path,
+                id: id.map(StoreId),
+                state,
+                durability,
+                capacity_bytes,
+                free_bytes,
+                error,
+            },
+        )
+    }
+
+    fn volume() -> impl Strategy<Value = ObservedVolume> {
+        use VolumeObserved::{Allocating, Failed, Orphan, Purged, Ready};
+        let state = select(vec![Allocating, Ready, Purged, Orphan, Failed]);
+        (any::<[u8; 16]>(), any::<[u8; 16]>(), state, any::<u64>(), any::<u64>(), note()).prop_map(
+            |(id, store, state, size_sectors, done_bytes, error)| ObservedVolume {
+                id: VolumeId(id),
+                store: StoreId(store),
+                state,
+                size_sectors,
+                done_bytes,
+                error,
+            },
+        )
+    }
+
+    fn export() -> impl Strategy<Value = ObservedExport> {
+        let state = select(vec![ExportState::Waiting, ExportState::Serving, ExportState::Failed]);
+        (any::<[u8; 16]>(), any::<u16>(), any::<u8>(), state, any::<u64>(), note()).prop_map(
+            |(volume, shelf, slot, state, size_sectors, error)| ObservedExport {
+                volume: VolumeId(volume),
+                shelf,
+                slot,
+                state,
+                size_sectors,
+                error,
+            },
+        )
+    }
+
+    /// Any observed state, with version 0.
+    pub(crate) fn any_observed() -> impl Strategy<Value = Observed> {
+        let lists = (vec(link(), 0..4), vec(store(), 0..5), vec(volume(), 0..8), vec(export(), 0..8));
+        (any::<u64>(), any::<u32>(), lists).prop_map(|(applied, pid, (links, stores, volumes, exports))| {
+            Observed { version: 0, applied, pid, links, stores, volumes, exports }
+        })
+    }
+
+    pub(crate) fn encoded(observed: &Observed) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        observed.encode(&mut bytes).unwrap();
+        bytes
+    }
+
+    const TABLES: std::ops::Range<usize> = std::mem::offset_of!(Head, links)..size_of::<Head>();
+
+    /// As written by the next level, which still serves this one: longer head, longer records.
+    pub(crate) fn newer(observed: &Observed) -> Vec<u8> {
+        relaid(&encoded(observed), (LEVEL + 1, LEVEL), 9, TABLES, |table, stride| stride + 1 + table)
+    }
+
+    /// As written by a level that had only what every record must have.
+    pub(crate) fn older(observed: &Observed) -> Vec<u8> {
+        let least = [LinkRecord::LEAST, StoreRecord::LEAST, VolumeRecord::LEAST, ExportRecord::LEAST];
+        relaid(&encoded(observed), (LEVEL, LEVEL), 0, TABLES, |table, _| least[table])
+    }
+
+    /// What is left of a state in the form of [`older`].
+    pub(crate) fn without_newer_fields(mut observed: Observed) -> Observed {
+        observed.links.iter_mut().for_each(|link| link.note.clear());
+        observed.stores.iter_mut().for_each(|store| store.error.clear());
+        observed.exports.iter_mut().for_each(|export| export.error.clear());
+        for volume in &mut observed.volumes {
+            volume.error.clear();
+            volume.done_bytes = 0;
+        }
+        observed
+    }
+
+    proptest! {
+        #[test]
+        fn a_state_survives_encoding(observed in any_observed(), version: u64) {
+            let read = Observed::decode(&encoded(&observed), version).unwrap();
+            prop_assert_eq!(read, Observed { version, ..observed });
+        }
+
+        #[test]
+        fn a_newer_level_is_read(observed in any_observed()) {
+            prop_assert_eq!(Observed::decode(&newer(&observed), 0).unwrap(), observed);
+        }
+
+        #[test]
+        fn an_older_level_is_read_with_defaults(observed in any_observed()) {
+            prop_assert_eq!(Observed::decode(&older(&observed), 0).unwrap(), without_newer_fields(observed));
+        }
+
+        #[test]
+        fn decoding_random_bytes_is_total(bytes in vec(any::<u8>(), 0..600)) {
+            let _ = Observed::decode(&bytes, 1);
+        }
+
+        #[test]
+        fn decoding_flipped_bits_is_total(observed in any_observed(), bits in vec(any::<usize>(), 1..4)) {
+            let bytes = bits.iter().fold(encoded(&observed), |bytes, bit| flipped(&bytes, *bit));
+            let _ = Observed::decode(&bytes, 1);
+        }
+
+        #[test]
+        fn no_part_can_be_missing(observed in any_observed(), cut: prop::sample::Index) {
+            let bytes = encoded(&observed);
+            prop_assert!(Observed::decode(&bytes[..cut.index(bytes.len())], 1).is_err());
+        }
+
+        #[test]
+        fn long_errors_are_cut_between_characters(error in "[aä€𝄞]{0,700}") {
+            let export = ObservedExport { error: error.clone(), ..ObservedExport::default() };
+            let state = Observed { exports: vec![export], ..Observed::default() };
+            let read = Observed::decode(&encoded(&state), 1).unwrap();
+            let kept = &read.exports[0].error;
+            prop_assert!(error.starts_with(kept.as_str()) && kept.len() <= MAX_NOTE_BYTES);
+            prop_assert!(kept.len() == error.len() || kept.len() > MAX_NOTE_BYTES - 4);
+        }
+    }
+
+    /// A small state whose records all name the whole pool may not ask for the product of both.
+    #[test]
+    fn strings_cannot_be_handed_out_twice() {
+        let export = |error: &str| ObservedExport { error: error.into(), ..ObservedExport::default() };
+        let state = Observed { exports: vec![export("shared"), export("")], ..Observed::default() };
+        let mut bytes = encoded(&state);
+        let exports = size_of::<Head>();
+        let text = std::mem::offset_of!(ExportRecord, error);
+        let (first, second) = (exports + text, exports + size_of::<ExportRecord>() + text);
+        let shared = bytes[first..first + size_of::<Text>()].to_vec();
+        bytes[second..second + size_of::<Text>()].copy_from_slice(&shared);
+        assert_eq!(Observed::decode(&bytes, 1), Err(Fault::corrupt("strings exceed their pool")));
+    }
+}

@@ -221,3 +221,59 @@ macro_rules! codes {
     };
 }
 pub(crate) use codes;
+
+/// Makes of a state what a program of another level would have written.
+#[cfg(all(test, not(loom)))]
+pub(crate) mod other_level {
+    use super::*;
+
+    /// What a newer level appends, of which this one knows nothing.
+    const UNKNOWN: u8 = 0xa5;
+
+    fn number(bytes: &[u8], at: usize) -> usize {
+        usize::try_from(U32::read_from_bytes(&bytes[at..at + 4]).unwrap().get()).unwrap()
+    }
+
+    fn set_number(bytes: &mut [u8], at: usize, value: usize) {
+        bytes[at..at + 4].copy_from_slice(&u32::try_from(value).unwrap().to_le_bytes());
+    }
+
+    /// Lays `state` out anew with the given levels, a head longer by `head_growth`, and record strides given by
+    /// `stride(table, stride)` for the tables whose entries lie in the head from `tables` on; the last is the pool.
+    pub(crate) fn relaid(
+        state: &[u8],
+        levels: (u32, u32),
+        head_growth: usize,
+        tables: std::ops::Range<usize>,
+        stride: impl Fn(usize, usize) -> usize,
+    ) -> Vec<u8> {
+        let head_len = number(state, 8);
+        let mut out = state[..head_len].to_vec();
+        out.extend(std::iter::repeat_n(UNKNOWN, head_growth));
+        out[..4].copy_from_slice(&levels.0.to_le_bytes());
+        out[4..8].copy_from_slice(&levels.1.to_le_bytes());
+        set_number(&mut out, 8, head_len + head_growth);
+        let entries: Vec<usize> = tables.step_by(size_of::<Table>()).collect();
+        for (index, &entry) in entries.iter().enumerate() {
+            let (offset, count) = (number(state, entry), number(state, entry + 4));
+            let old = number(state, entry + 8);
+            let new = if index + 1 == entries.len() { old } else { stride(index, old) };
+            let start = out.len();
+            set_number(&mut out, entry, start);
+            set_number(&mut out, entry + 8, new);
+            for row in state[offset..offset + count * old].chunks_exact(old) {
+                out.extend_from_slice(&row[..old.min(new)]);
+                out.extend(std::iter::repeat_n(UNKNOWN, new.saturating_sub(old)));
+            }
+        }
+        out
+    }
+
+    /// Flips one bit.
+    pub(crate) fn flipped(state: &[u8], bit: usize) -> Vec<u8> {
+        let mut state = state.to_vec();
+        let bit = bit % (8 * state.len());
+        state[bit / 8] ^= 1 << (bit % 8);
+        state
+    }
+}

@@ -215,3 +215,250 @@ pub(crate) fn wait_past<E>(
         }
     }
 }
+
+/// The protocol under every interleaving and every reordering that the memory model allows.
+#[cfg(all(test, loom))]
+mod model {
+    use super::*;
+    use loom::sync::{Arc, Condvar, Mutex};
+    use loom::thread;
+
+    /// With length and checksum, three words can be mixed up.
+    const WORDS: usize = 1;
+
+    struct Memory {
+        latest: AtomicU64,
+        slots: [[AtomicU64; 3]; 2],
+        payloads: [[AtomicU64; WORDS]; 2],
+        wake: AtomicU32,
+    }
+
+    /// Where a writer dies.
+    #[derive(Clone, Copy)]
+    enum Death {
+        Begun,
+        HalfFilled,
+        Filled,
+        Completed,
+    }
+
+    impl Memory {
+        fn new() -> Self {
+            let zero = || AtomicU64::new(0);
+            Self {
+                latest: zero(),
+                slots: std::array::from_fn(|_| std::array::from_fn(|_| zero())),
+                payloads: std::array::from_fn(|_| std::array::from_fn(|_| zero())),
+                wake: AtomicU32::new(0),
+            }
+        }
+
+        fn area(&self) -> Area<'_> {
+            let slot = |index: usize| {
+                let [seq, len, crc] = &self.slots[index];
+                Slot { seq, len, crc, payload: &self.payloads[index] }
+            };
+            Area { latest: &self.latest, slots: [slot(0), slot(1)] }
+        }
+
+        fn publish(&self) {
+            let filling = self.area().begin();
+            filling.fill(&content(filling.version()));
+            filling.publish();
+        }
+
+        fn die(&self, death: Death) {
+            let filling = self.area().begin();
+            let torn = [0xee; 8 * WORDS];
+            match death {
+                Death::Begun => {}
+                Death::HalfFilled => filling.slot.payload[0].store(u64::MAX, Ordering::Relaxed),
+                Death::Filled => filling.fill(&torn),
+                Death::Completed => {
+                    filling.fill(&torn);
+                    store_le(filling.slot.seq, 2 * filling.version, Ordering::Release);
+                }
+            }
+        }
+
+        /// Reads once; the version must be whole and not older than `seen`.
+        fn read(&self, seen: u64, attempts: usize) -> u64 {
+            let mut words = Vec::new();
+            match self.area().read(&mut words, attempts, |_, _| Ok(())) {
+                Ok(None) => {
+                    assert_eq!(seen, 0, "a published version disappeared");
+                    0
+                }
+                Ok(Some((version, len))) => {
+                    assert!(version >= seen, "version {version} after {seen}");
+                    assert_eq!(bytes_of(&words, len), content(version));
+                    version
+                }
+                Err(ReadError::Busy) => seen,
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+    }
+
+    impl Memory {
+        /// Reads the one version that is there; being overtaken is no excuse.
+        fn read_newest(&self, version: usize) -> u64 {
+            let mut words = Vec::new();
+            let (found, len) =
+                self.area().read(&mut words, 1, |_, _| Ok(())).expect("readable").expect("published");
+            assert_eq!((found, bytes_of(&words, len)), (version as u64, &content(found)[..]));
+            found
+        }
+    }
+
+    /// What version `version` says; each has another length.
+    fn content(version: u64) -> Vec<u8> {
+        let byte = u8::try_from(version).expect("models publish a handful of versions");
+        vec![byte; 8 * WORDS - usize::from(byte)]
+    }
+
+    /// Runs the two at once on a memory with `published` versions and returns what the reader returned.
+    ///
+    /// Both are spawned: what the main thread does right after a spawn, loom 0.7 takes for ordered before the new
+    /// thread and explores no other order.
+    fn race(
+        published: usize,
+        writer: impl FnOnce(&Memory) + 'static,
+        reader: impl FnOnce(&Memory) -> u64 + 'static,
+    ) -> (Arc<Memory>, u64) {
+        let memory = Arc::new(Memory::new());
+        (0..published).for_each(|_| memory.publish());
+        let writing = thread::spawn({
+            let memory = Arc::clone(&memory);
+            move || writer(&memory)
+        });
+        let reading = thread::spawn({
+            let memory = Arc::clone(&memory);
+            move || reader(&memory)
+        });
+        writing.join().expect("writer");
+        (memory, reading.join().expect("reader"))
+    }
+
+    /// Two versions later the slot that is being read is overwritten.
+    fn publishes_during_a_read(attempts: usize) {
+        // At most four preemptions: without the bound this one takes a minute and finds nothing more.
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(4);
+        model.check(move || {
+            let writer = |memory: &Memory| (0..2).for_each(|_| memory.publish());
+            let (memory, seen) = race(1, writer, move |memory| memory.read(1, attempts));
+            assert_eq!(memory.read(seen, 1), 3, "the newest version is read when nobody writes");
+        });
+    }
+
+    #[test]
+    fn a_reader_gets_a_whole_version_or_busy() {
+        publishes_during_a_read(1);
+    }
+
+    #[test]
+    fn an_overtaken_reader_tries_again() {
+        publishes_during_a_read(2);
+    }
+
+    #[test]
+    fn versions_never_go_back() {
+        loom::model(|| {
+            let reader = |memory: &Memory| {
+                let seen = memory.read(0, 1);
+                memory.read(seen, 1)
+            };
+            race(0, |memory| (0..2).for_each(|_| memory.publish()), reader);
+        });
+    }
+
+    #[test]
+    fn two_readers_do_not_disturb_each_other() {
+        loom::model(|| {
+            let memory = Arc::new(Memory::new());
+            let threads: Vec<_> = (0..3)
+                .map(|index| {
+                    let memory = Arc::clone(&memory);
+                    thread::spawn(move || match index {
+                        0 => memory.publish(),
+                        _ => assert!(memory.read(0, 1) <= 1),
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|thread| thread.join().expect("thread"));
+        });
+    }
+
+    /// A writer dies, its successor goes on; the successor attaches after the death, which the kernel orders. The
+    /// newest version stays readable throughout: the dead one wrote to the other slot.
+    fn survives(death: Death) {
+        for published in [1, 2] {
+            loom::model(move || {
+                let reader = move |memory: &Memory| memory.read_newest(published);
+                let (memory, _) = race(published, move |memory| memory.die(death), reader);
+                assert_eq!(memory.read_newest(published), published as u64);
+            });
+        }
+        loom::model(move || {
+            let writer = move |memory: &Memory| {
+                memory.die(death);
+                memory.publish();
+            };
+            let reader = |memory: &Memory| {
+                let seen = memory.read(1, 1);
+                memory.read(seen, 1)
+            };
+            let (memory, seen) = race(1, writer, reader);
+            assert_eq!(memory.read(seen, 1), 2);
+        });
+    }
+
+    #[test]
+    fn a_writer_may_die_before_it_filled_anything() {
+        survives(Death::Begun);
+    }
+
+    #[test]
+    fn a_writer_may_die_while_it_fills() {
+        survives(Death::HalfFilled);
+    }
+
+    #[test]
+    fn a_writer_may_die_before_it_completes() {
+        survives(Death::Filled);
+    }
+
+    #[test]
+    fn a_writer_may_die_before_it_announces() {
+        survives(Death::Completed);
+    }
+
+    #[test]
+    fn no_wake_up_is_lost() {
+        loom::model(|| {
+            // A futex: comparing and going to sleep are one step, as under the kernel's bucket lock.
+            let futex = Arc::new((Mutex::new(()), Condvar::new()));
+            let waiter = {
+                let futex = Arc::clone(&futex);
+                move |memory: &Memory| {
+                    let park = |word: &AtomicU32, value| {
+                        let bucket = futex.0.lock().expect("bucket");
+                        if word.load(Ordering::Relaxed) == value {
+                            drop(futex.1.wait(bucket));
+                        }
+                        Ok::<_, ()>(true)
+                    };
+                    wait_past(&memory.area(), &memory.wake, 0, park).expect("woken")
+                }
+            };
+            let writer = move |memory: &Memory| {
+                memory.publish();
+                bump(&memory.wake);
+                drop(futex.0.lock());
+                futex.1.notify_all();
+            };
+            assert_eq!(race(0, writer, waiter).1, 1);
+        });
+    }
+}

@@ -281,3 +281,151 @@ impl CoreSnapshot {
         }
     }
 }
+
+/// Publication of statistics under every interleaving and reordering that the memory model allows.
+#[cfg(all(test, loom))]
+mod model {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    // Reader and writer are both spawned: what the main thread does right after a spawn, loom 0.7 takes for ordered
+    // before the new thread and explores no other order.
+
+    #[test]
+    fn every_counted_duration_is_in_the_sum() {
+        loom::model(|| {
+            let words: Arc<[AtomicU64; 3]> = Arc::new(std::array::from_fn(|_| AtomicU64::new(0)));
+            let core = thread::spawn({
+                let words = Arc::clone(&words);
+                move || {
+                    let histogram = HistogramWords::new(&words[..], 2).expect("three words");
+                    histogram.record(0, 5);
+                    histogram.record(1, 7);
+                    histogram.record(0, 5);
+                }
+            });
+            let reader = thread::spawn({
+                let words = Arc::clone(&words);
+                move || {
+                    let histogram = HistogramWords::new(&words[..], 2).expect("three words");
+                    let mut earlier = HistogramSnapshot { buckets: vec![0; 2].into(), sum_ns: 0 };
+                    for _ in 0..2 {
+                        let now = histogram.snapshot();
+                        assert!(now.sum_ns >= 5 * now.buckets[0] + 7 * now.buckets[1], "{now:?}");
+                        assert!(now.buckets.iter().zip(&earlier.buckets).all(|(now, then)| now >= then));
+                        assert!(now.sum_ns >= earlier.sum_ns);
+                        earlier = now;
+                    }
+                }
+            });
+            core.join().expect("core");
+            reader.join().expect("reader");
+            let end = HistogramWords::new(&words[..], 2).expect("three words").snapshot();
+            assert_eq!((&end.buckets[..], end.sum_ns), (&[2, 1][..], 17));
+        });
+    }
+
+    #[test]
+    fn counters_only_grow() {
+        loom::model(|| {
+            let counter = Arc::new(AtomicU64::new(0));
+            let core = thread::spawn({
+                let counter = Arc::clone(&counter);
+                move || (1..=3).for_each(|amount| add(&counter, amount))
+            });
+            let reader = thread::spawn({
+                let counter = Arc::clone(&counter);
+                move || {
+                    let first = load_le(&counter, Ordering::Relaxed);
+                    let second = load_le(&counter, Ordering::Relaxed);
+                    assert!(first <= second, "{second} after {first}");
+                    assert!([first, second].iter().all(|value| [0, 1, 3, 6].contains(value)));
+                }
+            });
+            core.join().expect("core");
+            reader.join().expect("reader");
+            assert_eq!(load_le(&counter, Ordering::Relaxed), 6);
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn histogram(durations: &[u64]) -> HistogramSnapshot {
+        let words: Vec<AtomicU64> = (0..=BUCKETS).map(|_| AtomicU64::new(0)).collect();
+        let histogram = HistogramWords::new(&words, BUCKETS).unwrap();
+        durations.iter().for_each(|&ns| histogram.record(bucket_of(ns), ns));
+        histogram.snapshot()
+    }
+
+    #[test]
+    fn buckets_follow_each_other_without_gap() {
+        assert_eq!(bucket_bounds(0), (0, 0));
+        for bucket in 1..BUCKETS {
+            let (low, high) = bucket_bounds(bucket);
+            assert_eq!(low, bucket_bounds(bucket - 1).1 + 1, "bucket {bucket}");
+            assert!(high - low < low.div_ceil(16).max(1), "bucket {bucket} is wider than 6.25 %");
+            assert_eq!((bucket_of(low), bucket_of(high)), (bucket, bucket));
+        }
+        assert_eq!(bucket_bounds(BUCKETS - 1).1, LONGEST_NS);
+        assert_eq!(bucket_bounds(usize::MAX), bucket_bounds(BUCKETS - 1));
+        assert!(LONGEST_NS > 68_000_000_000);
+    }
+
+    #[test]
+    fn an_empty_histogram_says_zero() {
+        let empty = HistogramSnapshot::default();
+        assert_eq!((empty.count(), empty.quantile(0.5), empty.sum_ns()), (0, 0, 0));
+        assert!(empty.mean().abs() < f64::EPSILON);
+    }
+
+    #[test]
+    fn counters_have_distinct_names_and_places() {
+        let names: std::collections::BTreeSet<_> =
+            Counter::ALL.iter().map(|counter| counter.name()).collect();
+        assert_eq!(names.len(), Counter::COUNT);
+        assert!(Counter::ALL.iter().enumerate().all(|(index, &counter)| counter as usize == index));
+    }
+
+    proptest! {
+        #[test]
+        fn every_duration_lies_in_its_bucket(ns: u64, shift in 0_u32..64) {
+            let ns = ns >> shift;
+            let (low, high) = bucket_bounds(bucket_of(ns));
+            prop_assert!(low <= ns.min(LONGEST_NS) && ns.min(LONGEST_NS) <= high);
+        }
+
+        #[test]
+        fn quantiles_are_those_of_the_durations(
+            mut durations in prop::collection::vec(1..=LONGEST_NS, 1..200),
+            quantile in 0.0_f64..=1.0,
+        ) {
+            let counted = histogram(&durations);
+            durations.sort_unstable();
+            let rank = (quantile * durations.len() as f64).ceil().max(1.0);
+            let exact = durations.iter().enumerate().find(|(index, _)| *index as f64 + 1.0 >= rank).unwrap().1;
+            let told = counted.quantile(quantile);
+            prop_assert!(told >= *exact && told - exact <= exact / 16, "{told} for {exact}");
+        }
+
+        #[test]
+        fn merging_is_counting_together(
+            mine in prop::collection::vec(0_u64..1 << 40, 0..50),
+            theirs in prop::collection::vec(0_u64..1 << 40, 0..50),
+        ) {
+            let mut merged = histogram(&mine);
+            merged.merge(&histogram(&theirs));
+            let all: Vec<u64> = mine.iter().chain(&theirs).copied().collect();
+            prop_assert_eq!(&merged, &histogram(&all));
+            prop_assert_eq!(merged.count(), all.len() as u64);
+            prop_assert_eq!(merged.sum_ns(), all.iter().sum::<u64>());
+            let mean = all.iter().sum::<u64>() as f64 / all.len().max(1) as f64;
+            prop_assert!((merged.mean() - mean).abs() <= mean * 1e-12);
+            prop_assert_eq!(merged.since(&histogram(&mine)), histogram(&theirs));
+        }
+    }
+}
