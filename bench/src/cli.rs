@@ -7,6 +7,7 @@ use aoe_xdp::link::LinkChoice;
 use aoe_xdp::wire::Address;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 
+use crate::ceiling::disk::Engine;
 use crate::initiator::Behaviour;
 use crate::load::{Check, Load};
 use crate::measure::now_ns;
@@ -281,6 +282,9 @@ pub(crate) struct DiskArgs {
     /// Order of the blocks.
     #[arg(long, value_enum, default_value = "random")]
     pub(crate) pattern: Pattern,
+    /// How requests are made: `auto` as the product would, inline on tmpfs, else through io_uring.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) engine: Engine,
     /// Stop after this time.
     #[arg(long, value_name = "DURATION", value_parser = duration_ns, default_value = "10s")]
     pub(crate) seconds: u64,

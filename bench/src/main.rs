@@ -110,6 +110,7 @@ fn ceiling_disk(args: &DiskArgs) -> anyhow::Result<()> {
         write: args.write,
         dsync: args.dsync,
         pattern: args.pattern,
+        engine: args.engine,
         duration_ns: args.seconds,
         seed: args.seed(),
         core: args.cpu,

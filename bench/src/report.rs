@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::ceiling::disk::Engine;
 use crate::initiator::{Behaviour, Counters};
 use crate::units::human_bytes;
 use crate::verify::Findings;
@@ -304,6 +305,8 @@ pub(crate) struct DiskReport {
     pub(crate) kind: &'static str,
     pub(crate) path: String,
     pub(crate) pattern: Pattern,
+    /// Through io_uring, or inline.
+    pub(crate) engine: Engine,
     pub(crate) write: bool,
     pub(crate) dsync: bool,
     pub(crate) block_bytes: u64,
@@ -332,10 +335,10 @@ impl DiskReport {
         };
         writeln!(
             out,
-            "{}: {pattern} {direction}, block {}, depth {}",
+            "{}: {pattern} {direction}, block {}, {}",
             self.path,
             human_bytes(self.block_bytes),
-            self.depth
+            if self.engine == Engine::Inline { "inline".to_owned() } else { format!("depth {}", self.depth) }
         )?;
         write_rate(out, &self.rate)?;
         if let Some(summary) = &self.latency_us {

@@ -1,5 +1,8 @@
 //! A bare io_uring loop on a file or device: the product's own ring, buffers that are chunks of registered frame
 //! memory, O_DIRECT, and nothing else. What it reaches is the most that a store on this disk can reach.
+//!
+//! On tmpfs, where io_uring hands every request to a worker thread, the product reads and writes inline; so does this
+//! loop, unless told otherwise. One request is then in flight at a time, whatever the depth.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -9,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use aoe_xdp::link::{CHUNK_BYTES, Pool};
-use rustix::fs::{Mode, OFlags, open};
-use torus_uring::{BLOCKS_MAX, Blocks, Event, FileId, Ring, RingConfig};
+use rustix::fs::{Mode, OFlags, fstatfs, open};
+use torus_uring::{BLOCKS_MAX, Blocks, Event, FileId, Ring, RingConfig, read_inline, write_inline};
 
 use crate::measure::{CoreTicks, now_ns, pin, thread_cpu_ns};
 use crate::report::{Cost, DiskReport, Latencies, Rate};
@@ -21,6 +24,21 @@ use crate::workload::{Pattern, Random, Workload};
 const FILL_BYTES: usize = 1 << 20;
 /// The longest sleep for a completion, so that the end is noticed.
 const WAIT: Duration = Duration::from_millis(50);
+
+/// `TMPFS_MAGIC` of `linux/magic.h`.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// How requests are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Engine {
+    /// As the product would: inline on tmpfs, else through the ring.
+    Auto,
+    /// io_uring.
+    Ring,
+    /// preadv and pwritev.
+    Inline,
+}
 
 /// What is to be measured.
 #[derive(Debug, Clone)]
@@ -33,6 +51,7 @@ pub(crate) struct Disk<'a> {
     pub(crate) write: bool,
     pub(crate) dsync: bool,
     pub(crate) pattern: Pattern,
+    pub(crate) engine: Engine,
     pub(crate) duration_ns: u64,
     pub(crate) seed: u64,
     pub(crate) core: Option<u16>,
@@ -43,6 +62,7 @@ struct Loop<'a> {
     ring: Ring,
     pool: Pool,
     file: FileId,
+    inline: bool,
     workload: Workload,
     /// Buffers of requests that are not in flight.
     idle: Vec<(u64, Blocks)>,
@@ -81,6 +101,7 @@ pub(crate) fn run(disk: &Disk<'_>) -> anyhow::Result<DiskReport> {
         kind: "ceiling-disk",
         path: disk.path.display().to_string(),
         pattern: disk.pattern,
+        engine: if work.inline { Engine::Inline } else { Engine::Ring },
         write: disk.write,
         dsync: disk.dsync,
         block_bytes: disk.block_bytes,
@@ -112,6 +133,12 @@ impl<'a> Loop<'a> {
             "{} has {size_bytes} bytes, less than one block: give --size",
             disk.path.display()
         );
+        let is_tmpfs = fstatfs(&file).is_ok_and(|info| info.f_type == TMPFS_MAGIC);
+        let inline = disk.engine == Engine::Inline || disk.engine == Engine::Auto && is_tmpfs;
+        ensure!(
+            is_tmpfs || !inline || !disk.dsync,
+            "--engine inline cannot make writes durable: leave out --dsync"
+        );
         let region = region(1)?;
         let mut pool = region.pool(0)?;
         let requests_max = u32::from(disk.depth).next_power_of_two();
@@ -135,6 +162,7 @@ impl<'a> Loop<'a> {
             ring,
             pool,
             file,
+            inline,
             workload: Workload::new(blocks, disk.pattern, if disk.write { 0 } else { 100 }, disk.seed),
             idle,
             started_ns: vec![0; usize::from(disk.depth)],
@@ -146,6 +174,10 @@ impl<'a> Loop<'a> {
     fn turn(&mut self, end_ns: u64) -> anyhow::Result<()> {
         loop {
             let now = now_ns();
+            if now < end_ns && self.inline {
+                self.one_inline(now)?;
+                continue;
+            }
             if now < end_ns {
                 self.submit(now)?;
             } else if self.ring.in_flight() == 0 {
@@ -178,17 +210,30 @@ impl<'a> Loop<'a> {
         Ok(())
     }
 
+    fn one_inline(&mut self, now: u64) -> anyhow::Result<()> {
+        let at = self.workload.next().1 * self.disk.block_bytes;
+        let file = self.ring.file(self.file);
+        let (_, blocks) = self.idle.last_mut().context("--depth is at least 1")?;
+        let result = if self.disk.write {
+            write_inline(file, at, blocks, &self.pool)
+        } else {
+            read_inline(file, at, blocks, &self.pool)
+        };
+        result.with_context(|| self.failed())?;
+        self.latencies.record(now_ns().saturating_sub(now));
+        self.operations += 1;
+        Ok(())
+    }
+
+    fn failed(&self) -> String {
+        format!("{} {}", if self.disk.write { "writing" } else { "reading" }, self.disk.path.display())
+    }
+
     fn complete(&mut self) -> anyhow::Result<()> {
         let now = now_ns();
         while let Some(event) = self.ring.next_event() {
             let Event::Disk(finished) = event else { continue };
-            finished.result.with_context(|| {
-                format!(
-                    "{} {}",
-                    if self.disk.write { "writing" } else { "reading" },
-                    self.disk.path.display()
-                )
-            })?;
+            finished.result.with_context(|| self.failed())?;
             let started_ns = self.started_ns[usize::try_from(finished.token)?];
             self.latencies.record(now.saturating_sub(started_ns));
             self.operations += 1;
@@ -232,6 +277,7 @@ mod tests {
             write: false,
             dsync: false,
             pattern: Pattern::Random,
+            engine: Engine::Auto,
             duration_ns: 100_000_000,
             seed: 1,
             core: None,
@@ -253,12 +299,26 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_read_and_written_inline() {
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        for write in [false, true] {
+            let report = run(&Disk { write, dsync: write, ..disk(file.path()) }).unwrap();
+            assert_eq!(report.engine, Engine::Inline);
+            assert!(report.rate.operations > 100, "{}", report.rate.operations);
+            let ring = run(&Disk { write, engine: Engine::Ring, ..disk(file.path()) }).unwrap();
+            assert!(ring.engine == Engine::Ring && ring.rate.operations > 8);
+        }
+    }
+
+    #[test]
     fn what_cannot_be_measured_is_refused() {
         let file = tempfile::NamedTempFile::new_in(".").unwrap();
         let none = Disk { size_bytes: None, ..disk(file.path()) };
         assert!(run(&none).unwrap_err().to_string().contains("--size"));
         let odd = Disk { block_bytes: 512, ..disk(file.path()) };
         assert!(run(&odd).unwrap_err().to_string().contains("--block"));
+        let unsafe_writes = Disk { write: true, dsync: true, engine: Engine::Inline, ..disk(file.path()) };
+        assert!(run(&unsafe_writes).unwrap_err().to_string().contains("durable"));
         let missing = Disk { size_bytes: None, ..disk(Path::new("./no/such/file")) };
         assert!(run(&missing).unwrap_err().to_string().contains("cannot open"));
     }
