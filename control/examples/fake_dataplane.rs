@@ -128,7 +128,7 @@ fn open(store: &DesiredStore, memory: &mut Memory) -> ObservedStore {
     let path = PathBuf::from(&store.path);
     let opened = match memory.stores.get(&path) {
         Some(id) => Ok(*id),
-        None => read_or_format(&path),
+        None => read_or_format(&path, store.size_bytes),
     };
     let mut observed = ObservedStore { path: store.path.clone(), ..ObservedStore::default() };
     match opened {
@@ -148,8 +148,13 @@ fn open(store: &DesiredStore, memory: &mut Memory) -> ObservedStore {
     observed
 }
 
-fn read_or_format(path: &Path) -> Result<StoreId> {
-    let mut file = OpenOptions::new().read(true).write(true).open(path).context("cannot open the store")?;
+fn read_or_format(path: &Path, size_bytes: u64) -> Result<StoreId> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(size_bytes > 0).truncate(false);
+    let mut file = options.open(path).context("cannot open the store")?;
+    if file.metadata()?.len() == 0 {
+        file.set_len(size_bytes)?;
+    }
     let mut id = [0; 16];
     file.read_exact(&mut id)?;
     if id == [0; 16] {

@@ -1,11 +1,11 @@
 //! What is looked at before a node starts anything, so that what cannot work is said at once and with the next step.
 //!
-//! Nothing here changes the machine, but for one thing: a store file named with a size is created, empty.
+//! Nothing here changes the machine.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use cluster_map::LinkChoice;
@@ -232,39 +232,35 @@ pub fn parse_store(text: &str) -> Result<StoreSpec, CheckError> {
     Ok(spec)
 }
 
-/// Checks that a store can be opened; creates the file if it is missing and a size is named.
+/// Checks that the data plane can open a store, or create its file.
 ///
 /// # Errors
 /// Missing, not a file or block device, too small, or no space for it; with the next step.
-pub fn prepare_store(spec: &StoreSpec) -> Result<(), CheckError> {
+pub fn check_store_path(spec: &StoreSpec) -> Result<(), CheckError> {
     let path = Path::new(&spec.path);
     let refuse = |text: String| Err(CheckError::Refused(text));
     match fs::metadata(path) {
         Ok(found) if found.file_type().is_block_device() => Ok(()),
-        Ok(found) if found.is_file() => {
-            // A blank file takes the size it is named with; the data plane sees to it.
-            let len = found.len().max(spec.size);
-            if len < MIN_STORE_BYTES {
-                return refuse(format!(
-                    "store {} has {}, at least 64 MiB are needed; write {}:SIZE to give it a size",
-                    spec.path,
-                    human(len),
-                    spec.path
-                ));
-            }
-            Ok(())
-        }
+        // An empty file is made as large as it is named; one with content is taken as it is.
+        Ok(found) if found.is_file() && found.len() == 0 && spec.size > 0 => check_space(spec, path),
+        Ok(found) if found.is_file() && found.len() < MIN_STORE_BYTES => refuse(format!(
+            "store {} has {}, at least 64 MiB are needed; name a larger file, or PATH:SIZE to create one",
+            spec.path,
+            human(found.len())
+        )),
+        Ok(found) if found.is_file() => Ok(()),
         Ok(_) => refuse(format!("store {} is neither a file nor a block device", spec.path)),
         Err(error) if error.kind() == io::ErrorKind::NotFound && spec.size == 0 => refuse(format!(
             "store {} does not exist; check the path, or write {}:SIZE (for example :10GiB) to create a file",
             spec.path, spec.path
         )),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => create_store(spec, path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => check_space(spec, path),
         Err(source) => Err(CheckError::Io { what: format!("cannot look at store {}", spec.path), source }),
     }
 }
 
-fn create_store(spec: &StoreSpec, path: &Path) -> Result<(), CheckError> {
+/// Checks that a file of the named size can be made.
+fn check_space(spec: &StoreSpec, path: &Path) -> Result<(), CheckError> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     if !folder.is_dir() {
         let text = format!("store {}: the folder {} does not exist; create it", spec.path, folder.display());
@@ -273,21 +269,16 @@ fn create_store(spec: &StoreSpec, path: &Path) -> Result<(), CheckError> {
     let space = rustix::fs::statvfs(folder)
         .map_err(|e| io_error(format!("cannot read the free space of {}", folder.display()))(e.into()))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
-    if free < spec.size {
-        let text = format!(
-            "store {}: {} are named, but {} has {} free; name a smaller size",
-            spec.path,
-            human(spec.size),
-            folder.display(),
-            human(free)
-        );
-        return Err(CheckError::Refused(text));
+    if free >= spec.size {
+        return Ok(());
     }
-    let create = || {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-        file.set_len(spec.size)
-    };
-    create().map_err(io_error(format!("cannot create store {}", spec.path)))
+    Err(CheckError::Refused(format!(
+        "store {}: {} are named, but {} has {} free; name a smaller size",
+        spec.path,
+        human(spec.size),
+        folder.display(),
+        human(free)
+    )))
 }
 
 /// The data-plane program: the one named, else the one beside this program, else the first in `PATH`.
@@ -316,6 +307,7 @@ pub fn find_data_plane(named: Option<&Path>) -> Result<PathBuf, CheckError> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::fs::OpenOptions;
 
     fn present(up: bool, mtu: u32) -> BTreeMap<String, Interface> {
         BTreeMap::from([("eth0".to_owned(), Interface { up, carrier: true, mtu })])
@@ -374,25 +366,26 @@ mod tests {
     }
 
     #[test]
-    fn a_store_is_created_only_with_a_size() {
+    fn store_paths_are_checked_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s").to_str().unwrap().to_owned();
-        let missing = prepare_store(&StoreSpec { path: path.clone(), size: 0 }).unwrap_err().to_string();
-        assert!(missing.contains("does not exist"), "{missing}");
+        let check =
+            |size| check_store_path(&StoreSpec { path: path.clone(), size }).map_err(|e| e.to_string());
+        assert!(check(0).unwrap_err().contains("does not exist"));
+        assert_eq!(check(64 << 20), Ok(()));
+        assert!(check(1 << 60).unwrap_err().contains("smaller size"));
         assert!(!Path::new(&path).exists());
-        prepare_store(&StoreSpec { path: path.clone(), size: 64 << 20 }).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().len(), 64 << 20);
-        prepare_store(&StoreSpec { path: path.clone(), size: 0 }).unwrap();
+        fs::write(&path, b"").unwrap();
+        assert!(check(0).unwrap_err().contains("has 0 B"));
+        assert_eq!(check(64 << 20), Ok(()));
         fs::write(&path, b"short").unwrap();
-        let small = prepare_store(&StoreSpec { path: path.clone(), size: 0 }).unwrap_err().to_string();
-        assert!(small.contains("has 5 B"), "{small}");
+        assert!(check(64 << 20).unwrap_err().contains("has 5 B"));
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(64 << 20).unwrap();
+        assert_eq!(check(0), Ok(()));
         let folder = dir.path().to_str().unwrap().to_owned();
-        assert!(prepare_store(&StoreSpec { path: folder, size: 0 }).is_err());
-        let huge =
-            prepare_store(&StoreSpec { path: format!("{path}2"), size: 1 << 60 }).unwrap_err().to_string();
-        assert!(huge.contains("smaller size"), "{huge}");
-        let nowhere = prepare_store(&StoreSpec { path: format!("{path}/a/b"), size: 1 << 30 }).unwrap_err();
-        assert!(!nowhere.to_string().is_empty());
+        assert!(check_store_path(&StoreSpec { path: folder, size: 0 }).is_err());
+        assert!(check_store_path(&StoreSpec { path: format!("{path}/a/b"), size: 1 << 30 }).is_err());
     }
 
     proptest! {

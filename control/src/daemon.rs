@@ -185,7 +185,7 @@ fn check(options: &Options) -> Result<Checked> {
         }
         stores.push(spec);
     }
-    stores.iter().try_for_each(checks::prepare_store)?;
+    stores.iter().try_for_each(checks::check_store_path)?;
     Ok(Checked { name, settings, stores, program })
 }
 

@@ -320,6 +320,8 @@ pub struct VolumeStatus {
     pub id: VolumeId,
     /// `allocating`, `ready`, `purged`, `orphan` or `failed`.
     pub state: String,
+    /// Size in bytes that the data plane was asked for when it said so; 0 if it was asked to purge, or not asked.
+    pub wanted: u64,
     /// Size in bytes that the data plane has.
     pub size: u64,
     /// Bytes done of the work in progress.
@@ -648,6 +650,16 @@ impl View {
     #[must_use]
     pub fn node_label(&self, id: NodeId) -> String {
         self.nodes.get(&id).map_or_else(|| id.to_string(), |node| node.record.name.clone())
+    }
+
+    /// What the node of a volume says about the work on it, if that answers what the record asks for now.
+    #[must_use]
+    pub fn volume_report(&self, id: VolumeId) -> Option<&VolumeStatus> {
+        let volume = &self.volumes.get(&id)?.record;
+        let wanted = if volume.state == VolumeState::Purging { 0 } else { volume.size };
+        self.live.get(&volume.node)?;
+        let reports = &self.status.get(&volume.node)?.volumes;
+        reports.iter().find(|report| report.id == id && report.wanted == wanted)
     }
 
     /// What the node of a store last said about it.

@@ -13,7 +13,6 @@ use cluster_map::{ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Ob
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::checks;
 use crate::meta::reflector::{self, Reflector};
 use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
@@ -392,7 +391,8 @@ pub struct Follower {
     map_path: PathBuf,
     map: Option<ControlMap>,
     announce_map: watch::Sender<Option<MapReader>>,
-    observed: watch::Sender<u64>,
+    /// The version that the data plane published last; a receiver is kept, or the watching thread would end.
+    observed: (watch::Sender<u64>, watch::Receiver<u64>),
     wish: watch::Sender<Wish>,
     status: watch::Sender<StatusRecord>,
     /// Changes are not computed on a view older than the last one made.
@@ -412,7 +412,7 @@ impl Follower {
         wish: watch::Sender<Wish>,
         status: watch::Sender<StatusRecord>,
     ) -> Self {
-        let (observed, _) = watch::channel(0);
+        let observed = watch::channel(0);
         let seen_after = Revision(0);
         let started = Instant::now();
         let mut follower = Self {
@@ -436,7 +436,7 @@ impl Follower {
     /// Takes a map into use and starts a thread that wakes this loop when the data plane reports.
     fn use_map(&mut self, map: ControlMap) {
         let reader = map.reader().clone();
-        let observed = self.observed.clone();
+        let observed = self.observed.0.clone();
         self.announce_map.send_replace(Some(reader.clone()));
         self.map = Some(map);
         std::thread::spawn(move || {
@@ -457,7 +457,7 @@ impl Follower {
     /// Runs until `stop` turns true; then the data plane is told to drain.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut known = self.node.subscribe();
-        let mut observed = self.observed.subscribe();
+        let mut observed = self.observed.1.clone();
         let mut data_plane = self.node.data_plane.clone();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -531,12 +531,6 @@ impl Follower {
         let Some(map) = self.map.as_mut() else { return Ok(()) };
         let before = map.desired()?;
         if before.version == 0 || !reconcile::same_wish(&before, &desired) {
-            for store in desired.stores.iter().filter(|s| !before.stores.iter().any(|b| b.path == s.path)) {
-                let spec = crate::model::StoreSpec { path: store.path.clone(), size: store.size_bytes };
-                if let Err(error) = checks::prepare_store(&spec) {
-                    tracing::error!("{error}");
-                }
-            }
             let version = map.publish(&mut desired)?;
             tracing::info!(
                 version,

@@ -245,17 +245,23 @@ pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> Sta
         up: l.up,
         note: shortened(&l.note),
     });
-    let wanted: BTreeMap<_, _> = published.volumes.iter().map(|v| (v.id, v.size_sectors)).collect();
-    let settled =
-        |v: &ObservedVolume| v.state == VolumeObserved::Ready && wanted.get(&v.id) == Some(&v.size_sectors);
-    let volumes =
-        observed.volumes.iter().filter(|v| !settled(v)).take(STATUS_ENTRIES).map(|v| VolumeStatus {
-            id: v.id,
-            state: volume_words(v.state).into(),
-            size: v.size_sectors.saturating_mul(SECTOR_BYTES),
-            done: v.done_bytes,
-            error: shortened(&v.error),
-        });
+    let size_wanted = |v: &cluster_map::DesiredVolume| match v.state {
+        VolumeIntent::Active => v.size_sectors.saturating_mul(SECTOR_BYTES),
+        VolumeIntent::Purging => 0,
+    };
+    let wanted: BTreeMap<_, _> = published.volumes.iter().map(|v| (v.id, size_wanted(v))).collect();
+    let report = |v: &ObservedVolume| VolumeStatus {
+        id: v.id,
+        state: volume_words(v.state).into(),
+        wanted: wanted.get(&v.id).copied().unwrap_or(0),
+        size: v.size_sectors.saturating_mul(SECTOR_BYTES),
+        done: v.done_bytes,
+        error: shortened(&v.error),
+    };
+    // A report on an earlier wish says nothing about the volumes of this one.
+    let current = observed.volumes.iter().filter(|_| observed.applied >= published.version);
+    let unsettled = |v: &VolumeStatus| v.state != "ready" || v.wanted != v.size;
+    let volumes = current.map(report).filter(unsettled).take(STATUS_ENTRIES);
     let address = |e: &cluster_map::ObservedExport| Address { shelf: e.shelf, slot: e.slot };
     let (serving, troubled): (Vec<_>, Vec<_>) =
         observed.exports.iter().partition(|e| e.state == ExportState::Serving);

@@ -157,7 +157,7 @@ pub(crate) async fn add_store(
     let here = known(&node)?.view.node(&name).is_some_and(|(id, _)| id == node.id);
     if here {
         // Only on its own machine can a node look before the record is written.
-        checks::prepare_store(&spec)
+        checks::check_store_path(&spec)
             .map_err(|error| Refusal::new(RefusalKind::Invalid, "bad_store", error.to_string(), ""))?;
     }
     let id = node.change(|view| ops::add_store(view, &name, &spec)).await?;
@@ -219,9 +219,7 @@ async fn wait_for(node: &Node, done: impl Fn(&View) -> bool) -> Arc<Known> {
 
 /// What the node of a volume says went wrong with it.
 fn failure(view: &View, id: VolumeId) -> Option<String> {
-    let status = view.status.get(&view.volumes.get(&id)?.record.node)?;
-    let report = status.volumes.iter().find(|v| v.id == id && v.state == "failed")?;
-    Some(report.error.clone())
+    view.volume_report(id).filter(|report| report.state == "failed").map(|report| report.error.clone())
 }
 
 /// Waits until a volume is ready with its size, if asked to, and answers with it.

@@ -119,8 +119,7 @@ fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) -> t::Store
 
 pub(crate) fn volume(view: &View, id: VolumeId, volume: &VolumeRecord) -> t::Volume {
     let live = view.live.contains_key(&volume.node);
-    let status = view.status.get(&volume.node).filter(|_| live);
-    let report = status.and_then(|s| s.volumes.iter().find(|v| v.id == id));
+    let report = view.volume_report(id);
     let progress = report
         .filter(|_| volume.state != VolumeState::Ready)
         .map(|r| t::Progress { done_bytes: r.done.min(volume.size), total_bytes: volume.size });
