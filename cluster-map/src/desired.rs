@@ -309,7 +309,8 @@ impl Desired {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::layout::LEVEL;

@@ -418,7 +418,8 @@ impl Observed {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::layout::LEVEL;

@@ -223,7 +223,8 @@ macro_rules! codes {
 pub(crate) use codes;
 
 /// Makes of a state what a program of another level would have written.
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 pub(crate) mod other_level {
     use super::*;
 

@@ -217,7 +217,8 @@ pub(crate) fn wait_past<E>(
 }
 
 /// The protocol under every interleaving and every reordering that the memory model allows.
-#[cfg(all(test, loom))]
+#[cfg(loom)]
+#[cfg(test)]
 mod model {
     use super::*;
     use loom::sync::{Arc, Condvar, Mutex};
