@@ -8,8 +8,9 @@
 //! - A change whose request may have reached a member and got no answer is [`MetaError::Unknown`], never a plain error.
 //! - A watch always ends with a reason: the library reports a compacted start in a flag of a message and then goes
 //!   silent, and a hung member is found only by HTTP/2 keep-alive and by progress requests.
-//! - A watch from revision r asks etcd for r − 1 and drops what is older: etcd before 3.4.36, 3.5.18 and 3.6 starts a
-//!   watch *at* the compacted revision without an error and without the deletions of that revision.
+//! - A watch from revision r asks etcd for r − 1 and drops what is older: some versions start a watch *at* the
+//!   compacted revision without an error and without the deletions of that revision (etcd-io/etcd#18089, #19179; seen
+//!   with 3.4.23).
 //! - Watches are not fragmented: the library does not tell which message is the last of a revision, and a batch must
 //!   not split one. The limit on a message's size is raised instead.
 

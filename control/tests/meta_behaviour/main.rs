@@ -1,5 +1,7 @@
 //! What every metadata store does: one set of functions, run against all three implementations. The etcd one is a real
 //! server, one per test.
+#![expect(clippy::unwrap_used, reason = "a test fails by panic")]
+#![expect(clippy::cast_possible_truncation, reason = "small numbers")]
 
 mod etcd_server;
 mod outage;
@@ -365,7 +367,7 @@ async fn a_list_and_its_watch_give_every_state(rig: Rig) {
             match event {
                 Event::Put(entry) => drop(state.insert(entry.key.clone(), entry)),
                 Event::Delete { key, .. } => {
-                    assert!(state.remove(&key).is_some(), "deletion of a key that is not there")
+                    assert!(state.remove(&key).is_some(), "deletion of a key that is not there");
                 }
             }
         }

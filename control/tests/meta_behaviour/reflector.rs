@@ -198,7 +198,11 @@ async fn every_view_is_exact_through_random_faults() {
     assert!(views > 100, "only {views} views were seen");
 }
 
-async fn change(store: &MemoryStore, random: &mut Random, history: &Mutex<BTreeMap<Revision, Vec<KeyValue>>>) {
+async fn change(
+    store: &MemoryStore,
+    random: &mut Random,
+    history: &Mutex<BTreeMap<Revision, Vec<KeyValue>>>,
+) {
     let mut txn = Txn::new();
     for key in 0..3 {
         let key = format!("r/{}", key * 4 + random.below(4));
