@@ -49,7 +49,7 @@ pub enum LinkChoice {
 /// A store to open.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DesiredStore {
-    /// Path of the file or block device, 1 to [`MAX_PATH_BYTES`](crate::MAX_PATH_BYTES) bytes.
+    /// Path of the file or block device, 1 to [`MAX_PATH_BYTES`] bytes.
     pub path: String,
     /// Size to give it when it is created, in bytes; 0: take what is there.
     pub size_bytes: u64,

@@ -123,6 +123,14 @@ pub(crate) struct StatsLayout {
     pub(crate) histogram_stride: usize,
 }
 
+/// The statistics of one core, in words: the counters that both this program and the map know, and for each histogram
+/// its sum and its buckets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CoreLayout {
+    pub(crate) counters: Range<usize>,
+    pub(crate) histograms: [Range<usize>; HISTOGRAMS],
+}
+
 /// A header that was found consistent; all places in words from the start of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
@@ -354,16 +362,16 @@ impl Layout {
 }
 
 impl StatsLayout {
-    /// The words of a counter of a core; `None` where the map has none.
-    pub(crate) fn counter(&self, core: usize, counter: usize) -> Option<usize> {
-        (core < self.cores && counter < self.counters).then(|| self.first + core * self.core_stride + counter)
-    }
-
-    /// The words of a histogram of a core: its sum and its buckets.
-    pub(crate) fn histogram(&self, core: usize, histogram: usize) -> Option<Range<usize>> {
-        let first = self.first + core * self.core_stride + self.histogram_offset;
-        let start = first + histogram * self.histogram_stride;
-        (core < self.cores && histogram < HISTOGRAMS).then(|| start..start + 1 + BUCKETS)
+    /// Where a core's statistics lie; `None` if there is no such core.
+    pub(crate) fn core(&self, core: usize) -> Option<CoreLayout> {
+        let first = self.first + core * self.core_stride;
+        let known = self.counters.min(Counter::COUNT);
+        let histogram = |index: usize| {
+            let start = first + self.histogram_offset + index * self.histogram_stride;
+            start..start + 1 + BUCKETS
+        };
+        (core < self.cores)
+            .then(|| CoreLayout { counters: first..first + known, histograms: [histogram(0), histogram(1)] })
     }
 }
 
@@ -415,13 +423,11 @@ pub(crate) mod tests {
             used.push(area.head.clone());
             used.extend(area.slots.clone());
         }
-        for core in 0..stats.cores {
-            let counters = (0..Counter::COUNT).filter_map(|counter| stats.counter(core, counter));
-            used.extend(counters.map(|word| word..word + 1));
-            used.extend((0..HISTOGRAMS).filter_map(|histogram| stats.histogram(core, histogram)));
-            assert_eq!(stats.histogram(core, HISTOGRAMS), None);
+        for core in (0..stats.cores).map(|core| stats.core(core).unwrap()) {
+            used.push(core.counters);
+            used.extend(core.histograms);
         }
-        assert_eq!((stats.counter(stats.cores, 0), stats.histogram(stats.cores, 0)), (None, None));
+        assert_eq!(stats.core(stats.cores), None);
         used.sort_by_key(|range| range.start);
         assert!(used.iter().all(|range| range.start < range.end && range.end <= words));
         assert!(used.windows(2).all(|pair| pair[0].end <= pair[1].start), "{layout:?}");

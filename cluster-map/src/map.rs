@@ -6,7 +6,7 @@
 
 use crate::desired::Desired;
 use crate::error::{Fault, MapError, Role};
-use crate::layout::{self, AreaLayout, Geometry, Layout, PAGE, Signal};
+use crate::layout::{self, AreaLayout, CoreLayout, Geometry, Layout, PAGE, Signal};
 use crate::observed::Observed;
 use crate::shared::{Mapping, futex_wait, futex_wake};
 use crate::slot::{self, Area, LAST_VERSION, ReadError, bytes_of, slot_of, wait_past};
@@ -98,7 +98,7 @@ impl Shared {
     /// A version that no slot can hold is refused at once; a writer goes on counting from it.
     fn check_versions(&self) -> Result<(), MapError> {
         for which in [Which::Desired, Which::Observed] {
-            if self.area(which).latest() > LAST_VERSION {
+            if self.latest(which) > LAST_VERSION {
                 return Err(self.fault(Fault::corrupt("version out of range")));
             }
         }
@@ -138,6 +138,11 @@ impl Shared {
         let (words, places) = (self.mapping.words(), self.places(which));
         let slots = places.slots.clone().map(|slot| &words[slot]);
         Area::new(&words[places.head.clone()], slots).expect("the layout gives an area a page for its head")
+    }
+
+    /// The newest version of an area: one load.
+    fn latest(&self, which: Which) -> u64 {
+        load_le(&self.mapping.words()[self.places(which).head.start], Ordering::Acquire)
     }
 
     fn wake_word(&self, which: Which) -> &AtomicU32 {
@@ -197,7 +202,7 @@ impl Shared {
     fn newest(&self, which: Which) -> Result<u64, MapError> {
         // The bound is loaded first: a version that another thread has seen meanwhile is then no error.
         let seen = self.newest[which as usize].load(Ordering::Acquire);
-        let found = self.area(which).latest();
+        let found = self.latest(which);
         self.note(which, seen, found)
     }
 
@@ -242,25 +247,22 @@ impl Shared {
         .map_err(Self::io(&self.path, "wait on"))
     }
 
-    fn histogram(&self, core: usize, latency: Latency) -> Option<HistogramWords<'_>> {
-        let words = self.mapping.words().get(self.layout.stats.histogram(core, latency as usize)?)?;
+    fn histogram(&self, places: &CoreLayout, latency: Latency) -> Option<HistogramWords<'_>> {
+        let words = self.mapping.words().get(places.histograms[latency as usize].clone())?;
         HistogramWords::new(words, stats::BUCKETS)
     }
 
-    fn counter(&self, core: usize, counter: Counter) -> Option<&AtomicU64> {
-        self.mapping.words().get(self.layout.stats.counter(core, counter as usize)?)
-    }
-
-    fn core_snapshot(&self, core: usize) -> CoreSnapshot {
+    fn core_snapshot(&self, places: &CoreLayout) -> CoreSnapshot {
         let histogram =
-            |latency| self.histogram(core, latency).map(|words| words.snapshot()).unwrap_or_default();
+            |latency| self.histogram(places, latency).map(|words| words.snapshot()).unwrap_or_default();
         let mut snapshot = CoreSnapshot {
             read_ns: histogram(Latency::Read),
             write_ns: histogram(Latency::Write),
             ..CoreSnapshot::default()
         };
-        for (value, &counter) in snapshot.counters.iter_mut().zip(Counter::ALL) {
-            *value = self.counter(core, counter).map_or(0, |word| load_le(word, Ordering::Relaxed));
+        for (value, word) in snapshot.counters.iter_mut().zip(&self.mapping.words()[places.counters.clone()])
+        {
+            *value = load_le(word, Ordering::Relaxed);
         }
         snapshot
     }
@@ -308,7 +310,7 @@ impl MapReader {
     /// The version of the newest desired state: one atomic load.
     #[must_use]
     pub fn desired_version(&self) -> u64 {
-        self.shared.area(Which::Desired).latest()
+        self.shared.latest(Which::Desired)
     }
 
     /// Sleeps until the desired version is not `seen`, at most for `timeout`, and returns it.
@@ -339,7 +341,7 @@ impl MapReader {
     /// The version of the newest observed state: one atomic load.
     #[must_use]
     pub fn observed_version(&self) -> u64 {
-        self.shared.area(Which::Observed).latest()
+        self.shared.latest(Which::Observed)
     }
 
     /// Sleeps until the observed version is not `seen`, at most for `timeout`, and returns it.
@@ -353,7 +355,8 @@ impl MapReader {
     /// What every core has counted since the map was made, by core index.
     #[must_use]
     pub fn stats(&self) -> Vec<CoreSnapshot> {
-        (0..self.cores()).map(|core| self.shared.core_snapshot(core)).collect()
+        let cores = (0..self.cores()).filter_map(|core| self.shared.layout.stats.core(core));
+        cores.map(|places| self.shared.core_snapshot(&places)).collect()
     }
 
     /// The time that the data plane last passed to [`DataMap::beat`], in nanoseconds; 0: never.
@@ -628,13 +631,14 @@ impl DataMap {
     /// [`MapError::Core`] if the map has no such core or another handle writes it.
     pub fn core_stats(&self, core: u16) -> Result<CoreStats, MapError> {
         let index = usize::from(core);
-        let Some(taken) = self.reader.shared.taken.get(index) else {
+        let shared = &self.reader.shared;
+        let (Some(taken), Some(places)) = (shared.taken.get(index), shared.layout.stats.core(index)) else {
             return Err(MapError::Core { core, why: "the map was created for fewer cores" });
         };
         if taken.swap(true, Ordering::AcqRel) {
             return Err(MapError::Core { core, why: "another handle of this process writes them" });
         }
-        Ok(CoreStats { role: Arc::clone(&self.role), core: index, one_thread: PhantomData })
+        Ok(CoreStats { role: Arc::clone(&self.role), core: index, places, one_thread: PhantomData })
     }
 
     /// Gives a sign of life: the time now, in nanoseconds of the boot-time clock (`CLOCK_BOOTTIME`).
@@ -649,6 +653,7 @@ impl DataMap {
 pub struct CoreStats {
     role: Arc<RoleGuard>,
     core: usize,
+    places: CoreLayout,
     one_thread: PhantomData<Cell<()>>,
 }
 
@@ -662,7 +667,9 @@ impl CoreStats {
     /// Adds to a counter.
     #[inline]
     pub fn add(&self, counter: Counter, amount: u64) {
-        if let Some(word) = self.role.shared.counter(self.core, counter) {
+        let counters = &self.role.shared.mapping.words()[self.places.counters.clone()];
+        // A map of the former level may lack the newest counters.
+        if let Some(word) = counters.get(counter as usize) {
             stats::add(word, amount);
         }
     }
@@ -670,7 +677,7 @@ impl CoreStats {
     /// Counts a duration of `ns` nanoseconds.
     #[inline]
     pub fn record(&self, latency: Latency, ns: u64) {
-        if let Some(words) = self.role.shared.histogram(self.core, latency) {
+        if let Some(words) = self.role.shared.histogram(&self.places, latency) {
             words.record(bucket_of(ns), ns);
         }
     }
@@ -678,7 +685,7 @@ impl CoreStats {
     /// What this core has counted so far.
     #[must_use]
     pub fn snapshot(&self) -> CoreSnapshot {
-        self.role.shared.core_snapshot(self.core)
+        self.role.shared.core_snapshot(&self.places)
     }
 }
 
