@@ -116,7 +116,8 @@ impl Queue {
         if pushed {
             fill.publish();
         }
-        if self.fill_chunks > 0 && fill.needs_wakeup() {
+        // A driver that ran dry asks to be told; without anything to give there is nothing to tell.
+        if fill.pending() > 0 && fill.needs_wakeup() {
             self.socket.kick_receive();
         }
     }

@@ -388,7 +388,7 @@ impl Region {
 fn map_frames(bytes: usize) -> Result<(NonNull<u8>, usize, Pages), RegionError> {
     let huge_bytes = bytes.next_multiple_of(HUGE_PAGE_BYTES);
     let fail = |source| RegionError::Map { bytes, source };
-    if let Ok(base) = map_anonymous(huge_bytes, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB) {
+    if let Some(base) = map_huge(huge_bytes) {
         keep_from_children(base, huge_bytes);
         return Ok((base, huge_bytes, Pages::Huge2MiB));
     }
@@ -410,7 +410,12 @@ fn map_frames(bytes: usize) -> Result<(NonNull<u8>, usize, Pages), RegionError> 
         libc::madvise(base.as_ptr().cast(), huge_bytes, libc::MADV_HUGEPAGE);
         base
     };
-    populate(base, huge_bytes);
+    if !populate(base, huge_bytes) {
+        for offset in (0..huge_bytes).step_by(CHUNK_BYTES) {
+            // SAFETY: inside our own mapping, which nobody else knows yet.
+            unsafe { base.add(offset).write_volatile(0) };
+        }
+    }
     keep_from_children(base, huge_bytes);
     Ok((base, huge_bytes, Pages::Normal))
 }
@@ -433,16 +438,23 @@ fn map_anonymous(bytes: usize, extra_flags: i32) -> Result<NonNull<u8>, io::Erro
     Ok(NonNull::new(raw.cast()).expect("mmap never gives the null page"))
 }
 
-/// Faults every page in now, not in the hot path.
-fn populate(base: NonNull<u8>, bytes: usize) {
-    // SAFETY: the range is our own mapping.
-    let populated = unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) };
-    if populated != 0 {
-        for offset in (0..bytes).step_by(CHUNK_BYTES) {
-            // SAFETY: inside our own mapping, which nobody else knows yet.
-            unsafe { base.add(offset).write_volatile(0) };
-        }
+/// Maps and faults in pages of the kernel's reserve; `None` where it has not enough for us.
+fn map_huge(bytes: usize) -> Option<NonNull<u8>> {
+    let base = map_anonymous(bytes, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB).ok()?;
+    if populate(base, bytes) {
+        return Some(base);
     }
+    // A limit of the control group or NUMA policy: touching the pages would be a fatal signal.
+    // SAFETY: our own mapping, which nobody else knows yet.
+    unsafe { libc::munmap(base.as_ptr().cast(), bytes) };
+    None
+}
+
+/// Faults every page in now, not in the hot path; false where the kernel (before 5.14, or out of pages)
+/// does not.
+fn populate(base: NonNull<u8>, bytes: usize) -> bool {
+    // SAFETY: the range is our own mapping.
+    unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) == 0 }
 }
 
 /// A forked child must not share pinned frame memory: copy-on-write would move it under the kernel.

@@ -1,5 +1,6 @@
 //! AF_XDP sockets on a real virtual interface: what a builder asks for and what it gets. Needs root.
 
+#![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a failure in a test's own steps is the test's failure")]
 
 #[path = "../../tests/link/netns.rs"]
