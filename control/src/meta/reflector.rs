@@ -122,7 +122,6 @@ impl Follower {
         loop {
             let started = Instant::now();
             let problem = self.follow().await;
-            tracing::warn!(store = self.store.describe(), problem, "not following the metadata");
             self.disconnect(problem);
             if started.elapsed() > self.backoff.max {
                 wait = self.backoff.first;
@@ -178,6 +177,14 @@ impl Follower {
     }
 
     fn disconnect(&self, problem: String) {
+        // Once per problem, not per attempt.
+        if self.publish.borrow().problem.as_ref() != Some(&problem) {
+            tracing::warn!(
+                store = self.store.describe(),
+                problem,
+                "not following the metadata; trying again"
+            );
+        }
         self.publish.send_modify(|view| {
             if view.connected {
                 view.connected = false;

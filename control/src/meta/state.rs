@@ -73,13 +73,13 @@ pub(super) struct State {
     last_lease: LeaseId,
     /// Events by revision, ascending.
     history: VecDeque<(Revision, Arc<[Event]>)>,
-    history_events: usize,
-    history_limit_events: usize,
+    history_bytes: usize,
+    history_limit_bytes: usize,
 }
 
 impl State {
-    /// An empty key space that keeps at most `history_limit_events` changes for watches.
-    pub(super) fn new(history_limit_events: usize) -> Self {
+    /// An empty key space that keeps at most `history_limit_bytes` of changes for watches.
+    pub(super) fn new(history_limit_bytes: usize) -> Self {
         Self {
             revision: FIRST_REVISION,
             compacted: Revision(0),
@@ -87,8 +87,8 @@ impl State {
             leases: BTreeMap::new(),
             last_lease: LeaseId(0),
             history: VecDeque::new(),
-            history_events: 0,
-            history_limit_events,
+            history_bytes: 0,
+            history_limit_bytes,
         }
     }
 
@@ -98,12 +98,12 @@ impl State {
         last_lease: LeaseId,
         leases: impl IntoIterator<Item = (LeaseId, u64)>,
         entries: impl IntoIterator<Item = KeyValue>,
-        history_limit_events: usize,
+        history_limit_bytes: usize,
     ) -> Result<Self, Inconsistent> {
         if revision < FIRST_REVISION {
             return Err(Inconsistent("snapshot has no revision"));
         }
-        let mut state = Self::new(history_limit_events);
+        let mut state = Self::new(history_limit_bytes);
         state.revision = revision;
         state.compacted = revision;
         state.last_lease = last_lease;
@@ -281,9 +281,9 @@ impl State {
 
     fn commit(&mut self, revision: Revision, events: Vec<Event>) {
         self.revision = revision;
-        self.history_events += events.len();
+        self.history_bytes = self.history_bytes.saturating_add(history_bytes(&events));
         self.history.push_back((revision, events.into()));
-        while self.history_events > self.history_limit_events {
+        while self.history_bytes > self.history_limit_bytes {
             let Some((oldest, _)) = self.history.front() else { break };
             self.compact(*oldest);
         }
@@ -295,10 +295,17 @@ impl State {
         while let Some((revision, events)) = self.history.front()
             && *revision <= through
         {
-            self.history_events -= events.len();
+            self.history_bytes = self.history_bytes.saturating_sub(history_bytes(events));
             self.history.pop_front();
         }
         self.compacted = self.compacted.max(through);
+    }
+
+    /// Forgets all history and keeps none from now on: for a state that no watch reads.
+    pub(super) fn without_history(mut self) -> Self {
+        self.history_limit_bytes = 0;
+        self.compact(self.revision);
+        self
     }
 
     /// The changes of `prefix` since `from`, at most about `limit` of them.
@@ -316,6 +323,15 @@ impl State {
         }
         Changes::Events { events, next: self.revision.next().max(from) }
     }
+}
+
+/// About what events take in memory.
+fn history_bytes(events: &[Event]) -> usize {
+    let bytes = |event: &Event| {
+        let value_bytes = if let Event::Put(entry) = event { entry.value.len() } else { 0 };
+        size_of::<Event>() + event.key().len() + value_bytes
+    };
+    events.iter().map(bytes).sum()
 }
 
 fn key_value(key: &str, entry: &Entry) -> KeyValue {

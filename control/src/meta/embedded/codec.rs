@@ -196,11 +196,11 @@ fn put_len(out: &mut Vec<u8>, len: usize) {
     out.extend_from_slice(&len.to_le_bytes());
 }
 
-/// Reads a journal file. `history_limit_events` is the state's.
-pub(super) fn parse(file: &[u8], history_limit_events: usize) -> Result<Parsed, Damage> {
+/// Reads a journal file. `history_limit_bytes` is the state's.
+pub(super) fn parse(file: &[u8], history_limit_bytes: usize) -> Result<Parsed, Damage> {
     let (identity, base_bytes) = parse_header(file)?;
     let mut frames = Frames { file, salt: identity.salt, offset: HEADER_BYTES, sequence: 1 };
-    let mut state = parse_snapshot(&mut frames, base_bytes, history_limit_events)?;
+    let mut state = parse_snapshot(&mut frames, base_bytes, history_limit_bytes)?;
     let mut last_frame = frames.offset;
     while let Some((offset, payload)) = frames.next()? {
         apply_payload(&mut state, offset, payload)?;
@@ -244,7 +244,7 @@ fn parse_header(file: &[u8]) -> Result<(Identity, usize), Damage> {
     Ok((identity, base_bytes))
 }
 
-fn parse_snapshot(frames: &mut Frames<'_>, end: usize, history_limit_events: usize) -> Result<State, Damage> {
+fn parse_snapshot(frames: &mut Frames<'_>, end: usize, history_limit_bytes: usize) -> Result<State, Damage> {
     let mut snapshot = SnapshotParts::default();
     while frames.offset < end {
         let offset = frames.offset;
@@ -258,7 +258,7 @@ fn parse_snapshot(frames: &mut Frames<'_>, end: usize, history_limit_events: usi
         return Err(Damage::at(end, "the snapshot does not end where the header says"));
     }
     let (revision, last_lease) = snapshot.head.ok_or(Damage::at(HEADER_BYTES, "the snapshot has no head"))?;
-    State::restore(revision, last_lease, snapshot.leases, snapshot.entries, history_limit_events)
+    State::restore(revision, last_lease, snapshot.leases, snapshot.entries, history_limit_bytes)
         .map_err(|inconsistent| Damage::at(HEADER_BYTES, inconsistent.0))
 }
 

@@ -61,15 +61,12 @@ pub(super) struct Journal<D: Disk> {
 
 impl<D: Disk> Journal<D> {
     /// Opens the journal of a directory, or starts one.
-    pub(super) async fn open(
-        disk: D,
-        history_limit_events: usize,
-    ) -> Result<(Self, State), OpenJournalError> {
+    pub(super) async fn open(disk: D, history_limit_bytes: usize) -> Result<(Self, State), OpenJournalError> {
         disk.remove(JOURNAL_NEW).await?;
         let Some(bytes) = disk.read(JOURNAL).await? else {
-            return Self::start(disk, history_limit_events).await;
+            return Self::start(disk, history_limit_bytes).await;
         };
-        let parsed = codec::parse(&bytes, history_limit_events).map_err(OpenJournalError::Damage)?;
+        let parsed = codec::parse(&bytes, history_limit_bytes).map_err(OpenJournalError::Damage)?;
         let file = disk.open(JOURNAL).await?;
         if parsed.end < bytes.len() as u64 {
             tracing::warn!(
@@ -100,8 +97,8 @@ impl<D: Disk> Journal<D> {
         Ok((journal, parsed.state))
     }
 
-    async fn start(disk: D, history_limit_events: usize) -> Result<(Self, State), OpenJournalError> {
-        let state = State::new(history_limit_events);
+    async fn start(disk: D, history_limit_bytes: usize) -> Result<(Self, State), OpenJournalError> {
+        let state = State::new(history_limit_bytes);
         let identity = Identity { store: random_16(), salt: random_16() };
         let (file, base_bytes, sequence) = write_new(&disk, &identity, &state).await?;
         disk.rename(JOURNAL_NEW, JOURNAL).await?;

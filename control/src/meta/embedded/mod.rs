@@ -38,8 +38,8 @@ use super::{
     validate_key, validate_ttl, validate_watch_start,
 };
 
-/// Changes kept for watches that resume; older ones are compacted.
-const HISTORY_EVENTS: usize = 65_536;
+/// Bytes of changes kept for watches that resume; older ones are compacted.
+const HISTORY_BYTES: usize = 16 * 1024 * 1024;
 /// The journal is written anew when it has grown by this, and by as much as its snapshot.
 const REWRITE_MIN_BYTES: u64 = 1024 * 1024;
 /// Most requests decided by one write.
@@ -282,8 +282,9 @@ struct Core<D: Disk> {
 }
 
 impl<D: Disk> Core<D> {
-    async fn open(disk: D, history_events: usize, rewrite_min_bytes: u64) -> Result<Self, OpenJournalError> {
-        let (journal, ahead) = Journal::open(disk, history_events).await?;
+    async fn open(disk: D, history_bytes: usize, rewrite_min_bytes: u64) -> Result<Self, OpenJournalError> {
+        let (journal, state) = Journal::open(disk, history_bytes).await?;
+        let ahead = state.clone().without_history();
         let mut clock = LeaseClock::default();
         for (lease, ttl_ms) in ahead.leases() {
             // Nobody could renew while the store was closed: all start anew.
@@ -292,7 +293,7 @@ impl<D: Disk> Core<D> {
         let rewrite_at_bytes = rewrite_min_bytes.max(journal.base_bytes());
         Ok(Self {
             journal,
-            published: Published::new(ahead.clone()),
+            published: Published::new(state),
             ahead,
             broken: Arc::default(),
             clock,
@@ -330,7 +331,7 @@ impl<D: Disk> Core<D> {
             }
             Err(AppendError::Refused(error)) => {
                 tracing::warn!(%error, "the metadata journal cannot grow");
-                self.ahead = self.published.read(State::clone);
+                self.ahead = self.published.read(State::clone).without_history();
                 self.expire_after_ms = now_ms.saturating_add(RETRY_MS);
                 self.refuse(&MetaError::Unavailable(format!("the metadata journal cannot grow: {error}")));
             }
@@ -477,12 +478,20 @@ impl<D: Disk> Core<D> {
         }
     }
 
-    /// Marks the journal as complete and lets go of the watches.
+    /// Marks the journal as complete.
     async fn close(&mut self) {
         if let Err(error) = self.journal.append(&[]).await {
             tracing::warn!(?error, "the metadata journal was closed without its mark");
         }
-        self.published.end_watches(WatchEnd::Lost { reason: "the store is closed".into() });
+    }
+}
+
+/// Ends the watches with the thread, even if that panics: a watch is never silent.
+struct EndWatches(Arc<Published>);
+
+impl Drop for EndWatches {
+    fn drop(&mut self) {
+        self.0.end_watches(WatchEnd::Lost { reason: "the store is closed".into() });
     }
 }
 
@@ -516,10 +525,11 @@ async fn run(
     mut queue: mpsc::Receiver<Command>,
 ) {
     let start = Instant::now();
-    let mut core = match Core::open(UringDisk::new(dir), HISTORY_EVENTS, REWRITE_MIN_BYTES).await {
+    let mut core = match Core::open(UringDisk::new(dir), HISTORY_BYTES, REWRITE_MIN_BYTES).await {
         Ok(core) => core,
         Err(error) => return drop(opened.send(Err(open_error(dir, error)))),
     };
+    let _end_watches = EndWatches(Arc::clone(&core.published));
     let identity = uuid::Uuid::from_bytes(core.journal.store_id()).to_string();
     let handed =
         Opened { identity, published: Arc::clone(&core.published), broken: Arc::clone(&core.broken) };

@@ -14,7 +14,7 @@ use crate::meta::{Compare, Event, Op};
 
 /// Small, so that a short workload writes the journal anew several times.
 const REWRITE_BYTES: u64 = 400;
-const HISTORY: usize = 1000;
+const HISTORY: usize = 1 << 20;
 
 type Keys = BTreeMap<String, Vec<u8>>;
 
@@ -374,6 +374,22 @@ fn leases_survive_with_their_full_time_and_their_ids_are_not_reused() {
 }
 
 #[test]
+fn history_is_bounded_by_its_bytes() {
+    block_on(async {
+        let mut core = Core::open(SimDisk::default(), 10_000, 1 << 20).await.unwrap();
+        for _ in 0..20 {
+            batch(&mut core, &[Txn::new().put("k", vec![0; 900])], 0).await;
+        }
+        let from = |revision| core.published.watch("", Revision(revision));
+        let Err(WatchEnd::Compacted { compacted }) = from(2).next().await else {
+            panic!("all of it is kept")
+        };
+        let kept = from(compacted.0 + 1).next().await.unwrap();
+        assert!((9..=10).contains(&kept.len()), "{} of 20 changes of 0.9 kB in 10 kB", kept.len());
+    });
+}
+
+#[test]
 fn history_goes_back_to_the_last_snapshot() {
     block_on(async {
         let disk = SimDisk::default();
@@ -621,7 +637,9 @@ async fn a_second_process_is_refused_until_the_first_is_gone() {
     let error = EmbeddedStore::open(dir.path()).await.err().unwrap().to_string();
     assert!(error.contains(&format!("in use by process {}", std::process::id())), "{error}");
     store.txn(Txn::new().put("k", "v")).await.unwrap();
+    let mut watch = store.watch("", Revision(3)).await.unwrap();
     drop(store);
+    assert!(matches!(watch.next().await, Err(WatchEnd::Lost { .. })), "a watch ends with its store");
     let store = EmbeddedStore::open(dir.path()).await.unwrap();
     assert_eq!(store.get("k").await.unwrap().unwrap().value, b"v");
 }
