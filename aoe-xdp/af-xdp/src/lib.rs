@@ -40,3 +40,7 @@ mod sys;
 
 #[cfg(not(loom))]
 pub use error::{Capability, Error};
+
+#[cfg(all(test, not(loom)))]
+#[path = "../../tests/link/netns.rs"]
+mod netns;

@@ -168,7 +168,11 @@ impl Program {
 mod tests {
     use super::*;
     use crate::bpf::{LoadedProgram, XskMap};
+    use crate::nic::Nic;
+    use crate::region::{Region, RegionConfig};
+    use crate::socket::SocketBuilder;
     use proptest::prelude::*;
+    use std::os::fd::AsFd;
 
     const AOE: u16 = 0x88a2;
     const MAP_FD: i32 = 77;
@@ -315,5 +319,25 @@ mod tests {
             let result = program.test_run(&frame).expect("a test run works where loading did");
             assert_eq!(result, XDP_PASS.cast_unsigned(), "{why}");
         }
+    }
+
+    /// With a socket in the map, on the loopback's receive queue 0 that test runs use.
+    #[test]
+    fn the_kernel_redirects_to_a_socket_of_the_queue() {
+        const XDP_REDIRECT: u32 = 4;
+        crate::netns::isolated("program::tests::the_kernel_redirects_to_a_socket_of_the_queue", || {
+            crate::netns::veth_pair(1500, 1);
+            let config = RegionConfig { cores: 1, chunks_per_core: 16, headers_per_core: 64 };
+            let region = Region::new(config).unwrap();
+            let index = Nic::open("a0").unwrap().index();
+            let socket = SocketBuilder::new().ring_entries(64).bind(&region, index, 0).unwrap();
+            let map = XskMap::new(1).unwrap();
+            let program = LoadedProgram::load(AOE, &map).unwrap();
+            let (ours, other) = (frame_of([0x88, 0xa2], 60), frame_of([0x08, 0x00], 60));
+            assert_eq!(program.test_run(&ours).unwrap(), XDP_PASS.cast_unsigned());
+            map.set(0, socket.as_fd()).unwrap();
+            assert_eq!(program.test_run(&ours).unwrap(), XDP_REDIRECT);
+            assert_eq!(program.test_run(&other).unwrap(), XDP_PASS.cast_unsigned());
+        });
     }
 }

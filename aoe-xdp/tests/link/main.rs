@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure in a test's own steps is the test's failure")]
 
+mod counting;
 mod netns;
 mod station;
 
@@ -14,6 +15,9 @@ use aoe_xdp::link::{
 };
 use netns::{inside_command, ip, ip_output, isolated, veth_pair, wait_up};
 use station::{Station, pattern, region};
+
+#[global_allocator]
+static ALLOCATOR: counting::Counting = counting::Counting;
 
 const SHORT: Duration = Duration::from_millis(300);
 
@@ -278,6 +282,63 @@ fn af_xdp_rings_go_round() {
 #[test]
 fn af_packet_batches_go_round() {
     isolated("af_packet_batches_go_round", || rings_go_round(LinkChoice::AfPacket, 9000, 4132));
+}
+
+/// After a queue was taken, moving frames allocates nothing, full rings and empty ones included.
+fn moving_frames_allocates_nothing(choice: LinkChoice) {
+    veth_pair(9000, 1);
+    let region = region(2);
+    let (_a, mut a) = Station::open("a0", choice, &region, 0);
+    let (_b, mut b) = Station::open("b0", choice, &region, 1);
+    let mut received = Vec::with_capacity(64);
+    let head = pattern(36, 0);
+    let before = counting::allocations();
+    let until = Instant::now() + Duration::from_secs(30);
+    let mut moved = 0;
+    while moved < 5000 && Instant::now() < until {
+        for _ in 0..16 {
+            let mut header = a.pool.take_header().unwrap();
+            a.pool.header_bytes_mut(&mut header)[..36].copy_from_slice(&head);
+            let mut data = Segments::new();
+            for _ in 0..2 {
+                let chunk = a.pool.take_chunk().unwrap();
+                data.push(Segment { chunk, offset: 0, len: 4096 }).unwrap();
+            }
+            if let Err(frame) = a.queue.transmit(&mut a.pool, TxFrame { header, header_len: 36, data }) {
+                a.pool.release_header(frame.header);
+                frame.data.into_iter().for_each(|segment| a.pool.release(segment.chunk));
+            }
+        }
+        while !a.queue.flush() {
+            a.reap();
+        }
+        a.reap();
+        while b.queue.receive(&mut b.pool, &mut received) > 0 {
+            for frame in received.drain(..) {
+                moved += 1;
+                frame.release(&mut b.pool);
+            }
+        }
+    }
+    let after = counting::allocations();
+    assert!(moved >= 5000, "{moved} frames");
+    assert_eq!(after - before, 0, "allocations");
+    drop(pattern(36, 1));
+    assert!(counting::allocations() > after, "the counter counts");
+}
+
+#[test]
+fn af_xdp_allocates_nothing_after_its_start() {
+    isolated("af_xdp_allocates_nothing_after_its_start", || {
+        moving_frames_allocates_nothing(LinkChoice::AfXdp);
+    });
+}
+
+#[test]
+fn af_packet_allocates_nothing_after_its_start() {
+    isolated("af_packet_allocates_nothing_after_its_start", || {
+        moving_frames_allocates_nothing(LinkChoice::AfPacket);
+    });
 }
 
 /// Chunks of another core are sent in place and come back to be sent home.
