@@ -431,3 +431,222 @@ fn unfilled_ranges(entry: &Entry) -> Vec<(u64, u64)> {
 fn shortened(text: &str) -> String {
     text.chars().take(240).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::os::unix::fs::FileExt;
+
+    use cluster_map::ClusterId;
+
+    use super::*;
+    use crate::store::EXTENT_SECTORS;
+
+    const SIZE: u64 = 64 << 20;
+    const SECTORS: u64 = 3 * EXTENT_SECTORS;
+
+    struct Node {
+        folder: tempfile::TempDir,
+        desired: Desired,
+        stores: Stores,
+    }
+
+    fn volume(n: u8) -> VolumeId {
+        VolumeId([n; 16])
+    }
+
+    impl Node {
+        fn new() -> Node {
+            let folder = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+            let mut desired = Desired { cluster: ClusterId([1; 16]), ..Desired::default() };
+            let path = folder.path().join("s").to_str().unwrap().to_owned();
+            desired.stores.push(DesiredStore { path, size_bytes: SIZE, id: None });
+            let stores = Stores::open_all(&desired).unwrap();
+            Node { folder, desired, stores }
+        }
+
+        fn id(&self) -> StoreId {
+            self.stores.observe(&self.desired)[0].id.unwrap()
+        }
+
+        fn want(&mut self, n: u8, size_sectors: u64, state: VolumeIntent) {
+            let store = self.id();
+            self.desired.volumes.retain(|wish| wish.id != volume(n));
+            self.desired.volumes.push(DesiredVolume { id: volume(n), store, size_sectors, state });
+        }
+
+        /// Steps until no fill is left, serving `served`.
+        fn converge(&mut self, served: &[u8]) {
+            let served: BTreeSet<VolumeId> = served.iter().map(|n| volume(*n)).collect();
+            let deadline = Instant::now() + Duration::from_secs(30);
+            loop {
+                self.stores.open_missing(&self.desired);
+                self.stores.allocate(&self.desired);
+                self.stores.release(&self.desired, &served);
+                if !self.stores.is_filling() {
+                    return;
+                }
+                assert!(Instant::now() < deadline, "a fill never ends");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+
+        fn state(&self, n: u8) -> VolumeObserved {
+            let all = self.stores.observe_volumes(&self.desired);
+            all.iter().find(|observed| observed.id == volume(n)).unwrap().state
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.folder.path().join("s")
+        }
+
+        /// The device bytes of a volume's sectors.
+        fn device_ranges(&self, n: u8) -> Vec<(u64, u64)> {
+            let (_, _, entry) = self.stores.with_volume(volume(n)).unwrap();
+            unfilled_ranges(&Entry { filled_extents: 0, ..entry.clone() })
+        }
+
+        fn write_everywhere(&self, n: u8, byte: u8) {
+            let file = std::fs::OpenOptions::new().write(true).open(self.path()).unwrap();
+            for (offset, len) in self.device_ranges(n) {
+                file.write_all_at(&vec![byte; usize::try_from(len).unwrap()], offset).unwrap();
+            }
+            file.sync_all().unwrap();
+        }
+
+        fn bytes(&self, n: u8) -> Vec<u8> {
+            let file = std::fs::File::open(self.path()).unwrap();
+            let mut all = Vec::new();
+            for (offset, len) in self.device_ranges(n) {
+                let mut bytes = vec![0; usize::try_from(len).unwrap()];
+                file.read_exact_at(&mut bytes, offset).unwrap();
+                all.extend(bytes);
+            }
+            all
+        }
+    }
+
+    #[test]
+    fn a_new_volume_on_used_extents_reads_as_zeros() {
+        let mut node = Node::new();
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.converge(&[]);
+        assert_eq!(node.state(1), VolumeObserved::Ready);
+        node.write_everywhere(1, 0xaa);
+        node.want(1, SECTORS, VolumeIntent::Purging);
+        node.converge(&[]);
+        node.desired.volumes.clear();
+        node.want(2, SECTORS, VolumeIntent::Active);
+        node.converge(&[]);
+        assert_eq!(node.stores.committed_sectors(volume(2)), Some(SECTORS));
+        assert!(node.bytes(2).iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn only_what_is_purging_and_unserved_is_freed() {
+        let mut node = Node::new();
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.want(2, SECTORS, VolumeIntent::Active);
+        node.converge(&[1, 2]);
+        node.write_everywhere(1, 0xbb);
+        // Not named any more: an orphan, kept.
+        node.desired.volumes.retain(|wish| wish.id != volume(1));
+        node.converge(&[2]);
+        assert_eq!(node.state(1), VolumeObserved::Orphan);
+        assert!(node.bytes(1).iter().all(|&byte| byte == 0xbb));
+        // Purging, and still served: kept.
+        node.want(2, SECTORS, VolumeIntent::Purging);
+        node.converge(&[2]);
+        assert_ne!(node.state(2), VolumeObserved::Purged);
+        node.converge(&[]);
+        assert_eq!(node.state(2), VolumeObserved::Purged);
+        assert_eq!(node.stores.committed_sectors(volume(2)), None);
+        assert!(node.stores.committed_sectors(volume(1)).is_some());
+    }
+
+    #[test]
+    fn a_volume_grows_in_zeros_and_shrinks_only_when_wanted() {
+        let mut node = Node::new();
+        node.want(1, EXTENT_SECTORS, VolumeIntent::Active);
+        node.converge(&[1]);
+        node.write_everywhere(1, 0xcc);
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.converge(&[1]);
+        assert_eq!(node.stores.committed_sectors(volume(1)), Some(SECTORS));
+        let bytes = node.bytes(1);
+        let (old, new) = bytes.split_at(usize::try_from(EXTENT_BYTES).unwrap());
+        assert!(old.iter().all(|&byte| byte == 0xcc) && new.iter().all(|&byte| byte == 0));
+        node.write_everywhere(1, 0xdd);
+        // Down to one and a half extents, and up again: what was given up does not come back.
+        let half = EXTENT_SECTORS + EXTENT_SECTORS / 2;
+        node.want(1, half, VolumeIntent::Active);
+        node.converge(&[1]);
+        assert_eq!(node.stores.committed_sectors(volume(1)), Some(half));
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.converge(&[1]);
+        let bytes = node.bytes(1);
+        let (kept, new) = bytes.split_at(usize::try_from(half * SECTOR_BYTES).unwrap());
+        assert!(kept.iter().all(|&byte| byte == 0xdd) && new.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn an_interrupted_fill_is_begun_again() {
+        let mut node = Node::new();
+        node.want(1, SECTORS, VolumeIntent::Active);
+        // Reserved and not filled, as a crash leaves it; the extents hold something old.
+        {
+            let store = node.stores.slots[0].as_mut().unwrap();
+            let mut allocation = store.catalog.allocation().clone();
+            allocation.reserve(volume(1), SECTORS).unwrap();
+            store.catalog.commit(allocation).unwrap();
+        }
+        node.write_everywhere(1, 0xee);
+        assert_eq!(node.stores.committed_sectors(volume(1)), Some(0), "not served");
+        node.stores = Stores::default();
+        node.converge(&[]);
+        assert_eq!(node.state(1), VolumeObserved::Ready);
+        assert!(node.bytes(1).iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said_and_another_size_is_tried() {
+        let mut node = Node::new();
+        node.want(1, 1000 * EXTENT_SECTORS, VolumeIntent::Active);
+        node.converge(&[]);
+        assert_eq!(node.state(1), VolumeObserved::Failed);
+        let observed = node.stores.observe_volumes(&node.desired);
+        assert!(observed[0].error.contains("free extents"), "{}", observed[0].error);
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.converge(&[]);
+        assert_eq!(node.state(1), VolumeObserved::Ready);
+    }
+
+    #[test]
+    fn a_store_that_is_named_no_more_is_closed_and_can_come_back() {
+        let mut node = Node::new();
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.converge(&[]);
+        let named = std::mem::take(&mut node.desired.stores);
+        node.stores.open_missing(&node.desired);
+        assert_eq!(node.stores.committed_sectors(volume(1)), None, "not served any more");
+        assert!(node.stores.close_removed());
+        assert!(node.stores.access().iter().all(Option::is_none));
+        node.stores.drop_closed();
+        node.desired.stores = named;
+        node.converge(&[]);
+        assert_eq!(node.stores.committed_sectors(volume(1)), Some(SECTORS));
+    }
+
+    #[test]
+    fn a_store_that_cannot_be_opened_is_said_and_the_others_serve() {
+        let mut node = Node::new();
+        let path = node.folder.path().join("missing").to_str().unwrap().to_owned();
+        node.desired.stores.push(DesiredStore { path, size_bytes: 0, id: None });
+        node.want(1, SECTORS, VolumeIntent::Active);
+        node.converge(&[]);
+        let observed = node.stores.observe(&node.desired);
+        assert_eq!(observed[1].state, StoreState::Failed);
+        assert!(observed[1].error.contains("does not exist"), "{}", observed[1].error);
+        assert_eq!(node.state(1), VolumeObserved::Ready);
+    }
+}
