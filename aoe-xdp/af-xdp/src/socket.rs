@@ -1,8 +1,8 @@
 //! AF_XDP sockets: a UMEM over memory of the caller's, four rings, a bind that says what it got.
 //!
 //! Invariants: a socket has its fill and completion rings to itself (one per queue, even where the UMEM is
-//! shared); its memory and mappings live as long as it does. Descriptors here are raw offsets; [`Queue`]
-//! (crate::queue) turns them into handles.
+//! shared); its memory and mappings live as long as it does. Descriptors here are raw offsets;
+//! [`Queue`](crate::queue::Queue) turns them into handles.
 
 use std::io;
 use std::mem;

@@ -20,6 +20,13 @@ fn region() -> Arc<Region> {
     Region::new(RegionConfig { cores: 1, chunks_per_core: 64, headers_per_core: 64 }).unwrap()
 }
 
+/// Whether the running kernel is of this version or later.
+fn kernel_at_least(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap(), numbers.next().unwrap()) >= (major, minor)
+}
+
 #[test]
 fn a_builder_gets_what_it_asks_for() {
     isolated("a_builder_gets_what_it_asks_for", || {
@@ -42,6 +49,7 @@ fn a_builder_gets_what_it_asks_for() {
             .headroom_bytes(220)
             .copy_mode(CopyMode::Copy)
             .segments(true)
+            .send_budget(64)
             .busy_poll(BusyPoll { poll_us: 20, budget: 64 });
         // The kernel takes the first socket apart in the background.
         let until = Instant::now() + Duration::from_secs(5);
@@ -53,6 +61,8 @@ fn a_builder_gets_what_it_asks_for() {
         };
         assert!(socket.obtained().segments && socket.obtained().need_wakeup && socket.obtained().busy_poll);
         assert_eq!(socket.ring_entries(), 128);
+        // Linux 6.17 and later grant it; earlier kernels say that they do not.
+        assert_eq!(socket.obtained().send_budget, kernel_at_least(6, 17).then_some(64));
         assert_eq!(socket.statistics().unwrap(), af_xdp::socket::SocketStatistics::default());
     });
 }
