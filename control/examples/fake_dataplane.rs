@@ -83,6 +83,8 @@ fn serve(map: &Path, lock: &Path) -> Result<()> {
         let mut observed = observe(&desired, &mut memory)?;
         busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating);
         map.publish_observed(&mut observed)?;
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        map.beat(u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?);
         stats.add(Counter::Reads, 1);
         stats.record(Latency::Read, 1000);
         if std::env::var_os("FAKE_DEAF").is_some() {

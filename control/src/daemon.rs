@@ -168,14 +168,11 @@ fn check(options: &Options) -> Result<Checked> {
     let hostname = || fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
     let name = options.name.clone().unwrap_or_else(hostname);
     check_name(&name).context("bad node name; give a good one with --name")?;
-    let settings = Settings {
-        cores: choose_cores(options.cores.as_deref(), &usable_cores())?,
-        link: options.link.into(),
-        interfaces: options.interface.clone(),
-    };
+    let cores = choose_cores(options.cores.as_deref(), &usable_cores())?;
+    let link = options.link.into();
     let present = checks::interfaces().context("cannot list the network interfaces")?;
     checks::check_interfaces(&options.interface, &present)?;
-    checks::check_capabilities(settings.link)?;
+    checks::check_capabilities(link)?;
     let program = checks::find_data_plane(options.dataplane.as_deref())?;
     let mut stores: Vec<StoreSpec> = Vec::new();
     for text in &options.store {
@@ -186,6 +183,8 @@ fn check(options: &Options) -> Result<Checked> {
         stores.push(spec);
     }
     stores.iter().try_for_each(checks::check_store_path)?;
+    let named_stores = stores.iter().map(|s| s.path.clone()).collect();
+    let settings = Settings { cores, link, interfaces: options.interface.clone(), named_stores };
     Ok(Checked { name, settings, stores, program })
 }
 

@@ -30,6 +30,8 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY: Duration = Duration::from_millis(500);
 /// How long an answer waits for the node to see what it has just changed.
 const CATCH_UP: Duration = Duration::from_secs(3);
+/// A data plane that has not looked at the map for this long is reported.
+const SILENT_AFTER: Duration = Duration::from_secs(5);
 /// How long a restarted node waits for the metadata before it goes on with the state in the map.
 const FALLBACK_AFTER: Duration = Duration::from_secs(3);
 
@@ -37,6 +39,13 @@ const FALLBACK_AFTER: Duration = Duration::from_secs(3);
 #[must_use]
 pub fn unix_s(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Nanoseconds of the boot-time clock, the clock of the map's signs of life.
+fn boot_time_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 /// A time as RFC 3339 in UTC, to the second.
@@ -498,10 +507,15 @@ impl Follower {
 
     fn beat(&self) {
         if let Some(map) = &self.map {
-            let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-            let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-            map.beat(seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0));
+            map.beat(boot_time_ns());
         }
+    }
+
+    /// Whether the data plane runs but has not looked at the map for long.
+    fn silent(&self) -> bool {
+        let Some(map) = self.map.as_ref().filter(|_| self.reported().is_some()) else { return false };
+        let limit = u64::try_from(SILENT_AFTER.as_nanos()).unwrap_or(u64::MAX);
+        boot_time_ns().saturating_sub(map.data_plane_alive_ns()) > limit
     }
 
     fn running(&self) -> bool {
@@ -517,10 +531,11 @@ impl Follower {
             return Ok(());
         };
         let cores = cores_of_map(&self.settings);
+        let running = self.running();
         let unfit = |map: &ControlMap| {
             map.reader().cluster() != desired.cluster || map.reader().cores() < usize::from(cores)
         };
-        if self.map.as_ref().is_some_and(unfit) && !self.running() {
+        if self.map.as_ref().is_some_and(unfit) && !running {
             self.map = None;
         }
         if self.map.is_none() {
@@ -530,6 +545,8 @@ impl Follower {
         }
         let Some(map) = self.map.as_mut() else { return Ok(()) };
         let before = map.desired()?;
+        let missing = leave_out_missing(&mut desired, &before, &self.settings, running);
+        self.node.set_problem("stores", missing);
         if before.version == 0 || !reconcile::same_wish(&before, &desired) {
             let version = map.publish(&mut desired)?;
             tracing::info!(
@@ -595,7 +612,10 @@ impl Follower {
 
     /// Hands the status to the session, if it has changed.
     fn report(&self) {
-        let words = self.node.data_plane().words();
+        let mut words = self.node.data_plane().words();
+        if self.silent() {
+            words.push_str(", but gives no sign of life");
+        }
         let status = match self.reported() {
             Some((desired, observed)) => reconcile::status(&desired, &observed, &words),
             None => {
@@ -630,6 +650,29 @@ impl Follower {
             }
         }
         self.wish.send_replace(Wish::Drain);
+    }
+}
+
+/// Leaves out stores that were added while the node ran and are gone now: they must not keep it from starting. Says which.
+fn leave_out_missing(desired: &mut Desired, before: &Desired, settings: &Settings, running: bool) -> String {
+    let missing =
+        |path: &str| std::fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+    let mut left_out = Vec::new();
+    desired.stores.retain(|store| {
+        let path = &store.path;
+        let in_use = running && before.stores.iter().any(|b| b.path == *path);
+        let keep = in_use || store.size_bytes > 0 || settings.named_stores.contains(path) || !missing(path);
+        if !keep {
+            left_out.push(path.clone());
+        }
+        keep
+    });
+    match left_out.first() {
+        None => String::new(),
+        Some(first) => format!(
+            "missing store(s): {}; bring them back and restart torusd, or remove them with `torusctl store remove {first}`",
+            left_out.join(", ")
+        ),
     }
 }
 

@@ -32,6 +32,8 @@ pub struct Settings {
     pub link: LinkChoice,
     /// Interfaces to serve on.
     pub interfaces: Vec<String>,
+    /// Paths of the stores that are named at start, as opposed to those added later.
+    pub named_stores: Vec<String>,
 }
 
 /// What the node's data plane is to do; `None` until the cluster is initialised and the node has joined.
@@ -42,11 +44,12 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
     let store_id = |path: &str| {
         view.stores.iter().find(|(_, s)| s.record.node == node && s.record.path == path).map(|(id, _)| *id)
     };
-    let stores = member
-        .stores
-        .iter()
-        .map(|s| DesiredStore { path: s.path.clone(), size_bytes: s.size, id: store_id(&s.path) })
-        .collect();
+    let stores = member.stores.iter().map(|s| {
+        let id = store_id(&s.path);
+        // A store that is known to exist is never made anew: a missing file is an error, not a blank store.
+        let size_bytes = if id.is_some() { 0 } else { s.size };
+        DesiredStore { path: s.path.clone(), size_bytes, id }
+    });
     let here = |v: &VolumeRecord| view.stores.get(&v.store).is_some_and(|s| s.record.node == node);
     let volumes = view.volumes.iter().filter(|(_, v)| here(&v.record)).map(|(id, v)| DesiredVolume {
         id: *id,
@@ -75,7 +78,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         cores: settings.cores.clone(),
         link: settings.link,
         interfaces: settings.interfaces.clone(),
-        stores,
+        stores: stores.collect(),
         volumes: volumes.collect(),
         exports: exports.collect(),
         drain: false,

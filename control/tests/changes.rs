@@ -16,9 +16,9 @@ use torus_control::client::{Client, ClientError, Endpoint};
 use torus_control::meta::memory::{MemoryStore, TxnFault};
 use torus_control::meta::{Compare, MetaStore, Txn, TxnOutcome};
 use torus_control::model::{
-    Address, LiveRecord, NodeRecord, PREFIX, StoreSpec, View, VolumeState, encode, keys,
+    Address, LiveRecord, NodeRecord, PREFIX, StatusRecord, StoreSpec, View, VolumeState, encode, keys,
 };
-use torus_control::node::Node;
+use torus_control::node::{Known, Node, SessionEnd, session};
 use torus_control::ops::{self, NewExport, NewVolume, Plan, Refusal, RefusalKind};
 use torus_control::reconcile::{self, Settings};
 use torus_control::supervise::DataPlane;
@@ -631,4 +631,32 @@ async fn metadata_from_the_past_changes_nothing() {
     assert!(served.node.known().view.volume("v").is_some(), "what was known stays");
     let body = json!({"name": "w", "size_bytes": MIB});
     assert_eq!(served.ask(Method::POST, "/v1/volumes", Some(body)).await, Err("metadata_unusable".into()));
+}
+
+#[tokio::test]
+async fn a_lost_lease_is_taken_again_and_its_records_put_back() {
+    let meta = cluster(1).await;
+    let old = Txn::new().delete(keys::live(node_id(1))).delete(keys::status(node_id(1)));
+    meta.txn(old).await.unwrap();
+    let served = served(meta).await;
+    let live = LiveRecord { pid: 7, version: "1".into(), boot: "b".into() };
+    let (report, reports) = watch::channel(StatusRecord::default());
+    let (stop, stopped) = watch::channel(false);
+    let session = tokio::spawn(session(Arc::clone(&served.node), record(1), live.clone(), reports, stopped));
+    let mut known = served.node.subscribe();
+    known.wait_for(|known| known.view.live.contains_key(&node_id(1))).await.unwrap();
+    for round in 1..3 {
+        served.meta.advance(std::time::Duration::from_secs(10));
+        known.wait_for(|known| known.view.live.is_empty() && known.view.status.is_empty()).await.unwrap();
+        known.wait_for(|known| known.view.live.get(&node_id(1)) == Some(&live)).await.unwrap();
+        report.send_replace(StatusRecord { data_plane: format!("round {round}"), ..StatusRecord::default() });
+        let told = format!("round {round}");
+        let seen =
+            |known: &Arc<Known>| known.view.status.get(&node_id(1)).is_some_and(|s| s.data_plane == told);
+        known.wait_for(seen).await.unwrap();
+    }
+    stop.send_replace(true);
+    assert!(matches!(session.await.unwrap(), SessionEnd::Stopped));
+    known.wait_for(|known| known.view.live.is_empty()).await.unwrap();
+    assert!(known.borrow().view.nodes.contains_key(&node_id(1)), "a member stays one");
 }

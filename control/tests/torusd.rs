@@ -581,4 +581,30 @@ fn stores_are_added_and_removed_while_it_runs() {
         place.json("torusctl", "store list")["stores"].as_array().unwrap().len() == 1
     });
     assert!(Path::new(&more).exists(), "what is on the disk stays");
+
+    // One that was added and is gone does not keep the node from starting.
+    place.ok("torusctl", &format!("store add {more}"));
+    wait_until("it is back", || {
+        place.json("torusctl", "store list")["stores"].as_array().unwrap().len() == 2
+    });
+    wait_until("it is ready", || place.json("torusctl", "status")["stores"] == 2);
+    assert_eq!(place.end(Signal::TERM).code(), Some(0));
+    fs::remove_file(&more).unwrap();
+    place.start_serving();
+    let problem = place.status().unwrap()["problem"].as_str().unwrap().to_owned();
+    assert!(problem.contains(&format!("torusctl store remove {more}")), "{problem}");
+    place.ok("torusctl", &format!("store remove {more}"));
+    wait_until("nothing is wrong", || place.status().is_some_and(|s| s["problem"] == ""));
+    assert!(!Path::new(&more).exists(), "a known store is never made anew");
+}
+
+#[test]
+fn a_data_plane_that_hangs_is_reported() {
+    let mut place = Place::new();
+    place.environment.push(("FAKE_DEAF", "1"));
+    place.start();
+    wait_until("it runs", || place.status().is_some_and(|s| s["data_plane"] == "running"));
+    wait_until("its silence is seen", || {
+        place.ok("torusctl", "node list").contains("running, but gives no sign of life")
+    });
 }

@@ -33,7 +33,7 @@ pub struct Common {
     /// Where the API listens [default: unix:/run/torus/api.sock, then 127.0.0.1:4321]
     #[arg(long, env = "TORUS_API", global = true, value_name = "ADDR|unix:PATH", value_parser = parse_endpoint)]
     api: Option<Endpoint>,
-    /// Print the API's answer as JSON
+    /// Print the API's answer as JSON; a refusal too, on stderr
     #[arg(long, global = true)]
     json: bool,
 }
