@@ -26,7 +26,7 @@ impl std::fmt::Display for Role {
 #[non_exhaustive]
 pub enum MapError {
     /// A system call failed.
-    #[error("cannot {action} {path}: {source}; the run directory must be a writable memory file system", path = path.display())]
+    #[error("cannot {action} {path}: {source}; its directory must be a writable memory file system, and torusd makes the map", path = path.display())]
     Io {
         /// What was attempted.
         action: &'static str,

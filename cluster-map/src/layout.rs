@@ -1,4 +1,4 @@
-//! What lies where in the file: a header page that is written once, then five sections.
+//! What lies where in the file: a header page that is written once, then four sections.
 //!
 //! ```text
 //! header    magic, levels, CRC32C, boot, cluster and node ids, place and geometry of every section

@@ -180,6 +180,7 @@ impl Filling<'_> {
 
     /// Makes the version the newest.
     pub(crate) fn publish(self) {
+        // Release for its own sake: readers come through `latest`, whose release alone would do.
         store_le(self.slot.seq, 2 * self.version, Ordering::Release);
         store_le(self.latest, self.version, Ordering::Release);
     }
