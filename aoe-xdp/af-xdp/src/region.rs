@@ -24,6 +24,9 @@ pub const CHUNK_BYTES: usize = 4096;
 /// Bytes in a header slot: a cache line, room for the 36 bytes of an AoE header and a padded reply.
 pub const HEADER_BYTES: usize = 64;
 
+/// What a receive queue gets even where its core's share is used up.
+pub const RECEIVE_CHUNKS_MIN: u32 = 16;
+
 const SLOTS_PER_PAGE: u32 = 64;
 const _: () = assert!(SLOTS_PER_PAGE as usize * HEADER_BYTES == CHUNK_BYTES);
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -475,6 +478,8 @@ pub struct Pool {
     /// References per chunk of the range; 0 is free.
     references: Box<[u8]>,
     bytes_copied: u64,
+    /// Chunks that receive queues may still be promised.
+    receive_budget: u32,
     _one_thread_at_a_time: PhantomData<Cell<()>>,
 }
 
@@ -497,6 +502,7 @@ impl Pool {
             free_slots,
             references,
             bytes_copied: 0,
+            receive_budget: chunks / 2,
             _one_thread_at_a_time: PhantomData,
         }
     }
@@ -534,6 +540,15 @@ impl Pool {
     /// Bytes copied in user space through this pool since it was made.
     pub fn bytes_copied(&self) -> u64 {
         self.bytes_copied
+    }
+
+    /// Promises a receive queue up to `wanted` chunks to hold, and says how many. All queues of a core
+    /// together get at most half of its chunks (beyond that [`RECEIVE_CHUNKS_MIN`] each), however many
+    /// queues there are, so that the other half is for I/O and for sending; the first ones get most.
+    pub fn reserve_for_receiving(&mut self, wanted: u32) -> u32 {
+        let share = wanted.min(self.receive_budget / 2);
+        self.receive_budget -= share;
+        share.max(RECEIVE_CHUNKS_MIN.min(wanted))
     }
 
     /// A free chunk, exclusively; `None` when the range is used up. Its bytes are what was left in them.
@@ -747,6 +762,17 @@ mod tests {
         assert_eq!(back, [5; 100]);
         assert_eq!((pool.bytes_copied(), other.bytes_copied()), (1024, 100));
         pool.release(chunk);
+    }
+
+    #[test]
+    fn many_receive_queues_leave_half_of_the_chunks() {
+        let region = region(1, 16_384, 1);
+        let mut pool = region.pool(0).unwrap();
+        let shares: Vec<u32> = (0..12).map(|_| pool.reserve_for_receiving(2048)).collect();
+        assert_eq!(shares[..5], [2048, 2048, 2048, 1024, 512]);
+        assert_eq!(shares[11], RECEIVE_CHUNKS_MIN);
+        assert!(shares.iter().sum::<u32>() <= 8192 + 12 * RECEIVE_CHUNKS_MIN);
+        assert_eq!(pool.reserve_for_receiving(5), 5);
     }
 
     #[test]

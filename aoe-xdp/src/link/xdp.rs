@@ -197,11 +197,11 @@ impl XdpInterface {
         let number = u32::from(index);
         let mut queue = match self.first.take_if(|_| index == 0) {
             Some(first) => first,
-            None => queue::Queue::bind_shared(&self.builder, &self.umem, &self.region, self.ifindex, number)?,
+            None => while_busy(|| {
+                queue::Queue::bind_shared(&self.builder, &self.umem, &self.region, self.ifindex, number)
+            })?,
         };
-        // A quarter of the core's chunks at most, so that two interfaces leave half for I/O and sending.
-        let share = u32::try_from(pool.chunk_capacity() / 4).unwrap_or(RING_ENTRIES).max(1);
-        queue.set_fill_target(share.min(RING_ENTRIES));
+        queue.set_fill_target(pool.reserve_for_receiving(RING_ENTRIES));
         queue.fill(pool);
         self.map.set(number, queue.as_fd())?;
         self.taken[usize::from(index)] = true;
