@@ -210,7 +210,7 @@ fn missing_capabilities(link: LinkChoice, have: CapabilitySet) -> Vec<&'static s
 pub fn parse_store(text: &str) -> Result<StoreSpec, CheckError> {
     let whole = |path: &str| std::path::absolute(path).map_err(io_error(format!("bad path {path}")));
     let (path, size) = match text.rsplit_once(':') {
-        Some((path, size)) if !path.is_empty() && !Path::new(text).exists() => match size::parse(size) {
+        Some((path, size)) if !Path::new(text).exists() => match size::parse(size) {
             Ok(0) => return Err(CheckError::Refused(format!("store {path}: a size of 0 is not possible"))),
             Ok(bytes) => (path, bytes),
             Err(error) if size.starts_with(|c: char| c.is_ascii_digit()) => {

@@ -1,6 +1,6 @@
 //! One node at work: what it knows of the cluster, its session there, and the data plane's desired and observed state.
 //!
-//! Three loops, none of which waits for another: [`interpret`] turns the reflected metadata into one consistent view,
+//! Three loops, none of which waits for another: one turns the reflected metadata into one consistent view,
 //! [`session`] keeps the lease with the node's sign of life and status, [`Follower`] publishes what the data plane is to do
 //! and records what it has done. While the metadata store is away, or cannot be read, what was published last stays.
 

@@ -249,7 +249,8 @@ pub fn init(
     Ok(Plan::Commit(txn, Initialised { cluster, created: true }))
 }
 
-/// Makes the node a member, or brings its record up to date; stores named before are kept.
+/// Makes the node a member, or brings its record up to date. Stores that it opened before are kept, named again or not; a
+/// path that never came to be a store is forgotten, so that a wrong one can be corrected.
 ///
 /// # Errors
 /// The cluster is not initialised, or the name belongs to another node.
@@ -267,12 +268,12 @@ pub fn join(view: &View, id: NodeId, wanted: &NodeRecord) -> Result<Plan<NodeRec
     let known = view.nodes.get(&id);
     let mut record = wanted.clone();
     if let Some(known) = known {
-        let named: Vec<_> = wanted.stores.iter().map(|s| s.path.clone()).collect();
-        record.stores.extend(known.record.stores.iter().filter(|s| !named.contains(&s.path)).cloned());
-        record.stores.sort_by(|a, b| a.path.cmp(&b.path));
-    } else {
-        record.stores.sort_by(|a, b| a.path.cmp(&b.path));
+        let opened = |path: &str| view.stores.values().any(|s| s.record.node == id && s.record.path == path);
+        let named = |path: &str| wanted.stores.iter().any(|s| s.path == path);
+        let kept = known.record.stores.iter().filter(|s| opened(&s.path) && !named(&s.path));
+        record.stores.extend(kept.cloned());
     }
+    record.stores.sort_by(|a, b| a.path.cmp(&b.path));
     if known.is_some_and(|known| known.record == record) && view.node_names.contains_key(&record.name) {
         return Ok(Plan::Done(record));
     }

@@ -16,7 +16,8 @@ use torus_control::client::{Client, ClientError, Endpoint};
 use torus_control::meta::memory::{MemoryStore, TxnFault};
 use torus_control::meta::{Compare, MetaStore, Txn, TxnOutcome};
 use torus_control::model::{
-    Address, LiveRecord, NodeRecord, PREFIX, StatusRecord, StoreSpec, View, VolumeState, encode, keys,
+    Address, LiveRecord, NodeRecord, PREFIX, StatusRecord, StoreRecord, StoreSpec, View, VolumeState, encode,
+    keys,
 };
 use torus_control::node::{Known, Node, SessionEnd, session};
 use torus_control::ops::{self, NewExport, NewVolume, Plan, Refusal, RefusalKind};
@@ -381,9 +382,13 @@ async fn stores_come_and_go_with_their_node() {
     assert_eq!(paths, [("/more", None), ("/s1", Some(store_id(1)))]);
     let grown = StoreSpec { size: 2 * GIB, ..spec.clone() };
     assert_eq!(code(change(&meta, |v| ops::add_store(v, "n1", &grown)).await), "store_exists");
-    // A restart with the flags of the first start keeps what was added since.
+    // A restart with the flags of the first start keeps what was opened since, and forgets what never could be.
+    let opened = StoreRecord { node: node_id(1), path: "/more".into(), size: GIB };
+    meta.txn(Txn::new().put(keys::store(store_id(4)), encode(&opened))).await.unwrap();
+    let wrong = StoreSpec { path: "/wrong".into(), size: GIB };
+    change(&meta, |v| ops::add_store(v, "n1", &wrong)).await.unwrap();
     let joined = change(&meta, |v| ops::join(v, node_id(1), &record(1))).await.unwrap();
-    assert_eq!(joined.stores.len(), 2);
+    assert_eq!(joined.stores.iter().map(|s| s.path.as_str()).collect::<Vec<_>>(), ["/more", "/s1"]);
     let mut seen = false;
     change(&meta, |v| ops::remove_store(v, "n1", "/more", &mut seen)).await.unwrap();
     let mut seen = false;

@@ -382,6 +382,12 @@ fn a_refused_configuration_stops_torusd_with_code_2() {
     let status = place.torusd.take().unwrap().wait().unwrap();
     assert_eq!(status.code(), Some(2), "{}", place.log());
     assert!(place.log().contains("error: store /x belongs to another cluster"), "{}", place.log());
+    // Corrected flags are enough: the refused store is forgotten.
+    place.environment.clear();
+    place.flags.push(format!("--store={}:1GiB", place.path("better")));
+    place.start_serving();
+    let stores = place.json("torusctl", "store list");
+    assert_eq!(stores["stores"].as_array().unwrap().len(), 1, "{stores}");
 }
 
 #[test]
