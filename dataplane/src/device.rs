@@ -170,16 +170,18 @@ impl Device {
         }
     }
 
-    /// Whether nothing has ever been put on it, as far as both ends show.
+    /// Whether nothing has ever been put on it, as far as both ends show. Bytes in `except` are not looked at.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn is_blank(&self) -> Result<bool, DeviceError> {
+    pub fn is_blank(&self, except: std::ops::Range<u64>) -> Result<bool, DeviceError> {
         let probe = BLANK_PROBE_BYTES.min(self.len_bytes / 2) & !(ALIGN_BYTES as u64 - 1);
         let tail = (self.len_bytes - probe) & !(ALIGN_BYTES as u64 - 1);
         for offset_bytes in [0, tail] {
             let len_bytes = usize::try_from(probe).expect("at most a MiB");
-            if self.read(offset_bytes, len_bytes)?.iter().any(|&byte| byte != 0) {
+            let bytes = self.read(offset_bytes, len_bytes)?;
+            let written = |(at, byte): (u64, u8)| byte != 0 && !except.contains(&at);
+            if (offset_bytes..).zip(bytes).any(written) {
                 return Ok(false);
             }
         }
@@ -355,7 +357,7 @@ mod tests {
         let device = Device::open(&path, 2 * MIB, MIB).unwrap();
         assert_eq!(device.len_bytes(), 2 * MIB);
         assert_ne!(device.durability(), Durability::Memory);
-        assert!(device.is_blank().unwrap());
+        assert!(device.is_blank(0..0).unwrap());
     }
 
     #[test]
@@ -365,7 +367,7 @@ mod tests {
         std::fs::write(&path, vec![7; 2 << 20]).unwrap();
         let device = Device::open(&path, 5 * MIB, MIB).unwrap();
         assert_eq!(device.len_bytes(), 2 * MIB);
-        assert!(!device.is_blank().unwrap());
+        assert!(!device.is_blank(0..0).unwrap());
     }
 
     #[test]
@@ -376,7 +378,7 @@ mod tests {
             let file = File::create(&path).unwrap();
             file.set_len(2 * MIB).unwrap();
             file.write_all_at(b"label", at).unwrap();
-            assert!(!Device::open(&path, 0, MIB).unwrap().is_blank().unwrap(), "{at}");
+            assert!(!Device::open(&path, 0, MIB).unwrap().is_blank(0..0).unwrap(), "{at}");
         }
     }
 

@@ -15,6 +15,7 @@ use super::format::{
     TABLE_OFFSETS,
 };
 use crate::device::{Device, DeviceError};
+use crate::store::BLOCK_BYTES;
 
 /// Why a store could not be opened or changed.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +112,7 @@ impl Catalog {
         let shown = || path.display().to_string();
         let superblock = match read_superblock(&device)? {
             Ok(superblock) => superblock,
-            Err(FormatError::Magic) if expected.is_none() && device.is_blank()? => {
+            Err(FormatError::Magic) if expected.is_none() && is_unformatted(&device)? => {
                 return Catalog::format(device, Superblock::new(cluster, fresh, 0));
             }
             Err(FormatError::Magic) => return Err(CatalogError::Foreign { path: shown() }),
@@ -191,6 +192,17 @@ impl Catalog {
         self.sequence = sequence;
         Ok(())
     }
+}
+
+/// Whether the device is blank, or a store's first, empty table is all there is on it: formatting was interrupted before
+/// the first superblock, so nothing was ever kept there.
+fn is_unformatted(device: &Device) -> Result<bool, DeviceError> {
+    let [first, second] = TABLE_OFFSETS;
+    let table = format::decode_table(&device.read(first, BLOCK_BYTES)?, u32::MAX);
+    let is_first = table.is_ok_and(|(sequence, allocation)| sequence == 1 && allocation.entries().is_empty());
+    let is_only = device.read(second, BLOCK_BYTES)?.iter().all(|&byte| byte == 0);
+    let interrupted = is_first && is_only;
+    device.is_blank(if interrupted { first..first + BLOCK_BYTES as u64 } else { 0..0 })
 }
 
 /// The first copy that verifies, or why the better one does not.
@@ -346,6 +358,34 @@ mod tests {
         std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
         let lost = Catalog::open(&path, 0, OURS, Some(FRESH), StoreId([9; 16]));
         assert!(matches!(lost, Err(CatalogError::Foreign { .. })));
+    }
+
+    #[test]
+    fn an_interrupted_format_is_begun_again() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        drop(open(&path).unwrap());
+        // As a crash leaves it: the first table is there, the superblocks are not.
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        for offset_bytes in SUPERBLOCK_OFFSETS {
+            file.write_all_at(&[0; SUPERBLOCK_BYTES], offset_bytes).unwrap();
+        }
+        assert_eq!(open(&path).unwrap().id(), FRESH);
+        // Once a volume was kept there it is damage, and the same with a label of something else is not ours to format.
+        let mut catalog = open(&path).unwrap();
+        reserve(&mut catalog, 1);
+        drop(catalog);
+        for offset_bytes in SUPERBLOCK_OFFSETS {
+            file.write_all_at(&[0; SUPERBLOCK_BYTES], offset_bytes).unwrap();
+        }
+        assert!(matches!(open(&path), Err(CatalogError::Foreign { .. })));
+        file.write_all_at(&[0; BLOCK_BYTES], TABLE_OFFSETS[1]).unwrap();
+        drop(open(&path).unwrap());
+        for offset_bytes in SUPERBLOCK_OFFSETS {
+            file.write_all_at(&[0; SUPERBLOCK_BYTES], offset_bytes).unwrap();
+        }
+        file.write_all_at(b"label", 1080).unwrap();
+        assert!(matches!(open(&path), Err(CatalogError::Foreign { .. })));
     }
 
     #[test]
