@@ -182,7 +182,7 @@ pub fn check_capabilities(link: LinkChoice) -> Result<(), CheckError> {
     match missing_capabilities(link, have) {
         missing if missing.is_empty() => Ok(()),
         missing => Err(CheckError::Refused(format!(
-            "missing {}; run torusd as root, or grant them, for example with `systemd-run -p AmbientCapabilities=…`",
+            "missing {}; run torusd as root, or give it the capability",
             missing.join(", ")
         ))),
     }

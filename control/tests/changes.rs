@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster_map::{
-    ClusterId, Desired, MAX_PATH_BYTES, NodeId, Observed, ObservedExport, ObservedStore, ObservedVolume,
-    StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
+    ClusterId, Desired, ExportState, MAX_PATH_BYTES, NodeId, Observed, ObservedExport, ObservedStore,
+    ObservedVolume, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
 };
 use hyper::Method;
 use serde_json::{Value, json};
@@ -73,6 +73,7 @@ fn obedient(desired: &Desired, n: u8) -> Observed {
         volume: e.volume,
         shelf: e.shelf,
         slot: e.slot,
+        state: ExportState::Serving,
         ..ObservedExport::default()
     });
     Observed {
@@ -101,7 +102,8 @@ async fn converge(meta: &MemoryStore, n: u8) -> Desired {
             .put(keys::live(node_id(n)), encode(&live));
         assert!(meta.txn(report).await.unwrap().committed());
         for txn in reconcile::changes(&now, node_id(n), &published, &observed, 5) {
-            assert!(meta.txn(txn).await.unwrap().committed());
+            // A conflict with a change that is made meanwhile is resolved in the next round.
+            meta.txn(txn).await.unwrap();
         }
     }
     published
@@ -587,6 +589,36 @@ async fn what_was_written_is_read_at_once() {
     assert_eq!(made["export"]["address"], "1.1");
     assert_eq!(made["export"]["device"], "/dev/etherd/e1.1");
     assert_eq!(served.ask(Method::GET, "/v1/nodes/self", None).await.unwrap()["node"]["name"], "n1");
+}
+
+#[tokio::test]
+async fn an_answer_waits_for_the_data_plane_if_asked_to() {
+    let served = served(cluster(1).await).await;
+    let meta = served.meta.clone();
+    let data_plane = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            converge(&meta, 1).await;
+        }
+    });
+    let body = json!({"name": "v", "size_bytes": MIB});
+    let made = served.ask(Method::POST, "/v1/volumes?wait", Some(body)).await.unwrap();
+    assert_eq!(made["volume"]["state"], "ready");
+    let made = served.ask(Method::POST, "/v1/exports?wait=true", Some(json!({"volume": "v"}))).await.unwrap();
+    assert_eq!(made["export"]["state"], "serving");
+    let grown = served
+        .ask(Method::PATCH, "/v1/volumes/v?wait=1", Some(json!({"size_bytes": 9 * MIB})))
+        .await
+        .unwrap();
+    assert_eq!(
+        (&grown["volume"]["state"], &grown["volume"]["size_bytes"]),
+        (&json!("ready"), &json!(12 * MIB))
+    );
+    let ended = served.ask(Method::DELETE, "/v1/exports/v?wait", None).await.unwrap();
+    assert_eq!(ended["export"], Value::Null);
+    let gone = served.ask(Method::DELETE, "/v1/volumes/v?wait", None).await.unwrap();
+    assert_eq!(gone["message"], "volume v is deleted");
+    data_plane.abort();
 }
 
 #[tokio::test]

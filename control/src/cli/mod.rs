@@ -150,7 +150,7 @@ async fn follow_volume(client: &Client, name: &str, verb: &str) -> Result<Option
             break Ok(Some(answer));
         }
         if !volume.error.is_empty() {
-            break Err(CliError::Failed(format!("volume {name}: {}", volume.error)));
+            break Err(CliError::Failed(format!("volume {}: {}", volume.name, volume.error)));
         }
         if started.elapsed() > QUICK && io::stderr().is_terminal() {
             let bar = bar.get_or_insert_with(|| {
@@ -159,7 +159,7 @@ async fn follow_volume(client: &Client, name: &str, verb: &str) -> Result<Option
                 );
                 ProgressBar::new(volume.size_bytes)
                     .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-                    .with_message(format!("{verb} {name}"))
+                    .with_message(format!("{verb} {}", volume.name))
             });
             bar.set_position(volume.progress.as_ref().map_or(0, |p| p.done_bytes));
         }
