@@ -22,7 +22,7 @@ use aoe_xdp::link::{Interface, LinkInfo, LinkMode};
 use aoe_xdp::target::{Export, ExportTable};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
-    DataMap, Desired, DesiredExport, ExportState, Observed, ObservedExport, ObservedLink, VolumeId,
+    DataMap, Desired, DesiredExport, ExportState, MapError, Observed, ObservedExport, ObservedLink, VolumeId,
     VolumeIntent,
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -108,7 +108,11 @@ impl Manager {
             self.check_cores()?;
             let look = if self.stores.is_filling() { LOOK_BUSY } else { LOOK };
             if self.map.wait_desired(desired.version, look)? != desired.version {
-                desired = self.map.desired()?;
+                match self.map.desired() {
+                    // Overtaken by a writer in a hurry: what it wrote last is read in the next round.
+                    Err(MapError::Busy { .. }) => {}
+                    read => desired = read?,
+                }
             }
         }
     }
