@@ -40,13 +40,19 @@ fn gap_ms(report: &Report) -> f64 {
     report.number("/longest_unstalled_gap_ms")
 }
 
-/// The longest gap that losing control processes may make: [`UNDISTURBED_MS`], unless this machine makes longer ones by
-/// itself (other work on its cores, steal): then twice the longest of an undisturbed run just before.
-fn undisturbed_limit_ms(lab: &Lab, load: &str) -> Result<f64> {
-    let quiet = lab.bench("1.1", &format!("{load} --seconds 8 --verify"))?.finish()?;
-    let limit = UNDISTURBED_MS.max(2.0 * gap_ms(&quiet));
-    println!("longest gap of an undisturbed run {:.1} ms; allowed {limit:.1} ms", gap_ms(&quiet));
-    Ok(limit)
+/// The longest gap of an undisturbed run, as a measure of the machine.
+fn quiet_gap_ms(lab: &Lab, load: &str) -> Result<f64> {
+    Ok(gap_ms(&lab.bench("1.1", &format!("{load} --seconds 8 --verify"))?.finish()?))
+}
+
+/// Losing control processes made no gap above [`UNDISTURBED_MS`], unless this machine makes long ones by itself (other work on
+/// its cores, steal): then none above twice those, be they an undisturbed run's or stalls of the generator in this one.
+#[track_caller]
+fn assert_uninterrupted(report: &Report, quiet_ms: f64, case: &str) {
+    let noise_ms = quiet_ms.max(report.number("/longest_stall_ms"));
+    let (gap, limit) = (gap_ms(report), UNDISTURBED_MS.max(2.0 * noise_ms));
+    println!("{case}: longest interruption {gap:.1} ms; the machine's own {noise_ms:.1} ms");
+    assert!(gap < limit, "{case}: {gap:.1} ms without an answer, allowed {limit:.1} ms: {:#}", report.0);
 }
 
 #[test]
@@ -64,14 +70,13 @@ fn acknowledged_writes_survive_kill_9_of_each_process() -> Result<()> {
     assert_eq!(control()?, owner, "torusd did not survive its data plane");
 
     let running = data_plane()?;
-    let limit = undisturbed_limit_ms(&lab, LOAD)?;
+    let quiet = quiet_gap_ms(&lab, LOAD)?;
     let report = under_load(&lab, "control", || {
         lab.sh("kill n1 control")?;
         sleep(Duration::from_secs(2));
         lab.sh("start n1").map(drop)
     })?;
-    let gap = gap_ms(&report);
-    assert!(gap < limit, "{gap} ms without an answer while torusd was away: {:#}", report.0);
+    assert_uninterrupted(&report, quiet, "torusd away");
     assert_eq!(data_plane()?, running, "a new torusd took over by restarting the data plane");
 
     // A torusd that has re-attached notices the end of a data plane that is not its child.
@@ -108,7 +113,7 @@ fn a_minute_without_torusd_and_etcd_interrupts_nothing() -> Result<()> {
     let log = log.to_str().context("a path in UTF-8")?;
 
     let load = "--mixed 50 --window 8 --rate 2000 --size 16MiB";
-    let limit = undisturbed_limit_ms(&lab, load)?;
+    let quiet = quiet_gap_ms(&lab, load)?;
     let options = format!("{load} --seconds 80 --verify --verify-log {log}");
     let load = lab.bench("1.1", &options)?;
     sleep(Duration::from_secs(3));
@@ -124,9 +129,7 @@ fn a_minute_without_torusd_and_etcd_interrupts_nothing() -> Result<()> {
     })?;
     let report = load.finish()?;
     report.assert_verified(5_000.0);
-    let gap = gap_ms(&report);
-    println!("longest interruption {gap:.1} ms in {} operations", report.number("/operations"));
-    assert!(gap < limit, "{gap} ms without an answer: {:#}", report.0);
+    assert_uninterrupted(&report, quiet, "a minute without torusd and etcd");
     assert_eq!(lab.pid("n1", "dataplane_pid")?, data_plane, "coming back restarted the data plane");
     lab.bench("1.1", &format!("--check-log {log}"))?.finish()?.assert_verified(5_000.0);
     lab.passed()
@@ -138,7 +141,7 @@ fn etcd_that_hangs_or_is_cut_off_stops_changes_only() -> Result<()> {
     lab.export("v", "64MiB", "1.1")?;
     let data_plane = lab.pid("n1", "dataplane_pid")?;
     let load = "--mixed 50 --window 8 --rate 2000 --size 16MiB";
-    let limit = undisturbed_limit_ms(&lab, load)?;
+    let quiet = quiet_gap_ms(&lab, load)?;
     for (away, back) in
         [("etcd pause", "etcd resume"), ("cut n1 etcd", "heal n1"), ("etcd kill", "etcd start")]
     {
@@ -152,8 +155,7 @@ fn etcd_that_hangs_or_is_cut_off_stops_changes_only() -> Result<()> {
         lab.sh(back)?;
         let report = load.finish()?;
         report.assert_verified(1000.0);
-        let gap = gap_ms(&report);
-        assert!(gap < limit, "{away}: {gap} ms without an answer: {:#}", report.0);
+        assert_uninterrupted(&report, quiet, away);
         eventually(&format!("after {back} a volume can be created"), Duration::from_secs(30), || {
             Ok(lab.try_run(&["torusctl", "volume", "create", "x", "16MiB"])?.status.success())
         })?;
@@ -206,7 +208,7 @@ fn every_store_and_link_serves_verified_data() -> Result<()> {
                 "--write --block 64KiB --pattern sequential",
             ] {
                 let report =
-                    lab.bench("1.1", &format!("{load} --size 2MiB --seconds 2 --verify"))?.finish()?;
+                    lab.bench("1.1", &format!("{load} --size 512KiB --seconds 2 --verify"))?.finish()?;
                 report.assert_verified(if load.starts_with("--write") { 0.0 } else { 100.0 });
             }
             // What was written is there for the next one, whoever serves it.
