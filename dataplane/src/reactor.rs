@@ -187,6 +187,8 @@ pub struct Reactor {
     backlog: VecDeque<(usize, TxFrame)>,
     /// Next position in the configuration's list of exports to advertise, for each of our first queues.
     announced: usize,
+    /// The kernel would take more frames if it were asked again.
+    unsent: bool,
     doorbell_armed: bool,
     now_ns: u64,
     spin_ns: u64,
@@ -233,6 +235,7 @@ impl Reactor {
             received: Vec::with_capacity(RX_BATCH),
             backlog: VecDeque::with_capacity(BACKLOG_MAX),
             announced: 0,
+            unsent: false,
             doorbell_armed: false,
             now_ns: now_ns(),
             spin_ns: SPIN_NS_MIN,
@@ -329,9 +332,7 @@ impl Reactor {
     }
 
     fn is_drained(&self) -> bool {
-        self.requests.is_empty()
-            && self.backlog.is_empty()
-            && self.queues.iter().all(|own| !own.queue.tx_pending())
+        self.requests.is_empty() && !self.unsent
     }
 
     // ---------------------------------------------------------------------------------------------------------------
@@ -684,10 +685,11 @@ impl Reactor {
     fn send_out(&mut self) -> bool {
         let mut worked = false;
         let (pool, mailboxes, region, ring) = (&mut self.pool, &self.mailboxes, &self.region, &mut self.ring);
+        self.unsent = false;
         for own in &mut self.queues {
             let pending = own.queue.tx_pending();
-            own.queue.flush();
-            worked |= pending;
+            self.unsent |= !own.queue.flush();
+            worked |= pending && !own.queue.tx_pending();
             own.queue.reap(pool, &mut |chunk| send_home(mailboxes, region, ring, chunk));
         }
         while let Some((at, frame)) = self.backlog.pop_front() {
@@ -791,7 +793,8 @@ impl Reactor {
     // Idle
 
     fn sleep(&mut self) -> std::io::Result<()> {
-        if self.queues.iter().any(|own| own.queue.tx_pending()) || !self.backlog.is_empty() {
+        // Frames that a dead link holds are no reason to stay awake.
+        if self.unsent {
             return Ok(());
         }
         for (at, own) in self.queues.iter_mut().enumerate() {
