@@ -1,6 +1,6 @@
 //! The linear store: each volume preallocated as runs of whole extents, blocks in place, no checksums.
 //!
-//! * [`format`] – what is on the device: superblock and allocation table, and their codec.
+//! * [`mod@format`] – what is on the device: superblock and allocation table, and their codec.
 //! * [`catalog`] – the durable state: opening, formatting, changing.
 //! * [`allocation`] – which extents are whose.
 //! * this file – reads, writes and read-modify-writes of one core, without I/O.
