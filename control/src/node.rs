@@ -265,6 +265,13 @@ async fn interpret(mut reflected: watch::Receiver<reflector::View>, publish: wat
     }
 }
 
+/// Waits for the order to stop. That nobody can give it any more is none: torusd may be leaving its data plane running.
+async fn told_to_stop(stop: &mut watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// How the session of a node ended.
 #[derive(Debug)]
 pub enum SessionEnd {
@@ -282,13 +289,10 @@ pub async fn session(
     mut status: watch::Receiver<StatusRecord>,
     mut stop: watch::Receiver<bool>,
 ) -> SessionEnd {
-    let ending = async {
-        let _ = stop.wait_for(|stop| *stop).await;
-    };
     let mut lease = None;
     let end = tokio::select! {
         refusal = keep_session(&node, &record, &live, &mut status, &mut lease) => SessionEnd::Refused(refusal),
-        () = ending => SessionEnd::Stopped,
+        () = told_to_stop(&mut stop) => SessionEnd::Stopped,
     };
     if let Some(lease) = lease {
         let _ = tokio::time::timeout(Duration::from_secs(2), node.meta.revoke(lease)).await;
@@ -476,7 +480,7 @@ impl Follower {
                 _ = known.changed() => {}
                 _ = observed.changed() => {}
                 _ = data_plane.changed() => {}
-                _ = stop.wait_for(|stop| *stop) => {
+                () = told_to_stop(&mut stop) => {
                     self.drain();
                     return;
                 }
