@@ -29,6 +29,8 @@ const INTERFACES_MAX: usize = 16;
 const CHUNKS_PER_CORE: u32 = 8192;
 /// Chunks that one queue's receive ring holds (its length, in `aoe_xdp::link`).
 const CHUNKS_PER_QUEUE: u32 = 2048;
+/// Queues that one core may own: each is looked at in every turn and holds 8 MiB of receive buffers.
+const QUEUES_PER_CORE_MAX: u32 = 64;
 /// Answers on their way out of one core.
 const HEADERS_PER_CORE: u32 = 8192;
 /// How long to wait for the first desired state.
@@ -154,6 +156,22 @@ fn link_choice(choice: cluster_map::LinkChoice) -> LinkChoice {
     }
 }
 
+/// Queues that each core will own at most; the interfaces themselves are opened later, with the memory sized by this.
+fn queues_per_core(desired: &Desired) -> Result<u32, StartError> {
+    // An interface that cannot be asked is refused with its reason when it is opened.
+    let queues = |name: &String| Nic::open(name).map_or(1, |nic| u32::from(nic.queues().receive));
+    let total: u32 = desired.interfaces.iter().map(queues).sum();
+    let cores = u32::try_from(desired.cores.len()).expect("each core number has 16 bits and is named once");
+    let per_core = total.div_ceil(cores);
+    if per_core > QUEUES_PER_CORE_MAX {
+        return Err(StartError::Configuration(format!(
+            "{total} receive queues are too many for {cores} cores: give them {QUEUES_PER_CORE_MAX} each at most \
+             (ethtool -L INTERFACE combined N), or name more cores"
+        )));
+    }
+    Ok(per_core)
+}
+
 /// Interfaces, pools and the queues of each core.
 struct Paths {
     interfaces: Vec<OpenInterface>,
@@ -165,8 +183,7 @@ struct Paths {
 
 fn open_paths(desired: &Desired) -> Result<Paths, StartError> {
     let cores = u16::try_from(desired.cores.len()).expect("each core number has 16 bits and is named once");
-    // Queues are known only after the interfaces are open, and those need the memory: room for the usual few is made.
-    let queues_per_core = u32::try_from(desired.interfaces.len()).expect("at most 16") * 4;
+    let queues_per_core = queues_per_core(desired)?;
     let region = Region::new(RegionConfig {
         cores,
         chunks_per_core: CHUNKS_PER_CORE + queues_per_core * CHUNKS_PER_QUEUE,
