@@ -110,7 +110,7 @@ impl Manager {
             if self.map.wait_desired(desired.version, look)? != desired.version {
                 match self.map.desired() {
                     // Overtaken by a writer in a hurry: what it wrote last is read in the next round.
-                    Err(MapError::Busy { .. }) => {}
+                    Err(MapError::Busy) => {}
                     read => desired = read?,
                 }
             }
