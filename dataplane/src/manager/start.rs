@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use af_xdp::nic::Nic;
 use aoe_xdp::link::{
     Interface, LinkChoice, LinkError, LinkInfo, Pool, Queue, Region, RegionConfig, RegionError,
 };
