@@ -23,7 +23,6 @@ use aoe_xdp::target::{Export, ExportTable};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
     DataMap, Desired, DesiredExport, ExportState, MapError, Observed, ObservedExport, ObservedLink, VolumeId,
-    VolumeIntent,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -104,7 +103,14 @@ impl Manager {
             if desired.drain {
                 return self.drain(&desired);
             }
-            self.converge(&desired)?;
+            // A node at rest looks at its interfaces and at nothing else, however many volumes it has.
+            let is_new = self.published.as_ref().is_none_or(|published| published.applied != desired.version);
+            if is_new || self.stores.have_work() {
+                self.converge(&desired)?;
+            } else if self.published.as_ref().is_some_and(|published| published.links != self.observe_links())
+            {
+                self.publish(&desired)?;
+            }
             self.check_cores()?;
             let look = if self.stores.is_filling() { LOOK_BUSY } else { LOOK };
             if self.map.wait_desired(desired.version, look)? != desired.version {
@@ -139,8 +145,9 @@ impl Manager {
     fn wanted_exports(&mut self, desired: &Desired) -> BTreeMap<VolumeId, KeyedExport> {
         let mut wanted = BTreeMap::new();
         let mut addresses = BTreeSet::new();
+        let sizes = self.stores.servable_sectors(desired);
         for wish in &desired.exports {
-            let Some(size_sectors) = servable_sectors(desired, &self.stores, wish.volume) else { continue };
+            let Some(&size_sectors) = sizes.get(&wish.volume) else { continue };
             // The control process keeps addresses unique; should it fail to, the first one stands.
             if !addresses.insert((wish.shelf, wish.slot)) || wanted.contains_key(&wish.volume) {
                 continue;
@@ -168,8 +175,9 @@ impl Manager {
         let mut served: Vec<Option<Served>> = vec![None; self.keys_next as usize];
         let mut table = Vec::new();
         let mut announce = Vec::new();
+        let mut placements = self.stores.placements();
         for (volume, export) in &exports {
-            let Some((store, placement)) = self.stores.placement(*volume) else { continue };
+            let Some((store, placement)) = placements.remove(volume) else { continue };
             let owner = u16::try_from(export.key % cores).expect("below the number of cores");
             served[export.key as usize] = Some(Served { store, placement, owner });
             table.push(wire_export(export));
@@ -262,7 +270,7 @@ impl Manager {
             links: self.observe_links(),
             stores: self.stores.observe(desired),
             volumes: self.stores.observe_volumes(desired),
-            exports: desired.exports.iter().map(|wish| self.observe_export(desired, wish)).collect(),
+            exports: self.observe_exports(desired),
         };
         if self.published.as_ref() == Some(&observed) {
             return Ok(());
@@ -304,9 +312,13 @@ impl Manager {
         links
     }
 
-    fn observe_export(&self, desired: &Desired, wish: &DesiredExport) -> ObservedExport {
+    fn observe_exports(&self, desired: &Desired) -> Vec<ObservedExport> {
+        let volumes: BTreeSet<VolumeId> = desired.volumes.iter().map(|volume| volume.id).collect();
+        desired.exports.iter().map(|wish| self.observe_export(wish, volumes.contains(&wish.volume))).collect()
+    }
+
+    fn observe_export(&self, wish: &DesiredExport, known_volume: bool) -> ObservedExport {
         let serving = self.exports.get(&wish.volume).filter(|known| known.wish == *wish);
-        let known_volume = desired.volumes.iter().any(|volume| volume.id == wish.volume);
         let (state, error) = match (serving, known_volume) {
             (Some(_), _) => (ExportState::Serving, String::new()),
             (None, true) => (ExportState::Waiting, String::new()),
@@ -321,13 +333,6 @@ impl Manager {
             error,
         }
     }
-}
-
-/// Sectors of a volume that can be served: what is in force on its store, never more than desired.
-fn servable_sectors(desired: &Desired, stores: &Stores, volume: VolumeId) -> Option<u64> {
-    let wish = desired.volumes.iter().find(|wish| wish.id == volume && wish.state == VolumeIntent::Active)?;
-    let sectors = stores.committed_sectors(volume)?.min(wish.size_sectors);
-    (sectors > 0).then_some(sectors)
 }
 
 fn wire_export(export: &KeyedExport) -> Export {

@@ -3,7 +3,7 @@
 //! A volume's extents are reserved in the table first, then filled by a thread of their own, then committed; after a crash
 //! in between the fill is begun again. So the table never promises bytes that were not written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -137,27 +137,43 @@ impl Stores {
         self.slots.iter().map(access).collect()
     }
 
+    /// Whether there is something to do although nobody wants anything new: a fill to take in, a store to try again or to
+    /// close.
+    pub(super) fn have_work(&self) -> bool {
+        self.is_filling() || !self.failed.is_empty() || self.slots.iter().flatten().any(|store| store.removed)
+    }
+
     /// Whether a zero-fill is in progress.
     pub(super) fn is_filling(&self) -> bool {
         self.slots.iter().flatten().any(|store| !store.fills.is_empty())
     }
 
-    fn with_volume(&self, id: VolumeId) -> Option<(usize, &OpenStore, &Entry)> {
-        self.slots.iter().enumerate().find_map(|(at, slot)| {
-            let store = slot.as_ref().filter(|store| !store.removed)?;
-            Some((at, store, store.catalog.allocation().get(id)?))
+    /// All volumes on stores that are named, with the store's position.
+    fn volumes(&self) -> impl Iterator<Item = (usize, &Entry)> {
+        let named =
+            |(at, slot): (usize, &'_ Option<OpenStore>)| slot.as_ref().filter(|s| !s.removed).map(|_| at);
+        let positions: Vec<usize> = self.slots.iter().enumerate().filter_map(named).collect();
+        positions.into_iter().flat_map(|at| {
+            let store = self.slots[at].as_ref().expect("just seen");
+            store.catalog.allocation().entries().iter().map(move |entry| (at, entry))
         })
     }
 
-    /// Sectors of a volume that may be served.
-    pub(super) fn committed_sectors(&self, id: VolumeId) -> Option<u64> {
-        self.with_volume(id).map(|(_, _, entry)| entry.committed_sectors)
+    /// Sectors that can be served, by volume: what is in force on its store, never more than desired.
+    pub(super) fn servable_sectors(&self, desired: &Desired) -> BTreeMap<VolumeId, u64> {
+        let committed: BTreeMap<VolumeId, u64> =
+            self.volumes().map(|(_, entry)| (entry.id, entry.committed_sectors)).collect();
+        let active = desired.volumes.iter().filter(|wish| wish.state == VolumeIntent::Active);
+        active
+            .filter_map(|wish| Some((wish.id, wish.size_sectors.min(*committed.get(&wish.id)?))))
+            .filter(|(_, sectors)| *sectors > 0)
+            .collect()
     }
 
-    /// Where a volume is: the store's position, and its place there.
-    pub(super) fn placement(&self, id: VolumeId) -> Option<(usize, Arc<Placement>)> {
-        let (at, _, entry) = self.with_volume(id)?;
-        Some((at, Arc::new(Placement::new(&entry.runs, DATA_OFFSET_BYTES))))
+    /// Where each volume is: the store's position, and its place there.
+    pub(super) fn placements(&self) -> BTreeMap<VolumeId, (usize, Arc<Placement>)> {
+        let place = |entry: &Entry| Arc::new(Placement::new(&entry.runs, DATA_OFFSET_BYTES));
+        self.volumes().map(|(at, entry)| (entry.id, (at, place(entry)))).collect()
     }
 
     /// Takes finished fills in, and begins what the desired state wants larger or new.
@@ -176,7 +192,7 @@ impl Stores {
     }
 
     /// Frees what is purged or smaller. Called when no core serves more than the desired state names.
-    pub(super) fn release(&mut self, desired: &Desired, served: &std::collections::BTreeSet<VolumeId>) {
+    pub(super) fn release(&mut self, desired: &Desired, served: &BTreeSet<VolumeId>) {
         for store in self.slots.iter_mut().flatten().filter(|store| !store.removed) {
             let id = store.catalog.id();
             for wish in desired.volumes.iter().filter(|wish| wish.store == id) {
@@ -248,9 +264,10 @@ impl Stores {
                 volumes.push(store.observe_volume(wish));
             }
         }
+        let named: BTreeSet<VolumeId> = desired.volumes.iter().map(|wish| wish.id).collect();
         for store in open {
             for entry in store.catalog.allocation().entries() {
-                if !desired.volumes.iter().any(|wish| wish.id == entry.id) {
+                if !named.contains(&entry.id) {
                     volumes.push(ObservedVolume {
                         id: entry.id,
                         store: store.catalog.id(),
@@ -434,7 +451,6 @@ fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::os::unix::fs::FileExt;
 
     use cluster_map::ClusterId;
@@ -496,13 +512,20 @@ mod tests {
             all.iter().find(|observed| observed.id == volume(n)).unwrap().state
         }
 
+        fn committed(&self, n: u8) -> Option<u64> {
+            self.stores
+                .volumes()
+                .find(|(_, entry)| entry.id == volume(n))
+                .map(|(_, entry)| entry.committed_sectors)
+        }
+
         fn path(&self) -> std::path::PathBuf {
             self.folder.path().join("s")
         }
 
         /// The device bytes of a volume's sectors.
         fn device_ranges(&self, n: u8) -> Vec<(u64, u64)> {
-            let (_, _, entry) = self.stores.with_volume(volume(n)).unwrap();
+            let (_, entry) = self.stores.volumes().find(|(_, entry)| entry.id == volume(n)).unwrap();
             unfilled_ranges(&Entry { filled_extents: 0, ..entry.clone() })
         }
 
@@ -538,7 +561,7 @@ mod tests {
         node.desired.volumes.clear();
         node.want(2, SECTORS, VolumeIntent::Active);
         node.converge(&[]);
-        assert_eq!(node.stores.committed_sectors(volume(2)), Some(SECTORS));
+        assert_eq!(node.committed(2), Some(SECTORS));
         assert!(node.bytes(2).iter().all(|&byte| byte == 0));
     }
 
@@ -560,8 +583,8 @@ mod tests {
         assert_ne!(node.state(2), VolumeObserved::Purged);
         node.converge(&[]);
         assert_eq!(node.state(2), VolumeObserved::Purged);
-        assert_eq!(node.stores.committed_sectors(volume(2)), None);
-        assert!(node.stores.committed_sectors(volume(1)).is_some());
+        assert_eq!(node.committed(2), None);
+        assert!(node.committed(1).is_some());
     }
 
     #[test]
@@ -572,7 +595,7 @@ mod tests {
         node.write_everywhere(1, 0xcc);
         node.want(1, SECTORS, VolumeIntent::Active);
         node.converge(&[1]);
-        assert_eq!(node.stores.committed_sectors(volume(1)), Some(SECTORS));
+        assert_eq!(node.committed(1), Some(SECTORS));
         let bytes = node.bytes(1);
         let (old, new) = bytes.split_at(usize::try_from(EXTENT_BYTES).unwrap());
         assert!(old.iter().all(|&byte| byte == 0xcc) && new.iter().all(|&byte| byte == 0));
@@ -581,7 +604,7 @@ mod tests {
         let half = EXTENT_SECTORS + EXTENT_SECTORS / 2;
         node.want(1, half, VolumeIntent::Active);
         node.converge(&[1]);
-        assert_eq!(node.stores.committed_sectors(volume(1)), Some(half));
+        assert_eq!(node.committed(1), Some(half));
         node.want(1, SECTORS, VolumeIntent::Active);
         node.converge(&[1]);
         let bytes = node.bytes(1);
@@ -601,7 +624,7 @@ mod tests {
             store.catalog.commit(allocation).unwrap();
         }
         node.write_everywhere(1, 0xee);
-        assert_eq!(node.stores.committed_sectors(volume(1)), Some(0), "not served");
+        assert_eq!(node.committed(1), Some(0), "not served");
         node.stores = Stores::default();
         node.converge(&[]);
         assert_eq!(node.state(1), VolumeObserved::Ready);
@@ -628,13 +651,13 @@ mod tests {
         node.converge(&[]);
         let named = std::mem::take(&mut node.desired.stores);
         node.stores.open_missing(&node.desired);
-        assert_eq!(node.stores.committed_sectors(volume(1)), None, "not served any more");
+        assert_eq!(node.committed(1), None, "not served any more");
         assert!(node.stores.close_removed());
         assert!(node.stores.access().iter().all(Option::is_none));
         node.stores.drop_closed();
         node.desired.stores = named;
         node.converge(&[]);
-        assert_eq!(node.stores.committed_sectors(volume(1)), Some(SECTORS));
+        assert_eq!(node.committed(1), Some(SECTORS));
     }
 
     #[test]

@@ -50,6 +50,7 @@ pub enum AllocationError {
 /// All volumes of a store.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Allocation {
+    /// By id, so that a volume is found without a walk.
     entries: Vec<Entry>,
     extent_count: u32,
 }
@@ -82,13 +83,12 @@ impl Allocation {
     ///
     /// # Errors
     /// [`Inconsistent`], when they break an invariant.
-    pub fn from_entries(entries: Vec<Entry>, extent_count: u32) -> Result<Allocation, Inconsistent> {
+    pub fn from_entries(mut entries: Vec<Entry>, extent_count: u32) -> Result<Allocation, Inconsistent> {
         for entry in &entries {
             check_entry(entry, extent_count)?;
         }
-        let mut ids: Vec<VolumeId> = entries.iter().map(|entry| entry.id).collect();
-        ids.sort_unstable_by_key(|id| id.0);
-        if ids.windows(2).any(|pair| pair[0] == pair[1]) {
+        entries.sort_unstable_by_key(|entry| entry.id.0);
+        if entries.windows(2).any(|pair| pair[0].id == pair[1].id) {
             return Err(Inconsistent::Twice);
         }
         let allocation = Allocation { entries, extent_count };
@@ -107,11 +107,15 @@ impl Allocation {
     /// A volume's entry.
     #[must_use]
     pub fn get(&self, id: VolumeId) -> Option<&Entry> {
-        self.entries.iter().find(|entry| entry.id == id)
+        self.position(id).ok().map(|at| &self.entries[at])
     }
 
     fn get_mut(&mut self, id: VolumeId) -> Option<&mut Entry> {
-        self.entries.iter_mut().find(|entry| entry.id == id)
+        self.position(id).ok().map(|at| &mut self.entries[at])
+    }
+
+    fn position(&self, id: VolumeId) -> Result<usize, usize> {
+        self.entries.binary_search_by_key(&id.0, |entry| entry.id.0)
     }
 
     /// Extents on the device.
@@ -141,8 +145,8 @@ impl Allocation {
             return Err(AllocationError::NoSpace { wanted_extents, free_extents });
         };
         let new_runs = self.choose(wanted);
-        if self.get(id).is_none() {
-            self.entries.push(Entry { id, runs: Vec::new(), committed_sectors: 0, filled_extents: 0 });
+        if let Err(at) = self.position(id) {
+            self.entries.insert(at, Entry { id, runs: Vec::new(), committed_sectors: 0, filled_extents: 0 });
         }
         let entry = self.get_mut(id).expect("just made");
         for run in new_runs {
