@@ -270,7 +270,7 @@ async fn open_meta(options: &Options) -> Result<Arc<dyn MetaStore>> {
     let store = EmbeddedStore::open(options.state_dir.join("meta")).await?;
     let cluster = ClusterId(uuid::Uuid::new_v4().into_bytes());
     let now = unix_s(SystemTime::now());
-    ops::apply(&store, |view| ops::init(view, cluster, DEFAULT_EXTENT_BYTES, now)).await?;
+    ops::apply(&store, None, |view| ops::init(view, cluster, DEFAULT_EXTENT_BYTES, now)).await?;
     Ok(Arc::new(store))
 }
 

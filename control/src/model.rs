@@ -547,7 +547,7 @@ pub struct Entry<T> {
 }
 
 /// All records at one revision.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct View {
     /// The cluster, once initialised.
     pub cluster: Option<Entry<ClusterRecord>>,
@@ -586,15 +586,35 @@ impl View {
         Ok(view)
     }
 
+    /// Follows from `before` to `after`, reading only what has changed; `self` must be the view of `before`.
+    ///
+    /// # Errors
+    /// As [`View::read`]; the view is then of neither.
+    pub fn advance(
+        &mut self,
+        before: &BTreeMap<String, KeyValue>,
+        after: &BTreeMap<String, KeyValue>,
+    ) -> Result<(), ModelError> {
+        for key in before.keys().filter(|key| !after.contains_key(*key)) {
+            self.remove(key)?;
+        }
+        for (key, kv) in after {
+            if before.get(key).is_none_or(|old| old.mod_revision != kv.mod_revision) {
+                // An informative record that cannot be read counts as absent, not as what it was.
+                self.remove(key)?;
+                self.add(kv)?;
+            }
+        }
+        Ok(())
+    }
+
     fn add(&mut self, kv: &KeyValue) -> Result<(), ModelError> {
         let key = kv.key.as_str();
         if key == keys::CLUSTER {
             self.cluster = Some(entry(kv)?);
             return Ok(());
         }
-        let Some((kind, rest)) = key.strip_prefix(PREFIX).and_then(|k| k.split_once('/')) else {
-            return Ok(());
-        };
+        let Some((kind, rest)) = kind_of(key) else { return Ok(()) };
         match kind {
             "nodes" => drop(self.nodes.insert(part(key, rest)?, entry(kv)?)),
             "node-names" => {
@@ -621,6 +641,28 @@ impl View {
                 self.tombstones.insert(part(key, rest)?, entry::<TombstoneRecord>(kv)?.record);
             }
             // Keys of a later version do not concern this one.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &str) -> Result<(), ModelError> {
+        if key == keys::CLUSTER {
+            self.cluster = None;
+            return Ok(());
+        }
+        let Some((kind, rest)) = kind_of(key) else { return Ok(()) };
+        match kind {
+            "nodes" => drop(self.nodes.remove(&part(key, rest)?)),
+            "node-names" => drop(self.node_names.remove(rest)),
+            "live" => drop(part(key, rest).map(|node| self.live.remove(&node))),
+            "status" => drop(part(key, rest).map(|node| self.status.remove(&node))),
+            "stores" => drop(self.stores.remove(&part(key, rest)?)),
+            "names" => drop(self.names.remove(rest)),
+            "volumes" => drop(self.volumes.remove(&part(key, rest)?)),
+            "exports" => drop(self.exports.remove(&part(key, rest)?)),
+            "macs" => drop(self.macs.remove(&part(key, rest)?)),
+            "tombstones" => drop(self.tombstones.remove(&part(key, rest)?)),
             _ => {}
         }
         Ok(())
@@ -668,6 +710,11 @@ impl View {
         let node = self.stores.get(&id)?.record.node;
         self.status.get(&node)?.stores.iter().find(|s| s.id == Some(id))
     }
+}
+
+/// Splits a key into its folder and the rest.
+fn kind_of(key: &str) -> Option<(&str, &str)> {
+    key.strip_prefix(PREFIX)?.split_once('/')
 }
 
 fn entry<T: DeserializeOwned>(kv: &KeyValue) -> Result<Entry<T>, ModelError> {
@@ -773,6 +820,48 @@ mod tests {
             }
         }
     }
+    /// A key of one kind and a value for it; a status or a sign of life may be unreadable.
+    fn sample(kind: u8, n: u8, change: u8) -> (String, Vec<u8>) {
+        let (node, store, id) = (NodeId([n; 16]), StoreId([n; 16]), VolumeId([n; 16]));
+        let address = Address::new(u16::from(n), change).unwrap();
+        let mac = Mac::of_volume(id, 0);
+        let name = change.to_string();
+        let unreadable = |value: Vec<u8>| if change == 3 { b"?".to_vec() } else { value };
+        match kind {
+            0 => (
+                keys::CLUSTER.into(),
+                encode(&ClusterRecord { id: ClusterId([n; 16]), created_unix_s: 1, extent_size: 1 }),
+            ),
+            1 => {
+                let record = NodeRecord {
+                    name: name.clone(),
+                    zone: String::new(),
+                    peer_addr: String::new(),
+                    api_addr: String::new(),
+                    stores: Vec::new(),
+                };
+                (keys::node(node), encode(&record))
+            }
+            2 => (keys::node_name(&n.to_string()), encode(&NodeNameRecord { node: NodeId([change; 16]) })),
+            3 => (
+                keys::live(node),
+                unreadable(encode(&LiveRecord { pid: 1, version: name, boot: String::new() })),
+            ),
+            4 => (
+                keys::status(node),
+                unreadable(encode(&StatusRecord { data_plane: name, ..StatusRecord::default() })),
+            ),
+            5 => (keys::store(store), encode(&StoreRecord { node, path: name, size: 1 })),
+            6 => (keys::name(&n.to_string()), encode(&NameRecord { volume: VolumeId([change; 16]) })),
+            7 => (keys::volume(id), encode(&VolumeRecord { name, ..volume() })),
+            8 => (
+                keys::export(address),
+                encode(&ExportRecord { volume: id, mac, read_only: false, ending: false }),
+            ),
+            _ => (keys::mac(mac), encode(&MacRecord { volume: VolumeId([change; 16]) })),
+        }
+    }
+
     const MAC_OF_ONES: &str = "26:f6:29:0a:47:50";
 
     proptest! {
@@ -780,6 +869,25 @@ mod tests {
         fn decoding_is_total(key in ".{0,30}", value in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = View::read([&kv(format!("torus/{key}"), value.clone())]);
             let _ = View::read([&kv(keys::volume(VolumeId([1; 16])), value)]);
+        }
+
+        #[test]
+        fn advancing_is_the_same_as_reading_anew(
+            steps in proptest::collection::vec((0u8..10, 0u8..3, 0u8..4), 1..40),
+        ) {
+            let (mut entries, mut view) = (BTreeMap::new(), View::default());
+            for (revision, (kind, n, change)) in (1..).zip(steps) {
+                let before = entries.clone();
+                let (key, value) = sample(kind, n, change);
+                if change == 0 {
+                    entries.remove(&key);
+                } else {
+                    let mod_revision = Revision(revision);
+                    entries.insert(key.clone(), KeyValue { key, value, mod_revision, lease: None });
+                }
+                view.advance(&before, &entries).unwrap();
+                prop_assert_eq!(&view, &View::read(entries.values()).unwrap());
+            }
         }
 
         #[test]

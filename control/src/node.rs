@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::meta::reflector::{self, Reflector};
-use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
+use crate::meta::{KeyValue, LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
 use crate::ops::{self, Plan, Refusal, RefusalKind};
 use crate::reconcile::{self, Settings};
@@ -217,7 +217,8 @@ impl Node {
             let hint = "nothing is changed until this is resolved; running I/O is not affected";
             return Err(Refusal::new(RefusalKind::Unavailable, "metadata_unusable", &known.problem, hint));
         }
-        let (answer, revision) = match ops::apply(self.meta.as_ref(), plan).await {
+        let view = known.connected.then(|| known.view.as_ref());
+        let (answer, revision) = match ops::apply(self.meta.as_ref(), view, plan).await {
             Err(mut refusal) if refusal.kind == RefusalKind::Unavailable => {
                 refusal.message = format!("{} (metadata {})", refusal.message, self.known().words());
                 return Err(refusal);
@@ -233,30 +234,35 @@ impl Node {
 /// Turns each reflected state into a view; keeps the last good one beside a problem.
 async fn interpret(mut reflected: watch::Receiver<reflector::View>, publish: watch::Sender<Arc<Known>>) {
     let mut known = Known::nothing();
-    let mut entries = None;
+    // What `known.view` is the view of.
+    let mut read: Option<Arc<BTreeMap<String, KeyValue>>> = None;
     loop {
         let seen = reflected.borrow_and_update().clone();
         known.connected = seen.connected;
         known.since_unix_s = unix_s(seen.since);
-        let changed = entries.as_ref().is_none_or(|before| !Arc::ptr_eq(before, &seen.entries));
         if seen.rewinds > 0 {
             // Acting on an older state could undo what was acknowledged since (I14).
             known.problem = "the metadata store went back in time (a restored backup?): nothing is changed; \
                              check it, then restart torusd to go on with the older state"
                 .into();
-        } else if seen.listed() && changed {
-            match View::read(seen.entries.values()) {
+        } else if seen.listed() {
+            let next = match &read {
+                Some(before) if Arc::ptr_eq(before, &seen.entries) => Ok(Arc::clone(&known.view)),
+                Some(before) => {
+                    let mut next = View::clone(&known.view);
+                    next.advance(before, &seen.entries).map(|()| Arc::new(next))
+                }
+                None => View::read(seen.entries.values()).map(Arc::new),
+            };
+            known.revision = known.revision.max(seen.revision);
+            match next {
                 Ok(view) => {
-                    known.view = Arc::new(view);
-                    known.revision = seen.revision;
+                    known.view = view;
                     known.problem.clear();
+                    read = Some(Arc::clone(&seen.entries));
                 }
-                Err(error) => {
-                    known.revision = known.revision.max(seen.revision);
-                    known.problem = error.to_string();
-                }
+                Err(error) => known.problem = error.to_string(),
             }
-            entries = Some(Arc::clone(&seen.entries));
         }
         publish.send_replace(Arc::new(known.clone()));
         if reflected.changed().await.is_err() {

@@ -113,7 +113,7 @@ async fn change<T>(
     meta: &MemoryStore,
     plan: impl FnMut(&View) -> Result<Plan<T>, Refusal>,
 ) -> Result<T, Refusal> {
-    ops::apply(meta, plan).await.map(|(answer, _)| answer)
+    ops::apply(meta, None, plan).await.map(|(answer, _)| answer)
 }
 
 /// A cluster of `nodes`, each with one ready store of 1 GiB.
