@@ -525,6 +525,39 @@ fn a_cluster_waits_for_init_and_outlives_its_etcd() {
     assert_eq!(place.end(Signal::TERM).code(), Some(0));
 }
 
+/// An etcd that hangs, longer than the lease lasts: changes fail in bounded time, serving and reading go on.
+#[test]
+fn a_paused_etcd_stops_changes_only() {
+    let etcd = Etcd::start();
+    let url = format!("--etcd={}", etcd.url());
+    let mut place = Place::new().with(&[&url, "--name=n1"]);
+    place.start();
+    wait_until("it answers", || place.status().is_some_and(|s| s["metadata"] == "connected"));
+    place.ok("torusctl", "init");
+    wait_until("a store is ready", || {
+        place.status().is_some_and(|s| s["available_bytes"].as_u64() > Some(0))
+    });
+    place.ok("torusctl", "volume create v 8MiB");
+    let pid = place.data_plane_pid();
+    let server = etcd.process.as_ref().unwrap().id();
+    signal(server, Signal::STOP);
+    let paused = Instant::now();
+    let said = place.fails("torusctl", "volume create w 8MiB", 1);
+    assert!(paused.elapsed() < Duration::from_secs(15), "{:?}", paused.elapsed());
+    assert!(said.contains("metadata") && (said.contains("repeat")), "{said}");
+    wait_until("the loss is seen", || {
+        place.status().is_some_and(|s| s["metadata"].as_str().unwrap().starts_with("disconnected since"))
+    });
+    assert!(place.ok("torusctl", "volume list").contains("v "));
+    std::thread::sleep(Duration::from_secs(12).saturating_sub(paused.elapsed()));
+    signal(server, Signal::CONT);
+    wait_until("it is followed again", || {
+        place.status().is_some_and(|s| s["metadata"] == "connected" && s["nodes_live"] == 1)
+    });
+    wait_until("changes work again", || place.tool("torusctl", "volume create x 8MiB").status.success());
+    assert_eq!(place.data_plane_pid(), pid);
+}
+
 #[test]
 fn two_nodes_share_names_addresses_and_sight() {
     let etcd = Etcd::start();
