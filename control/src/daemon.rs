@@ -21,6 +21,7 @@ use rustix::fs::FlockOperation;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::api;
 use crate::checks;
@@ -355,7 +356,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     let _state_lock = lock_dir(&options.state_dir, "--state-dir")?;
     let _run_lock = lock_dir(&options.run_dir, "--run-dir")?;
     // Before anything runs: from here on no signal is missed.
-    let mut ordered = tokio::spawn(order());
+    let ordered = tokio::spawn(order());
     let id = node_id(&options.state_dir)?;
     let (tcp, unix) = bind(&options).await?;
     let meta = open_meta(&options).await?;
@@ -392,7 +393,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     };
     let live =
         LiveRecord { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").into(), boot: boot_id() };
-    let mut session = tokio::spawn(session(Arc::clone(&node), record, live, statuses, stopped.clone()));
+    let session = tokio::spawn(session(Arc::clone(&node), record, live, statuses, stopped.clone()));
     let follower = Follower::new(
         Arc::clone(&node),
         checked.settings,
@@ -403,29 +404,44 @@ pub async fn run(options: Options) -> Result<ExitCode> {
         status,
     );
     let follower = tokio::spawn(follower.run(stopped));
-    let mut supervisor = tokio::spawn(async move { supervise::run(&program, wished, &state).await });
+    let supervisor = tokio::spawn(async move { supervise::run(&program, wished, &state).await });
+    Tasks { ordered, session, follower, supervisor, stop }.until_the_end().await
+}
 
-    tokio::select! {
-        order = &mut ordered => match order?? {
-            Order::Leave => {
-                tracing::info!("leaving the data plane running");
-                return Ok(ExitCode::SUCCESS);
-            }
-            Order::Stop => tracing::info!("stopping: the data plane drains"),
-        },
-        end = &mut supervisor => return supervision_ended(end??),
-        end = &mut session => match end? {
-            SessionEnd::Refused(refusal) => return Err(refusal.into()),
-            SessionEnd::Stopped => bail!("the session ended by itself"),
-        },
-    }
-    stop.send_replace(true);
-    follower.await?;
-    let ended = supervisor.await??;
-    session.await?;
-    match ended {
-        Ended::Stopped => Ok(ExitCode::SUCCESS),
-        other => supervision_ended(other),
+/// What runs until the node ends.
+struct Tasks {
+    ordered: JoinHandle<Result<Order>>,
+    session: JoinHandle<SessionEnd>,
+    follower: JoinHandle<()>,
+    supervisor: JoinHandle<io::Result<Ended>>,
+    stop: watch::Sender<bool>,
+}
+
+impl Tasks {
+    /// Waits for an order or a failure; on the order to stop, until the data plane has drained.
+    async fn until_the_end(mut self) -> Result<ExitCode> {
+        tokio::select! {
+            order = &mut self.ordered => match order?? {
+                Order::Leave => {
+                    tracing::info!("leaving the data plane running");
+                    return Ok(ExitCode::SUCCESS);
+                }
+                Order::Stop => tracing::info!("stopping: the data plane drains"),
+            },
+            end = &mut self.supervisor => return supervision_ended(end??),
+            end = &mut self.session => match end? {
+                SessionEnd::Refused(refusal) => return Err(refusal.into()),
+                SessionEnd::Stopped => bail!("the session ended by itself"),
+            },
+        }
+        self.stop.send_replace(true);
+        self.follower.await?;
+        let ended = self.supervisor.await??;
+        self.session.await?;
+        match ended {
+            Ended::Stopped => Ok(ExitCode::SUCCESS),
+            other => supervision_ended(other),
+        }
     }
 }
 
