@@ -108,6 +108,7 @@ fn acknowledged_writes_survive_kill_9_of_each_process() -> Result<()> {
 fn a_minute_without_torusd_and_etcd_interrupts_nothing() -> Result<()> {
     let lab = Lab::up("--nodes 1 --store file --mtu 9000 --etcd 1")?;
     lab.export("v", "256MiB", "1.1")?;
+    lab.sh("torusctl volume create later 16MiB")?;
     let data_plane = lab.pid("n1", "dataplane_pid")?;
     let log = lab.file("log");
     let log = log.to_str().context("a path in UTF-8")?;
@@ -124,8 +125,8 @@ fn a_minute_without_torusd_and_etcd_interrupts_nothing() -> Result<()> {
     lab.sh("etcd start")?;
     lab.sh("start n1")?;
     // Converged: changes are made again.
-    eventually("a volume can be created again", Duration::from_secs(10), || {
-        Ok(lab.try_run(&["torusctl", "volume", "create", "after", "16MiB"])?.status.success())
+    eventually("a volume can be exported again", Duration::from_secs(10), || {
+        Ok(lab.try_run(&["torusblk", "aoe", "later", "1.2"])?.status.success())
     })?;
     let report = load.finish()?;
     report.assert_verified(5_000.0);

@@ -185,7 +185,7 @@ impl Stores {
             }
             for wish in &desired.volumes {
                 if wish.store == store.catalog.id() && wish.state == VolumeIntent::Active {
-                    store.allocate(wish);
+                    store.allocate(wish, !desired.exports.is_empty());
                 }
             }
         }
@@ -310,20 +310,20 @@ impl OpenStore {
         Ok(())
     }
 
-    /// Begins to make a volume as large as it is wanted.
-    fn allocate(&mut self, wish: &DesiredVolume) {
+    /// Begins to make a volume as large as it is wanted, gently if the node is `serving` others.
+    fn allocate(&mut self, wish: &DesiredVolume, serving: bool) {
         let committed = self.catalog.allocation().get(wish.id).map_or(0, |entry| entry.committed_sectors);
         let tried = self.failures.get(&wish.id).is_some_and(|(size, _)| *size == wish.size_sectors);
         if committed >= wish.size_sectors && committed > 0 || self.fills.contains_key(&wish.id) || tried {
             return;
         }
         self.failures.remove(&wish.id);
-        if let Err(error) = self.begin_fill(wish) {
+        if let Err(error) = self.begin_fill(wish, serving) {
             self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
         }
     }
 
-    fn begin_fill(&mut self, wish: &DesiredVolume) -> anyhow::Result<()> {
+    fn begin_fill(&mut self, wish: &DesiredVolume, serving: bool) -> anyhow::Result<()> {
         let mut allocation = self.catalog.allocation().clone();
         allocation.reserve(wish.id, wish.size_sectors)?;
         if allocation != *self.catalog.allocation() {
@@ -332,14 +332,21 @@ impl OpenStore {
         let entry = self.catalog.allocation().get(wish.id).expect("just reserved");
         let ranges = unfilled_ranges(entry);
         let device = self.catalog.device().try_clone()?;
+        let gently = serving && device.fills_gently();
         let done_bytes = Arc::new(AtomicU64::new(0));
         let cancelled = Arc::new(AtomicBool::new(false));
         let (done, cancel) = (Arc::clone(&done_bytes), Arc::clone(&cancelled));
         let thread = std::thread::Builder::new().name("zero-fill".into()).spawn(move || {
             let mut before = 0;
+            let mut piece_began = Instant::now();
             for (offset_bytes, len_bytes) in ranges {
                 let went_on = device.fill_with_zeros(offset_bytes, len_bytes, |bytes| {
                     done.store(before + bytes, Ordering::Relaxed);
+                    if gently {
+                        // Half of the device's time at most is taken from those who use it.
+                        std::thread::sleep(piece_began.elapsed());
+                        piece_began = Instant::now();
+                    }
                     !cancel.load(Ordering::Relaxed)
                 })?;
                 if !went_on {
