@@ -481,16 +481,6 @@ pub fn parse_config(frame: &[u8]) -> Result<(&ConfigHead, &[u8]), ParseError> {
     ConfigHead::ref_from_prefix(frame).map_err(|_| ParseError::Short)
 }
 
-/// Most sectors of one ATA message on a link of `mtu` bytes (after the Ethernet header): the largest of 16, 8, 4 and 2
-/// that fits together with the AoE headers, counted as Linux does (`(mtu - 36) / 512`). `None` if not even 2 fit. Other
-/// values make the initiator cut 4 KiB blocks unevenly, and more than 16 can overflow its fragment array
-/// (`skb_fillup`).
-#[must_use]
-pub fn sectors_for_mtu(mtu: u32) -> Option<u8> {
-    let fit = (mtu as usize).saturating_sub(ATA_DATA_OFFSET) / SECTOR_LEN;
-    [16u8, 8, 4, 2].into_iter().find(|&n| usize::from(n) <= fit)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -545,23 +535,6 @@ mod tests {
     fn lba28_masks_the_device_register() {
         let arg = AtaArg { lba: [0x11, 0x22, 0x33, 0xe4, 0xff, 0xff], ..AtaArg::identify() };
         assert_eq!(arg.lba28(), 0x0433_2211);
-    }
-
-    #[test]
-    fn sectors_follow_the_mtu() {
-        for (mtu, sectors) in [
-            (9000, Some(16)),
-            (8228, Some(16)),
-            (8227, Some(8)),
-            (4200, Some(8)),
-            (3558, Some(4)),
-            (1500, Some(2)),
-        ] {
-            assert_eq!(sectors_for_mtu(mtu), sectors, "MTU {mtu}");
-        }
-        assert_eq!(sectors_for_mtu(1060), Some(2));
-        assert_eq!(sectors_for_mtu(1059), None);
-        assert_eq!(sectors_for_mtu(0), None);
     }
 
     #[test]

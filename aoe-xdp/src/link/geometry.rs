@@ -15,7 +15,8 @@ pub const MTU_MIN_BYTES: u32 = 36 + 2 * 512;
 /// how the Linux initiator counts (aoecmd.c), and within what the link sends and receives in one frame.
 ///
 /// `segments` is the number of transmit descriptors of one frame, header included; `receive_bytes` is the
-/// longest frame that can be received. Fewer than two sectors is `None`: the link is of no use.
+/// longest frame that can be received. Other counts make the initiator cut 4 KiB blocks unevenly, and more than 16
+/// can overflow its fragment array (`skb_fillup`). Fewer than two sectors is `None`: the link is of no use.
 pub fn max_sectors(mtu_bytes: u32, segments: u8, receive_bytes: usize) -> Option<u8> {
     let by_mtu = (mtu_bytes as usize).saturating_sub(HEADERS_BYTES) / SECTOR_BYTES;
     let by_receive = receive_bytes.saturating_sub(HEADERS_BYTES) / SECTOR_BYTES;
@@ -35,6 +36,10 @@ mod tests {
     #[test]
     fn the_mtu_decides_where_nothing_else_does() {
         let at = |mtu| max_sectors(mtu, 5, usize::MAX);
+        assert_eq!(at(0), None);
+        assert_eq!(at(3558), Some(4));
+        assert_eq!(at(4200), Some(8));
+        assert_eq!(at(9000), Some(16));
         assert_eq!(at(1059), None);
         assert_eq!(at(MTU_MIN_BYTES), Some(2));
         assert_eq!(at(1500), Some(2));

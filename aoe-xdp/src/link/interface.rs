@@ -11,7 +11,8 @@ use super::geometry::{MTU_MIN_BYTES, max_sectors};
 use super::packet::PacketQueue;
 use super::queue::{Kind, Queue};
 use super::xdp::XdpInterface;
-use super::{ETHERTYPE_AOE, LinkChoice, LinkInfo, LinkMode, MAX_SEGMENTS};
+use super::{LinkChoice, LinkInfo, LinkMode, MAX_SEGMENTS};
+use crate::wire::ETHERTYPE;
 
 /// A NIC, opened once: its link, its queues not yet taken, the addresses it accepts.
 ///
@@ -156,8 +157,8 @@ fn open_link(
             Err(error) => info.note = format!("no AF_XDP: {error}"),
         }
     }
-    let socket = PacketSocket::open(nic.index(), ETHERTYPE_AOE, region)
-        .map_err(|error| LinkError::system(name, error))?;
+    let socket =
+        PacketSocket::open(nic.index(), ETHERTYPE, region).map_err(|error| LinkError::system(name, error))?;
     if !socket.receive_buffer_forced() {
         add_note(&mut info.note, "socket buffers are limited by net.core.rmem_max without CAP_NET_ADMIN");
     }

@@ -31,9 +31,6 @@ pub use geometry::{MTU_MIN_BYTES, max_sectors};
 pub use interface::Interface;
 pub use queue::Queue;
 
-/// The EtherType of AoE (AoEr11 §2).
-pub const ETHERTYPE_AOE: u16 = 0x88a2;
-
 /// Which link a user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LinkChoice {

@@ -15,7 +15,8 @@ use super::error::LinkError;
 use super::geometry::max_sectors;
 use super::interface::add_note;
 use super::packet::{release_chunk, release_frame};
-use super::{ETHERTYPE_AOE, LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
+use super::{LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
+use crate::wire::ETHERTYPE;
 
 /// Entries of each ring.
 const RING_ENTRIES: u32 = 2048;
@@ -148,7 +149,7 @@ impl XdpInterface {
         let queues = nic.queues();
         let usable = queues.receive.min(queues.transmit);
         let map = XskMap::new(u32::from(queues.receive))?;
-        let program = LoadedProgram::load(ETHERTYPE_AOE, &map)?;
+        let program = LoadedProgram::load(ETHERTYPE, &map)?;
         let mut refusals = Vec::new();
         let link = attach(&program, nic, &mut refusals)?;
         let features = nic.features();
@@ -427,7 +428,7 @@ mod tests {
                 let mut pool = region.pool(core).unwrap();
                 let nic = Nic::open(name).unwrap();
                 let map = XskMap::new(1).unwrap();
-                let program = LoadedProgram::load(ETHERTYPE_AOE, &map).unwrap();
+                let program = LoadedProgram::load(ETHERTYPE, &map).unwrap();
                 let link = XdpLink::attach(&program, nic.index(), AttachMode::Native).unwrap();
                 let builder = SocketBuilder::new()
                     .headroom_bytes(HEADROOM_BYTES)
@@ -446,7 +447,7 @@ mod tests {
             let before = (pool.free_chunks(), pool.free_headers());
             let mut header = pool.take_header().unwrap();
             pool.header_bytes_mut(&mut header)[..36].fill(0x11);
-            pool.header_bytes_mut(&mut header)[12..14].copy_from_slice(&ETHERTYPE_AOE.to_be_bytes());
+            pool.header_bytes_mut(&mut header)[12..14].copy_from_slice(&ETHERTYPE.to_be_bytes());
             let mut own = pool.take_chunk().unwrap();
             pool.bytes_mut(&mut own)[512..1024].fill(0x22);
             let mut foreign = elsewhere.take_chunk().unwrap();
