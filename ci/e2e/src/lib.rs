@@ -6,9 +6,12 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::thread::sleep;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -279,6 +282,60 @@ impl Report {
         assert!(checked >= least, "only {checked} sectors were compared, {least} expected: {:#}", self.0);
         assert_eq!(self.0["ata_errors"], 0, "{:#}", self.0);
         assert_eq!(self.0["errors"], 0, "{:#}", self.0);
+    }
+}
+
+/// A small durable write to the disk of the lab's stores (`/var/tmp`), over and over, from a thread of its own: how long the disk itself
+/// stands still, so that a bound on an interruption need not pay for it.
+#[derive(Debug)]
+pub struct DiskStalls {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Duration>>,
+}
+
+impl DiskStalls {
+    /// Starts writing.
+    ///
+    /// # Errors
+    /// If the file cannot be made.
+    pub fn watch() -> Result<Self> {
+        let path = format!("/var/tmp/torus-e2e-disk-{}", std::process::id());
+        let file = File::create(&path).with_context(|| format!("cannot make {path}"))?;
+        // Nobody else needs its name.
+        fs::remove_file(&path)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut longest = Duration::ZERO;
+            while !stopped.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                // A failed write shows in the store's own test; here it only ends the measurement early.
+                if file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_data()).is_err() {
+                    break;
+                }
+                longest = longest.max(begun.elapsed());
+                sleep(Duration::from_millis(20));
+            }
+            longest
+        });
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    /// Stops; the longest write.
+    #[must_use]
+    pub fn longest_ms(mut self) -> f64 {
+        self.join().as_secs_f64() * 1000.0
+    }
+
+    fn join(&mut self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map_or(Duration::ZERO, |thread| thread.join().unwrap_or_default())
+    }
+}
+
+impl Drop for DiskStalls {
+    fn drop(&mut self) {
+        self.join();
     }
 }
 
