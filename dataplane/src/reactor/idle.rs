@@ -1,0 +1,66 @@
+//! An idle core: every source of work is armed, then it sleeps; and the kernel's counters are read once in a while.
+
+use std::time::Duration;
+
+use cluster_map::Counter;
+
+use super::{DOORBELL, Reactor, SPIN_NS_MIN, now_ns};
+
+/// Longest spin before a sleep: about what a sleep and a wake-up cost together.
+const SPIN_NS_MAX: u64 = 50_000;
+/// Longest sleep: only for the counters that are read from the kernel.
+const SLEEP: Duration = Duration::from_millis(500);
+/// Sleep while memory is short: chunks that the kernel is done with are found by looking.
+const SLEEP_SHORT: Duration = Duration::from_millis(1);
+
+impl Reactor {
+    pub(super) fn sleep(&mut self) -> std::io::Result<()> {
+        // Frames that a dead link holds are no reason to stay awake.
+        if self.unsent {
+            return Ok(());
+        }
+        for (at, own) in self.queues.iter_mut().enumerate() {
+            if !own.armed {
+                own.armed = true;
+                self.ring.poll(own.queue.poll_fd(), u32::try_from(at).expect("a few queues"));
+            }
+        }
+        let mailbox = &self.mailboxes[usize::from(self.core)];
+        if !self.doorbell_armed {
+            self.doorbell_armed = true;
+            self.ring.poll(mailbox.doorbell(), DOORBELL);
+        }
+        let may_sleep = mailbox.begin_sleep() && !self.queues.iter().any(|own| own.queue.has_rx());
+        if may_sleep {
+            let short = self.pool.free_chunks() < self.pool.chunk_capacity() / 16;
+            self.stats.add(Counter::Sleeps, 1);
+            let before_ns = now_ns();
+            self.ring.submit_and_wait(if short { SLEEP_SHORT } else { SLEEP })?;
+            self.stats.add(Counter::Wakeups, 1);
+            self.adapt_spin(now_ns().saturating_sub(before_ns));
+        }
+        self.mailboxes[usize::from(self.core)].end_sleep();
+        Ok(())
+    }
+
+    /// Spins longer when sleeps turn out short, and hardly at all when there is nothing to do.
+    pub(super) fn adapt_spin(&mut self, slept_ns: u64) {
+        self.spin_ns = if slept_ns < 2 * SPIN_NS_MAX {
+            (self.spin_ns * 2).min(SPIN_NS_MAX)
+        } else {
+            (self.spin_ns / 2).max(SPIN_NS_MIN)
+        };
+    }
+
+    pub(super) fn read_link_stats(&mut self) {
+        self.stats_read_ns = self.now_ns;
+        for own in &mut self.queues {
+            let now = own.queue.stats();
+            let seen = std::mem::replace(&mut own.seen, now);
+            self.stats.add(Counter::RxDropped, now.rx_dropped.saturating_sub(seen.rx_dropped));
+            self.stats.add(Counter::RxInvalid, now.rx_invalid.saturating_sub(seen.rx_invalid));
+        }
+        let copied = self.pool.bytes_copied();
+        self.stats.add(Counter::BytesCopied, copied - std::mem::replace(&mut self.bytes_copied_seen, copied));
+    }
+}
