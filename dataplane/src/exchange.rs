@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use aoe_xdp::link::{Chunk, RxFrame, Segments};
-use aoe_xdp::target::{ExportTable, ReplyHead};
+use aoe_xdp::target::{ExportTable, Ingress, ReplyHead};
 use cluster_map::Durability;
 use crossbeam::queue::ArrayQueue;
 use rustix::event::EventfdFlags;
@@ -74,6 +74,8 @@ pub struct CoreConfig {
     pub version: u64,
     /// What the wire sees.
     pub exports: ExportTable,
+    /// By interface ordinal: what frames that come in there meet. It follows the live MTU.
+    pub ingress: Vec<Ingress>,
     /// By export key.
     pub served: Vec<Option<Served>>,
     /// Keys of the exports to advertise.

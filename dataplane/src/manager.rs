@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{Interface, LinkInfo, LinkMode};
-use aoe_xdp::target::{Export, ExportTable};
+use aoe_xdp::target::{Export, ExportTable, Ingress};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
     DataMap, Desired, DesiredExport, ExportState, MapError, Observed, ObservedExport, ObservedLink, VolumeId,
@@ -45,6 +45,13 @@ pub(crate) struct OpenInterface {
     /// (what it is, the CPU that owns it), by queue
     queues: Vec<(LinkInfo, u16)>,
     ordinal: u8,
+}
+
+impl OpenInterface {
+    fn ingress(&self) -> Ingress {
+        let info = self.interface.info();
+        Ingress { mac: Mac(info.mac), ordinal: self.ordinal, sectors_max: info.max_sectors }
+    }
 }
 
 /// What is known of an export that cores serve.
@@ -189,6 +196,7 @@ impl Manager {
         let config = Arc::new(CoreConfig {
             version: self.version,
             exports: ExportTable::new(table)?,
+            ingress: self.interfaces.iter().map(OpenInterface::ingress).collect(),
             served,
             announce,
             stores: self.stores.access(),

@@ -22,7 +22,6 @@ use std::sync::Arc;
 
 use aoe_xdp::link::{LinkStats, Pool, Queue, Region, RxFrame, TxFrame};
 use aoe_xdp::order::{RangeOrder, RequestId};
-use aoe_xdp::target::Ingress;
 use cluster_map::CoreStats;
 use rustix::time::{ClockId, clock_gettime};
 use torus_uring::{FileId, Ring, RingConfig, RingError};
@@ -70,8 +69,6 @@ pub struct Parts {
     pub queues: Vec<(u8, Queue)>,
     /// By interface ordinal.
     pub egress: Vec<Egress>,
-    /// By interface ordinal.
-    pub ingress: Vec<Ingress>,
     /// The letter boxes of all cores, its own among them.
     pub mailboxes: Arc<[Mailbox]>,
     /// Its counters.
@@ -100,7 +97,6 @@ pub struct Reactor {
     ring: Ring,
     queues: Vec<OwnQueue>,
     egress: Vec<Egress>,
-    ingress: Vec<Ingress>,
     mailboxes: Arc<[Mailbox]>,
     stats: CoreStats,
     config: Arc<CoreConfig>,
@@ -152,7 +148,6 @@ impl Reactor {
             ring,
             queues: queues.collect(),
             egress: parts.egress,
-            ingress: parts.ingress,
             mailboxes: parts.mailboxes,
             stats: parts.stats,
             config: Arc::new(CoreConfig::default()),

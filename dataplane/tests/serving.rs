@@ -94,6 +94,7 @@ impl Node {
         let config = CoreConfig {
             version: 1,
             exports: ExportTable::new((0..EXPORTS).map(export).collect()).unwrap(),
+            ingress: vec![Ingress { mac: Mac(info.mac), ordinal: 0, sectors_max: info.max_sectors }],
             served: served.collect(),
             announce: Vec::new(),
             stores: vec![Some(access)],
@@ -114,7 +115,6 @@ impl Node {
                 pool,
                 queues: queue.take().map(|queue| (0, queue)).into_iter().collect(),
                 egress: vec![if core == 0 { Egress::Own(0) } else { Egress::Other(0) }],
-                ingress: vec![Ingress { mac: Mac(info.mac), ordinal: 0, sectors_max: info.max_sectors }],
                 mailboxes: Arc::clone(&node.mailboxes),
                 stats: map.core_stats(core).unwrap(),
             };

@@ -12,8 +12,6 @@ use af_xdp::nic::Nic;
 use aoe_xdp::link::{
     Interface, LinkChoice, LinkError, LinkInfo, Pool, Queue, Region, RegionConfig, RegionError,
 };
-use aoe_xdp::target::Ingress;
-use aoe_xdp::wire::Mac;
 use cluster_map::{DataMap, Desired, MapError};
 use rustix::fs::FlockOperation;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -179,7 +177,6 @@ struct Paths {
     pools: Vec<Pool>,
     queues: Vec<Vec<(u8, Queue)>>,
     egress: Vec<Vec<Egress>>,
-    ingress: Vec<Ingress>,
 }
 
 fn open_paths(desired: &Desired) -> Result<Paths, StartError> {
@@ -196,7 +193,6 @@ fn open_paths(desired: &Desired) -> Result<Paths, StartError> {
         pools: Vec::new(),
         queues: (0..cores).map(|_| Vec::new()).collect(),
         egress: vec![Vec::new(); usize::from(cores)],
-        ingress: Vec::new(),
     };
     for (ordinal, name) in (0u8..).zip(&desired.interfaces) {
         open_path(&mut paths, &mut pools, ordinal, name, desired, &region)?;
@@ -225,11 +221,9 @@ fn open_path(
         owners.push((core, paths.queues[core].len()));
         paths.queues[core].push((ordinal, opened));
     }
-    let Some((first, _)) = queues.first() else {
+    let Some(&(first_core, _)) = owners.first() else {
         return Err(StartError::Configuration(format!("interface {name} has no queue")));
     };
-    paths.ingress.push(Ingress { mac: Mac(first.mac), ordinal, sectors_max: first.max_sectors });
-    let (first_core, _) = owners[0];
     for (core, egress) in paths.egress.iter_mut().enumerate() {
         let own = owners.iter().find(|(owner, _)| *owner == core).map(|(_, at)| Egress::Own(*at));
         egress.push(own.unwrap_or(Egress::Other(u16::try_from(first_core).expect("a core's index"))));
@@ -294,7 +288,6 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
             pool,
             queues,
             egress,
-            ingress: paths.ingress.clone(),
             mailboxes: Arc::clone(&mailboxes),
             stats: map.core_stats(core)?,
         };

@@ -46,13 +46,14 @@ impl Reactor {
                 Message::TakeBack(chunk) => self.pool.release(chunk),
                 Message::Send { interface, head, data } => self.send(interface, &head, data),
                 Message::Serve { interface, frame } => {
-                    let ingress = self.ingress[usize::from(interface)];
                     // Routed again: the sender may have had another configuration.
-                    if let Route::One(export) = target::route(&config.exports, &ingress, frame.head(&region))
+                    if let Some(ingress) = config.ingress.get(usize::from(interface))
+                        && let Route::One(export) =
+                            target::route(&config.exports, ingress, frame.head(&region))
                         && served(&config, export.key).is_some_and(|served| served.owner == self.core)
                         && !config.drain
                     {
-                        let action = target::respond(export, &ingress, frame.head(&region), frame.len());
+                        let action = target::respond(export, ingress, frame.head(&region), frame.len());
                         self.act(interface, export, action, &frame);
                     }
                     self.give_back(frame.into_segments());

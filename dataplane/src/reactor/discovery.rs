@@ -24,8 +24,8 @@ impl Reactor {
             for at in 0..self.queues.len() {
                 if self.queues[at].queue.info().queue == 0 {
                     let interface = self.queues[at].interface;
-                    let ingress = self.ingress[usize::from(interface)];
-                    self.answer(interface, export, target::advertisement(export, &ingress));
+                    let Some(ingress) = config.ingress.get(usize::from(interface)) else { continue };
+                    self.answer(interface, export, target::advertisement(export, ingress));
                 }
             }
         }

@@ -32,19 +32,23 @@ impl Reactor {
 
     /// Finds out whose a frame is.
     pub(super) fn dispatch(&mut self, config: &CoreConfig, region: &Region, interface: u8, frame: RxFrame) {
-        let ingress = self.ingress[usize::from(interface)];
-        match target::route(&config.exports, &ingress, frame.head(region)) {
+        // Before the first configuration nothing is served.
+        let Some(ingress) = config.ingress.get(usize::from(interface)) else {
+            self.give_back(frame.into_segments());
+            return;
+        };
+        match target::route(&config.exports, ingress, frame.head(region)) {
             Route::Silent(_) => self.stats.add(Counter::RxInvalid, 1),
             Route::Matching(address) => {
                 for export in config.exports.exports().iter().filter(|export| address.matches(export.address))
                 {
-                    let action = target::respond(export, &ingress, frame.head(region), frame.len());
+                    let action = target::respond(export, ingress, frame.head(region), frame.len());
                     self.answer(interface, export, action);
                 }
             }
             Route::One(export) => match served(config, export.key) {
                 Some(served) if served.owner == self.core => {
-                    let action = target::respond(export, &ingress, frame.head(region), frame.len());
+                    let action = target::respond(export, ingress, frame.head(region), frame.len());
                     self.act(interface, export, action, &frame);
                 }
                 Some(served) => {
