@@ -3,11 +3,21 @@
 //! One [`Desired`] is the whole wish of a node, never a difference and never a command: either process may miss any
 //! number of versions, crash or be replaced, and the newest version alone is enough to converge.
 
+use crate::change::{AnswerRecord, at_most, put_macs, put_string, take_macs, take_string};
 use crate::error::{Fault, MapError};
+use crate::layout::{LEVEL, LOWEST_READER};
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
-use crate::{ClusterId, MAX_PATH_BYTES, NodeId, StoreId, VolumeId};
+use crate::{
+    ChangeAnswer, ClusterId, MAX_CHANGES, MAX_LISTED_MACS, MAX_PATH_BYTES, NodeId, StoreId, VolumeId,
+};
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Most interfaces: an export's MACs have 4 bits for the interface's ordinal.
+pub const MAX_INTERFACES: usize = 16;
+
+/// Served on every interface, as the mask of [`DesiredExport::on_interfaces`].
+pub const EVERY_INTERFACE: u16 = u16::MAX;
 
 /// The whole wish of the control process for one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,7 +32,8 @@ pub struct Desired {
     pub cores: Vec<u16>,
     /// How frames are sent and received. Read at data-plane start only.
     pub link: LinkChoice,
-    /// Names of the network interfaces to serve on, in ordinal order. Read at data-plane start only.
+    /// The logical interfaces to serve on, in ordinal order, at most [`MAX_INTERFACES`]: `eth0`, or `eth0@100` for the
+    /// frames of VLAN 100. Read at data-plane start only.
     pub interfaces: Vec<String>,
     /// The stores to open.
     pub stores: Vec<DesiredStore>,
@@ -30,6 +41,9 @@ pub struct Desired {
     pub volumes: Vec<DesiredVolume>,
     /// The volumes to serve, with their addresses.
     pub exports: Vec<DesiredExport>,
+    /// What became of the changes in [`Observed::changes`](crate::Observed::changes), at most [`MAX_CHANGES`]. The exports are those
+    /// after the change.
+    pub answers: Vec<ChangeAnswer>,
     /// Finish what is in flight, then exit with code 0.
     pub drain: bool,
 }
@@ -81,7 +95,7 @@ pub enum VolumeIntent {
 }
 
 /// A volume to serve under an AoE address.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredExport {
     /// The volume.
     pub volume: VolumeId,
@@ -94,8 +108,79 @@ pub struct DesiredExport {
     pub mac: [u8; 6],
     /// Refuse writes.
     pub read_only: bool,
+    /// Bit `i`: serve on [`Desired::interfaces`]`[i]`. All ones, [`EVERY_INTERFACE`], is the default.
+    pub on_interfaces: u16,
+    /// The config string of Query Config, at most [`MAX_CONFIG_STRING_BYTES`](crate::MAX_CONFIG_STRING_BYTES).
+    pub config_string: Vec<u8>,
+    /// The mask list: the MACs that are answered, at most [`MAX_LISTED_MACS`]; empty: every one.
+    pub masks: Vec<[u8; 6]>,
+    /// The MACs that the export is reserved for, at most [`MAX_LISTED_MACS`]; empty: not reserved.
+    pub reserved_for: Vec<[u8; 6]>,
+    /// Who may change these over AoE.
+    pub allow: AoePolicy,
 }
 
+impl Default for DesiredExport {
+    fn default() -> Self {
+        Self {
+            volume: VolumeId::default(),
+            shelf: 0,
+            slot: 0,
+            mac: [0; 6],
+            read_only: false,
+            on_interfaces: EVERY_INTERFACE,
+            config_string: Vec::new(),
+            masks: Vec::new(),
+            reserved_for: Vec::new(),
+            allow: AoePolicy::default(),
+        }
+    }
+}
+
+/// Who may change an export's settings over AoE. Any initiator may always read them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AoePolicy {
+    /// The config string.
+    pub config: Allow,
+    /// The mask list.
+    pub masks: Allow,
+    /// The reservation; releasing it is changing it.
+    pub reserve: Allow,
+}
+
+/// Which initiators are allowed something.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Allow {
+    /// None: only the API of the cluster.
+    #[default]
+    Nobody,
+    /// All.
+    Anyone,
+    /// Those with these MACs, at most [`MAX_LISTED_MACS`].
+    Only(Vec<[u8; 6]>),
+}
+
+impl Allow {
+    /// Whether the initiator with this MAC is allowed it.
+    #[must_use]
+    pub fn includes(&self, mac: [u8; 6]) -> bool {
+        match self {
+            Self::Nobody => false,
+            Self::Anyone => true,
+            Self::Only(macs) => macs.contains(&mac),
+        }
+    }
+}
+
+/// The codes of [`Allow`].
+#[derive(Clone, Copy)]
+enum AllowKind {
+    Nobody,
+    Anyone,
+    Only,
+}
+
+codes!(AllowKind { Nobody = 0, Anyone = 1, Only = 2, });
 codes!(LinkChoice { Auto = 0, AfXdp = 1, AfPacket = 2, });
 codes!(VolumeIntent { Active = 0, Purging = 1, });
 
@@ -114,11 +199,13 @@ struct Head {
     volumes: Table,
     exports: Table,
     pool: Table,
+    answers: Table,
 }
 
 impl Record for Head {
     const NAME: &'static str = "desired head";
-    const LEAST: usize = size_of::<Self>();
+    /// Without the answers.
+    const LEAST: usize = size_of::<Self>() - size_of::<Table>();
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -180,11 +267,25 @@ struct ExportRecord {
     slot: u8,
     read_only: u8,
     mac: [u8; 6],
+    /// The interfaces that it is *not* served on: a record of the former level, without it, is served on all.
+    not_on: U16,
+    config_string: Text,
+    masks: Text,
+    reserved_for: Text,
+    allow: [AllowRecord; 3],
 }
 
 impl Record for ExportRecord {
     const NAME: &'static str = "export";
-    const LEAST: usize = size_of::<Self>();
+    /// Up to the MAC.
+    const LEAST: usize = 26;
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct AllowRecord {
+    kind: u8,
+    macs: Text,
 }
 
 /// An export's base address leaves its low 4 bits to the ordinal of the interface.
@@ -239,40 +340,90 @@ impl VolumeRecord {
     }
 }
 
+impl AllowRecord {
+    fn encode(out: &mut Encoder<'_>, allow: &Allow) -> Result<Self, MapError> {
+        let (kind, macs): (_, &[_]) = match allow {
+            Allow::Nobody => (AllowKind::Nobody, &[]),
+            Allow::Anyone => (AllowKind::Anyone, &[]),
+            Allow::Only(macs) => (AllowKind::Only, macs),
+        };
+        Ok(Self { kind: kind.code(), macs: put_macs(out, macs, MAX_LISTED_MACS)? })
+    }
+
+    fn decode(self, from: &mut Decoder<'_>) -> Result<Allow, Fault> {
+        Ok(match AllowKind::from_code(self.kind)? {
+            AllowKind::Nobody => Allow::Nobody,
+            AllowKind::Anyone => Allow::Anyone,
+            AllowKind::Only => Allow::Only(take_macs(from, self.macs, MAX_LISTED_MACS)?),
+        })
+    }
+}
+
 impl ExportRecord {
-    fn encode(export: &DesiredExport) -> Result<Self, MapError> {
+    fn encode(out: &mut Encoder<'_>, export: &DesiredExport) -> Result<Self, MapError> {
         if !is_mac_base(export.mac) {
             return invalid(format!("MAC of export {}.{} has its low 4 bits set", export.shelf, export.slot));
         }
+        let AoePolicy { config, masks, reserve } = &export.allow;
         Ok(Self {
             volume: export.volume.0,
             shelf: export.shelf.into(),
             slot: export.slot,
             read_only: export.read_only.into(),
             mac: export.mac,
+            not_on: (!export.on_interfaces).into(),
+            config_string: put_string(out, &export.config_string)?,
+            masks: put_macs(out, &export.masks, MAX_LISTED_MACS)?,
+            reserved_for: put_macs(out, &export.reserved_for, MAX_LISTED_MACS)?,
+            allow: [
+                AllowRecord::encode(out, config)?,
+                AllowRecord::encode(out, masks)?,
+                AllowRecord::encode(out, reserve)?,
+            ],
         })
     }
 
-    fn decode(self) -> Result<DesiredExport, Fault> {
+    fn decode(self, from: &mut Decoder<'_>) -> Result<DesiredExport, Fault> {
         if !is_mac_base(self.mac) {
             return Err(Fault::corrupt("MAC of an export has its low 4 bits set"));
         }
+        let [config, masks, reserve] = self.allow;
         Ok(DesiredExport {
             volume: VolumeId(self.volume),
             shelf: self.shelf.get(),
             slot: self.slot,
             mac: self.mac,
             read_only: flag(self.read_only, "read_only")?,
+            on_interfaces: !self.not_on.get(),
+            config_string: take_string(from, self.config_string)?,
+            masks: take_macs(from, self.masks, MAX_LISTED_MACS)?,
+            reserved_for: take_macs(from, self.reserved_for, MAX_LISTED_MACS)?,
+            allow: AoePolicy {
+                config: config.decode(from)?,
+                masks: masks.decode(from)?,
+                reserve: reserve.decode(from)?,
+            },
         })
+    }
+}
+
+impl DesiredExport {
+    /// Whether a data plane that knows nothing of these settings would serve somebody it must not.
+    fn is_restricted(&self) -> bool {
+        self.on_interfaces != EVERY_INTERFACE || !self.masks.is_empty() || !self.reserved_for.is_empty()
     }
 }
 
 impl Desired {
     /// Writes the state to `out`, replacing what is there; the version is not part of it.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
+        at_most(MAX_INTERFACES, self.interfaces.len(), "interfaces")?;
+        at_most(MAX_CHANGES, self.answers.len(), "answers to changes")?;
+        let restricted = self.exports.iter().any(DesiredExport::is_restricted);
+        let lowest_reader = if restricted { LEVEL } else { LOWEST_READER };
         let mut to = Encoder::new::<Head>(out);
         let head = Head {
-            preamble: Preamble::of::<Head>(),
+            preamble: Preamble::of::<Head>(lowest_reader),
             cluster: self.cluster.0,
             node: self.node.0,
             link: self.link.code(),
@@ -283,7 +434,8 @@ impl Desired {
                 .table(&self.interfaces, |to, name| Ok(InterfaceRecord { name: to.text(name)? }))?,
             stores: to.table(&self.stores, StoreRecord::encode)?,
             volumes: to.table(&self.volumes, |_, volume| Ok(VolumeRecord::encode(volume)))?,
-            exports: to.table(&self.exports, |_, export| ExportRecord::encode(export))?,
+            exports: to.table(&self.exports, ExportRecord::encode)?,
+            answers: to.table(&self.answers, |_, answer| Ok(AnswerRecord::encode(answer)))?,
             pool: to.pool()?,
         };
         to.finish(&head);
@@ -303,7 +455,8 @@ impl Desired {
             interfaces: from.table(&head.interfaces, |from, one: InterfaceRecord| from.text(one.name))?,
             stores: from.table(&head.stores, |from, store: StoreRecord| store.decode(from))?,
             volumes: from.table(&head.volumes, |_, volume: VolumeRecord| volume.decode())?,
-            exports: from.table(&head.exports, |_, export: ExportRecord| export.decode())?,
+            exports: from.table(&head.exports, |from, export: ExportRecord| export.decode(from))?,
+            answers: from.added_table(&head.answers, |_, answer: AnswerRecord| answer.decode())?,
             drain: flag(head.drain, "drain")?,
         })
     }
@@ -313,7 +466,8 @@ impl Desired {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::layout::LEVEL;
+    use crate::MAX_CONFIG_STRING_BYTES;
+    use crate::change::strategies::answer;
     use crate::record::other_level::{flipped, relaid};
     use proptest::collection::vec;
     use proptest::prelude::*;
@@ -335,13 +489,37 @@ pub(crate) mod tests {
         )
     }
 
+    fn macs() -> impl Strategy<Value = Vec<[u8; 6]>> {
+        vec(any::<[u8; 6]>(), 0..4)
+    }
+
+    fn allow() -> impl Strategy<Value = Allow> {
+        prop_oneof![Just(Allow::Nobody), Just(Allow::Anyone), macs().prop_map(Allow::Only)]
+    }
+
     fn export() -> impl Strategy<Value = DesiredExport> {
-        (any::<[u8; 16]>(), any::<u16>(), any::<u8>(), any::<[u8; 6]>(), any::<bool>()).prop_map(
-            |(volume, shelf, slot, mut mac, read_only)| {
-                mac[5] &= 0xf0;
-                DesiredExport { volume: VolumeId(volume), shelf, slot, mac, read_only }
-            },
-        )
+        let address = (any::<[u8; 16]>(), any::<u16>(), any::<u8>(), any::<[u8; 6]>(), any::<bool>());
+        let settings = (any::<u16>(), vec(any::<u8>(), 0..40), macs(), macs());
+        let policy = (allow(), allow(), allow());
+        let policy = policy.prop_map(|(config, masks, reserve)| AoePolicy { config, masks, reserve });
+        (address, settings, policy).prop_map(|(address, settings, allow)| {
+            let (volume, shelf, slot, mut mac, read_only) = address;
+            let (on_interfaces, config_string, masks, reserved_for) = settings;
+            mac[5] &= 0xf0;
+            let volume = VolumeId(volume);
+            DesiredExport {
+                volume,
+                shelf,
+                slot,
+                mac,
+                read_only,
+                on_interfaces,
+                config_string,
+                masks,
+                reserved_for,
+                allow,
+            }
+        })
     }
 
     /// Any desired state, with version 0.
@@ -349,19 +527,28 @@ pub(crate) mod tests {
         let link = prop_oneof![Just(LinkChoice::Auto), Just(LinkChoice::AfXdp), Just(LinkChoice::AfPacket)];
         let ids = (any::<[u8; 16]>(), any::<[u8; 16]>());
         let start = (vec(any::<u16>(), 0..5), link, vec("[a-z0-9]{0,15}", 0..4));
-        let rest = (vec(store(), 0..6), vec(volume(), 0..9), vec(export(), 0..9), any::<bool>());
+        let rest = (
+            vec(store(), 0..6),
+            vec(volume(), 0..9),
+            vec(export(), 0..9),
+            vec(answer(), 0..5),
+            any::<bool>(),
+        );
         (ids, start, rest).prop_map(
-            |((cluster, node), (cores, link, interfaces), (stores, volumes, exports, drain))| Desired {
-                version: 0,
-                cluster: ClusterId(cluster),
-                node: NodeId(node),
-                cores,
-                link,
-                interfaces,
-                stores,
-                volumes,
-                exports,
-                drain,
+            |((cluster, node), (cores, link, interfaces), (stores, volumes, exports, answers, drain))| {
+                Desired {
+                    version: 0,
+                    cluster: ClusterId(cluster),
+                    node: NodeId(node),
+                    cores,
+                    link,
+                    interfaces,
+                    stores,
+                    volumes,
+                    exports,
+                    answers,
+                    drain,
+                }
             },
         )
     }
@@ -376,7 +563,8 @@ pub(crate) mod tests {
 
     /// As written by the next level, which still serves this one: longer head, longer records.
     pub(crate) fn newer(desired: &Desired) -> Vec<u8> {
-        relaid(&encoded(desired), (LEVEL + 1, LEVEL), 20, TABLES, |table, stride| stride + 3 + table)
+        let head_len = size_of::<Head>() + 20;
+        relaid(&encoded(desired), (LEVEL + 1, LEVEL), head_len, TABLES, |table, stride| stride + 3 + table)
     }
 
     /// As written by a level that had only what every record must have.
@@ -388,12 +576,23 @@ pub(crate) mod tests {
             VolumeRecord::LEAST,
             ExportRecord::LEAST,
         ];
-        relaid(&encoded(desired), (LEVEL, LEVEL), 0, TABLES, |table, _| least[table])
+        relaid(&encoded(desired), (LEVEL - 1, LEVEL - 1), Head::LEAST, TABLES, |table, _| least[table])
     }
 
     /// What is left of a state in the form of [`older`].
     pub(crate) fn without_newer_fields(mut desired: Desired) -> Desired {
         desired.stores.iter_mut().for_each(|store| store.id = None);
+        desired.answers.clear();
+        for export in &mut desired.exports {
+            *export = DesiredExport {
+                volume: export.volume,
+                shelf: export.shelf,
+                slot: export.slot,
+                mac: export.mac,
+                read_only: export.read_only,
+                ..DesiredExport::default()
+            };
+        }
         desired
     }
 
@@ -435,15 +634,17 @@ pub(crate) mod tests {
     #[test]
     fn a_record_below_its_least_is_refused() {
         let desired = Desired { volumes: vec![DesiredVolume::default()], ..Desired::default() };
-        let short = relaid(&encoded(&desired), (LEVEL, LEVEL), 0, TABLES, |_, stride| stride - 1);
+        let short =
+            relaid(&encoded(&desired), (LEVEL, LEVEL), size_of::<Head>(), TABLES, |_, stride| stride - 1);
         let fault = Desired::decode(&short, 1).unwrap_err();
         assert!(matches!(&fault, Fault::Corrupt(what) if what.contains("table of cores")), "{fault:?}");
     }
 
     #[test]
     fn a_level_that_leaves_this_one_behind_is_refused() {
+        let levels = (LEVEL + 2, LEVEL + 1);
         let bytes =
-            relaid(&encoded(&Desired::default()), (LEVEL + 2, LEVEL + 1), 0, TABLES, |_, stride| stride);
+            relaid(&encoded(&Desired::default()), levels, size_of::<Head>(), TABLES, |_, stride| stride);
         let refused = Fault::Level { found: LEVEL + 2, lowest_reader: LEVEL + 1, supported: LEVEL };
         assert_eq!(Desired::decode(&bytes, 1), Err(refused));
     }
@@ -465,5 +666,62 @@ pub(crate) mod tests {
         assert!(!refused(with_path("x".repeat(MAX_PATH_BYTES))));
         assert!(refused(with_mac([2, 0, 0, 0, 0, 1])));
         assert!(!refused(with_mac([2, 0, 0, 0, 0, 0x10])));
+    }
+
+    #[test]
+    fn settings_longer_than_a_frame_of_every_mtu_are_refused() {
+        let with = |change: fn(&mut DesiredExport, usize), excess: usize| {
+            let mut export = DesiredExport::default();
+            change(&mut export, excess);
+            let desired = Desired { exports: vec![export], ..Desired::default() };
+            desired.encode(&mut Vec::new()).is_ok()
+        };
+        let string = |export: &mut DesiredExport, excess| {
+            export.config_string = vec![b'x'; MAX_CONFIG_STRING_BYTES + excess];
+        };
+        assert!(with(string, 0) && !with(string, 1));
+        for list in [
+            (|export, excess| export.masks = vec![[2; 6]; MAX_LISTED_MACS + excess])
+                as fn(&mut DesiredExport, usize),
+            |export, excess| export.reserved_for = vec![[2; 6]; MAX_LISTED_MACS + excess],
+            |export, excess| export.allow.config = Allow::Only(vec![[2; 6]; MAX_LISTED_MACS + excess]),
+            |export, excess| export.allow.masks = Allow::Only(vec![[2; 6]; MAX_LISTED_MACS + excess]),
+            |export, excess| export.allow.reserve = Allow::Only(vec![[2; 6]; MAX_LISTED_MACS + excess]),
+        ] {
+            assert!(with(list, 0) && !with(list, 1));
+        }
+        let crowded = Desired { interfaces: vec!["eth0".into(); MAX_INTERFACES + 1], ..Desired::default() };
+        assert!(crowded.encode(&mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn a_list_with_a_part_of_a_mac_is_damage() {
+        let export = DesiredExport { masks: vec![[2; 6]; 2], ..DesiredExport::default() };
+        let mut bytes = encoded(&Desired { exports: vec![export], ..Desired::default() });
+        let len = size_of::<Head>() + std::mem::offset_of!(ExportRecord, masks) + 4;
+        assert_eq!(bytes[len], 12);
+        bytes[len] = 11;
+        assert_eq!(
+            Desired::decode(&bytes, 1),
+            Err(Fault::corrupt("a list of MAC addresses has a part of one"))
+        );
+    }
+
+    /// Otherwise a data plane of the former level would serve whom it must not.
+    #[test]
+    fn a_restricted_export_is_not_for_readers_of_the_former_level() {
+        let lowest_reader = |export: DesiredExport| {
+            let bytes = encoded(&Desired { exports: vec![export], ..Desired::default() });
+            u32::from_le_bytes(bytes[4..8].try_into().unwrap())
+        };
+        let free = DesiredExport { config_string: b"x".to_vec(), ..DesiredExport::default() };
+        assert_eq!(lowest_reader(free), LEVEL - 1);
+        for restricted in [
+            DesiredExport { masks: vec![[2; 6]], ..DesiredExport::default() },
+            DesiredExport { reserved_for: vec![[2; 6]], ..DesiredExport::default() },
+            DesiredExport { on_interfaces: 1, ..DesiredExport::default() },
+        ] {
+            assert_eq!(lowest_reader(restricted), LEVEL);
+        }
     }
 }

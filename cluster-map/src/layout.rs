@@ -21,7 +21,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The layout level of this program. A program of level N reads and writes maps of level N and N−1.
-pub const LEVEL: u32 = 1;
+pub const LEVEL: u32 = 2;
 
 /// The lowest level that can read what this program writes: its predecessor's, level 1 being the first.
 pub(crate) const LOWEST_READER: u32 = if LEVEL > 1 { LEVEL - 1 } else { 1 };
@@ -62,11 +62,11 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Room for at least 10 000 volumes and 10 000 exports, each with an error of
-    /// [`MAX_NOTE_BYTES`](crate::MAX_NOTE_BYTES).
+    /// Room for at least 10 000 volumes and 10 000 exports, each with the longest config string and full lists of MACs, and
+    /// with an error of [`MAX_NOTE_BYTES`](crate::MAX_NOTE_BYTES).
     #[must_use]
     pub fn new(cores: u16, cluster: ClusterId, node: NodeId) -> Self {
-        Self { cores, cluster, node, desired_bytes: 4 << 20, observed_bytes: 16 << 20 }
+        Self { cores, cluster, node, desired_bytes: 40 << 20, observed_bytes: 16 << 20 }
     }
 }
 

@@ -16,6 +16,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(loom, allow(dead_code, unused_imports, unused_macros))]
 
+mod change;
 mod desired;
 mod error;
 mod ids;
@@ -30,7 +31,14 @@ mod slot;
 mod stats;
 mod sync;
 
-pub use desired::{Desired, DesiredExport, DesiredStore, DesiredVolume, LinkChoice, VolumeIntent};
+pub use change::{
+    Change, ChangeAnswer, ChangeOutcome, ChangeRequest, MAX_CHANGES, MAX_CONFIG_STRING_BYTES,
+    MAX_LISTED_MACS, MaskEdit, SetRule,
+};
+pub use desired::{
+    Allow, AoePolicy, Desired, DesiredExport, DesiredStore, DesiredVolume, EVERY_INTERFACE, LinkChoice,
+    MAX_INTERFACES, VolumeIntent,
+};
 pub use error::{MapError, Role};
 pub use ids::{ClusterId, NodeId, ParseIdError, StoreId, VolumeId};
 pub use layout::{Geometry, LEVEL};

@@ -2,9 +2,11 @@
 //!
 //! The counterpart of [`Desired`](crate::Desired): whole, level-triggered, carrying the desired version that it answers.
 
+use crate::change::{RequestRecord, at_most};
 use crate::error::{Fault, MapError};
+use crate::layout::LOWEST_READER;
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
-use crate::{StoreId, VolumeId};
+use crate::{ChangeRequest, MAX_CHANGES, StoreId, VolumeId};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -28,6 +30,9 @@ pub struct Observed {
     pub volumes: Vec<ObservedVolume>,
     /// One entry per export that was asked for.
     pub exports: Vec<ObservedExport>,
+    /// What initiators ask to be changed, at most [`MAX_CHANGES`]; each stays until the desired state answers it, or until
+    /// its initiator is no more expected to wait.
+    pub changes: Vec<ChangeRequest>,
 }
 
 /// One queue of one interface.
@@ -191,11 +196,13 @@ struct Head {
     volumes: Table,
     exports: Table,
     pool: Table,
+    changes: Table,
 }
 
 impl Record for Head {
     const NAME: &'static str = "observed head";
-    const LEAST: usize = size_of::<Self>();
+    /// Without the changes.
+    const LEAST: usize = size_of::<Self>() - size_of::<Table>();
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -387,15 +394,17 @@ impl ExportRecord {
 impl Observed {
     /// Writes the state to `out`, replacing what is there; the version is not part of it.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
+        at_most(MAX_CHANGES, self.changes.len(), "changes at a time")?;
         let mut to = Encoder::new::<Head>(out);
         let head = Head {
-            preamble: Preamble::of::<Head>(),
+            preamble: Preamble::of::<Head>(LOWEST_READER),
             pid: self.pid.into(),
             applied: self.applied.into(),
             links: to.table(&self.links, LinkRecord::encode)?,
             stores: to.table(&self.stores, StoreRecord::encode)?,
             volumes: to.table(&self.volumes, VolumeRecord::encode)?,
             exports: to.table(&self.exports, ExportRecord::encode)?,
+            changes: to.table(&self.changes, RequestRecord::encode)?,
             pool: to.pool()?,
         };
         to.finish(&head);
@@ -414,6 +423,7 @@ impl Observed {
             stores: from.table(&head.stores, |from, store: StoreRecord| store.decode(from))?,
             volumes: from.table(&head.volumes, |from, volume: VolumeRecord| volume.decode(from))?,
             exports: from.table(&head.exports, |from, export: ExportRecord| export.decode(from))?,
+            changes: from.added_table(&head.changes, |from, change: RequestRecord| change.decode(from))?,
         })
     }
 }
@@ -422,8 +432,10 @@ impl Observed {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::change::strategies::request;
     use crate::layout::LEVEL;
     use crate::record::other_level::{flipped, relaid};
+    use crate::{Change, MaskEdit, SetRule};
     use proptest::collection::vec;
     use proptest::prelude::*;
     use proptest::sample::select;
@@ -502,9 +514,19 @@ pub(crate) mod tests {
     /// Any observed state, with version 0.
     pub(crate) fn any_observed() -> impl Strategy<Value = Observed> {
         let lists = (vec(link(), 0..4), vec(store(), 0..5), vec(volume(), 0..8), vec(export(), 0..8));
-        (any::<u64>(), any::<u32>(), lists).prop_map(|(applied, pid, (links, stores, volumes, exports))| {
-            Observed { version: 0, applied, pid, links, stores, volumes, exports }
-        })
+        let changes = vec(request(), 0..5);
+        (any::<u64>(), any::<u32>(), lists, changes).prop_map(
+            |(applied, pid, (links, stores, volumes, exports), changes)| Observed {
+                version: 0,
+                applied,
+                pid,
+                links,
+                stores,
+                volumes,
+                exports,
+                changes,
+            },
+        )
     }
 
     pub(crate) fn encoded(observed: &Observed) -> Vec<u8> {
@@ -517,17 +539,19 @@ pub(crate) mod tests {
 
     /// As written by the next level, which still serves this one: longer head, longer records.
     pub(crate) fn newer(observed: &Observed) -> Vec<u8> {
-        relaid(&encoded(observed), (LEVEL + 1, LEVEL), 9, TABLES, |table, stride| stride + 1 + table)
+        let head_len = size_of::<Head>() + 9;
+        relaid(&encoded(observed), (LEVEL + 1, LEVEL), head_len, TABLES, |table, stride| stride + 1 + table)
     }
 
     /// As written by a level that had only what every record must have.
     pub(crate) fn older(observed: &Observed) -> Vec<u8> {
         let least = [LinkRecord::LEAST, StoreRecord::LEAST, VolumeRecord::LEAST, ExportRecord::LEAST];
-        relaid(&encoded(observed), (LEVEL, LEVEL), 0, TABLES, |table, _| least[table])
+        relaid(&encoded(observed), (LEVEL - 1, LEVEL - 1), Head::LEAST, TABLES, |table, _| least[table])
     }
 
     /// What is left of a state in the form of [`older`].
     pub(crate) fn without_newer_fields(mut observed: Observed) -> Observed {
+        observed.changes.clear();
         observed.links.iter_mut().for_each(|link| link.note.clear());
         observed.stores.iter_mut().for_each(|store| store.error.clear());
         observed.exports.iter_mut().for_each(|export| export.error.clear());
@@ -595,5 +619,22 @@ pub(crate) mod tests {
         let shared = bytes[first..first + size_of::<Text>()].to_vec();
         bytes[second..second + size_of::<Text>()].copy_from_slice(&shared);
         assert_eq!(Observed::decode(&bytes, 1), Err(Fault::corrupt("strings exceed their pool")));
+    }
+
+    #[test]
+    fn more_than_a_frame_or_the_map_carries_is_refused() {
+        let with = |count, change: Change| {
+            let request = ChangeRequest { id: 1, volume: VolumeId::default(), client: [2; 6], change };
+            Observed { changes: vec![request; count], ..Observed::default() }.encode(&mut Vec::new()).is_ok()
+        };
+        let reserve = |macs| Change::Reserve { macs: vec![[2; 6]; macs], force: false };
+        let string = |bytes| Change::SetString { rule: SetRule::Always, string: vec![b'x'; bytes] };
+        let edit = MaskEdit { position: 0, add: true, mac: [2; 6] };
+        let masks = |edits| Change::EditMasks { edits: vec![edit; edits] };
+        assert!(
+            with(MAX_CHANGES, reserve(255)) && !with(MAX_CHANGES + 1, reserve(0)) && !with(1, reserve(256))
+        );
+        assert!(with(MAX_CHANGES, string(1024)) && !with(1, string(1025)));
+        assert!(with(MAX_CHANGES, masks(255)) && !with(1, masks(256)));
     }
 }

@@ -7,7 +7,7 @@
 //! [`Fault`], never a panic, and never more memory than a small multiple of the input.
 
 use crate::error::{Fault, MapError};
-use crate::layout::{LEVEL, LOWEST_READER, check_level};
+use crate::layout::{LEVEL, check_level};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -29,7 +29,7 @@ pub(crate) struct Table {
     pub(crate) stride: U32,
 }
 
-/// Place of a string in the pool, in bytes.
+/// Place of a string, or of other bytes, in the pool.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct Text {
@@ -47,10 +47,10 @@ pub(crate) struct Preamble {
 }
 
 impl Preamble {
-    /// That of this program's level, for a head of type `H`.
-    pub(crate) fn of<H: Record>() -> Self {
+    /// That of this program's level, for a head of type `H`, to be read by the levels from `lowest_reader` on.
+    pub(crate) fn of<H: Record>(lowest_reader: u32) -> Self {
         let head_len = u32::try_from(size_of::<H>()).expect("a head is a few hundred bytes");
-        Self { level: LEVEL.into(), lowest_reader: LOWEST_READER.into(), head_len: head_len.into() }
+        Self { level: LEVEL.into(), lowest_reader: lowest_reader.into(), head_len: head_len.into() }
     }
 }
 
@@ -100,9 +100,14 @@ impl<'a> Encoder<'a> {
 
     /// Puts a string into the pool.
     pub(crate) fn text(&mut self, text: &str) -> Result<Text, MapError> {
+        self.bytes(text.as_bytes())
+    }
+
+    /// Puts bytes that need be no text into the pool.
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<Text, MapError> {
         let offset = length(self.pool.len())?;
-        self.pool.extend_from_slice(text.as_bytes());
-        Ok(Text { offset, len: length(text.len())? })
+        self.pool.extend_from_slice(bytes);
+        Ok(Text { offset, len: length(bytes.len())? })
     }
 
     /// Appends the pool; no string may follow.
@@ -177,8 +182,25 @@ impl<'a> Decoder<'a> {
         rows.chunks_exact(stride).map(|row| item(self, read_record(row)?)).collect()
     }
 
+    /// Reads the records of a table that heads of the former level lack.
+    pub(crate) fn added_table<R: Record, T>(
+        &mut self,
+        table: &Table,
+        item: impl FnMut(&mut Self, R) -> Result<T, Fault>,
+    ) -> Result<Vec<T>, Fault> {
+        let absent = table.as_bytes().iter().all(|byte| *byte == 0);
+        if absent { Ok(Vec::new()) } else { self.table(table, item) }
+    }
+
     /// Reads a string.
     pub(crate) fn text(&mut self, text: Text) -> Result<String, Fault> {
+        let text =
+            std::str::from_utf8(self.bytes(text)?).map_err(|_| Fault::corrupt("string is not UTF-8"))?;
+        Ok(text.to_owned())
+    }
+
+    /// Reads bytes that need be no text.
+    pub(crate) fn bytes(&mut self, text: Text) -> Result<&'a [u8], Fault> {
         let bytes = || -> Option<&'a [u8]> {
             let (offset, len) =
                 (usize::try_from(text.offset.get()).ok()?, usize::try_from(text.len.get()).ok()?);
@@ -189,8 +211,7 @@ impl<'a> Decoder<'a> {
             .budget
             .checked_sub(bytes.len())
             .ok_or_else(|| Fault::corrupt("strings exceed their pool"))?;
-        let text = std::str::from_utf8(bytes).map_err(|_| Fault::corrupt("string is not UTF-8"))?;
-        Ok(text.to_owned())
+        Ok(bytes)
     }
 }
 
@@ -239,26 +260,27 @@ pub(crate) mod other_level {
         bytes[at..at + 4].copy_from_slice(&u32::try_from(value).unwrap().to_le_bytes());
     }
 
-    /// Lays `state` out anew with the given levels, a head longer by `head_growth`, and record strides given by
-    /// `stride(table, stride)` for the tables whose entries lie in the head from `tables` on; the last is the pool.
+    /// Lays `state` out anew with the given levels, a head of `head_len` bytes, and record strides given by
+    /// `stride(table, stride)` for the tables whose entries lie in the head from `tables` on. A table whose entry the head
+    /// loses is left out; the pool, of stride 1, stays as it is.
     pub(crate) fn relaid(
         state: &[u8],
         levels: (u32, u32),
-        head_growth: usize,
+        head_len: usize,
         tables: std::ops::Range<usize>,
         stride: impl Fn(usize, usize) -> usize,
     ) -> Vec<u8> {
-        let head_len = number(state, 8);
-        let mut out = state[..head_len].to_vec();
-        out.extend(std::iter::repeat_n(UNKNOWN, head_growth));
+        let mut out = state[..number(state, 8)].to_vec();
+        out.resize(head_len, UNKNOWN);
         out[..4].copy_from_slice(&levels.0.to_le_bytes());
         out[4..8].copy_from_slice(&levels.1.to_le_bytes());
-        set_number(&mut out, 8, head_len + head_growth);
-        let entries: Vec<usize> = tables.step_by(size_of::<Table>()).collect();
-        for (index, &entry) in entries.iter().enumerate() {
+        set_number(&mut out, 8, head_len);
+        let entries =
+            tables.step_by(size_of::<Table>()).filter(|entry| entry + size_of::<Table>() <= head_len);
+        for (index, entry) in entries.enumerate() {
             let (offset, count) = (number(state, entry), number(state, entry + 4));
             let old = number(state, entry + 8);
-            let new = if index + 1 == entries.len() { old } else { stride(index, old) };
+            let new = if old == 1 { old } else { stride(index, old) };
             let start = out.len();
             set_number(&mut out, entry, start);
             set_number(&mut out, entry + 8, new);

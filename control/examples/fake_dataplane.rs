@@ -122,6 +122,7 @@ fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
         links: links.collect(),
         volumes: desired.volumes.iter().map(|volume| observe_volume(volume, memory)).collect(),
         exports: exports.collect(),
+        changes: Vec::new(),
         stores,
     })
 }

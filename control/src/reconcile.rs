@@ -69,6 +69,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
             slot: address.slot,
             mac: e.record.mac.0,
             read_only: e.record.read_only,
+            ..DesiredExport::default()
         })
     });
     Some(Desired {
@@ -81,6 +82,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         stores: stores.collect(),
         volumes: volumes.collect(),
         exports: exports.collect(),
+        answers: Vec::new(),
         drain: false,
     })
 }

@@ -55,7 +55,7 @@ impl OpenInterface {
 }
 
 /// What is known of an export that cores serve.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct KeyedExport {
     key: u32,
     wish: DesiredExport,
@@ -163,7 +163,7 @@ impl Manager {
                 Some(known) => known.key,
                 None => self.take_key(),
             };
-            wanted.insert(wish.volume, KeyedExport { key, wish: *wish, size_sectors });
+            wanted.insert(wish.volume, KeyedExport { key, wish: wish.clone(), size_sectors });
         }
         wanted
     }
@@ -279,6 +279,7 @@ impl Manager {
             stores: self.stores.observe(desired),
             volumes: self.stores.observe_volumes(desired),
             exports: self.observe_exports(desired),
+            changes: Vec::new(),
         };
         if self.published.as_ref() == Some(&observed) {
             return Ok(());

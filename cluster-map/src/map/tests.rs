@@ -5,8 +5,8 @@ use crate::desired::tests as desired_tests;
 use crate::layout::tests::{of_boot, of_level, with_counters};
 use crate::observed::tests as observed_tests;
 use crate::{
-    BUCKETS, DesiredExport, DesiredVolume, ExportState, LEVEL, MAX_NOTE_BYTES, ObservedExport,
-    ObservedVolume, VolumeId, VolumeObserved,
+    Allow, AoePolicy, BUCKETS, DesiredExport, DesiredVolume, ExportState, LEVEL, MAX_CONFIG_STRING_BYTES,
+    MAX_LISTED_MACS, MAX_NOTE_BYTES, ObservedExport, ObservedVolume, VolumeId, VolumeObserved,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -84,13 +84,22 @@ fn states_pass_both_ways_and_versions_grow_by_one() {
 }
 
 #[test]
-fn ten_thousand_volumes_and_exports_with_errors_fit() {
+fn ten_thousand_volumes_and_exports_with_full_lists_and_errors_fit() {
     let (_dir, mut control, mut data) = pair();
     let ids = || (0..10_000_u32).map(|index| VolumeId(u128::from(index).to_be_bytes()));
     let error = "x".repeat(MAX_NOTE_BYTES);
+    let macs = vec![[2; 6]; MAX_LISTED_MACS];
+    let only = || Allow::Only(macs.clone());
+    let full = DesiredExport {
+        config_string: vec![b'x'; MAX_CONFIG_STRING_BYTES],
+        masks: macs.clone(),
+        reserved_for: macs.clone(),
+        allow: AoePolicy { config: only(), masks: only(), reserve: only() },
+        ..DesiredExport::default()
+    };
     let mut desired = of_node(Desired {
         volumes: ids().map(|id| DesiredVolume { id, ..DesiredVolume::default() }).collect(),
-        exports: ids().map(|volume| DesiredExport { volume, ..DesiredExport::default() }).collect(),
+        exports: ids().map(|volume| DesiredExport { volume, ..full.clone() }).collect(),
         ..Desired::default()
     });
     let volume = |id| ObservedVolume {
@@ -302,7 +311,8 @@ fn a_map_of_a_distant_level_is_refused_with_the_next_step() {
     let path = idle_map(&dir);
     edit_header(&path, |page| of_level(page, LEVEL + 2, LEVEL + 1));
     let error = DataMap::attach(&path).unwrap_err();
-    let (found, supported) = (format!("layout level {}", LEVEL + 2), format!("level {LEVEL}"));
+    let (found, supported) =
+        (format!("layout level {}", LEVEL + 2), format!("levels {} and {LEVEL}", LEVEL - 1));
     let text = error.to_string();
     assert!(matches!(error, MapError::Level { .. }), "{text}");
     assert!(text.contains(&found) && text.contains(&supported) && text.contains("restart both"), "{text}");
