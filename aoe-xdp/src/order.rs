@@ -13,6 +13,11 @@
 //! * Granted in a queue are either its first request alone, if that is exclusive, or the shared ones before the first
 //!   exclusive one.
 //! * A request may start when it is granted in all its queues; it leaves all of them when it has been answered.
+//! * A newcomer may *join* a request instead of standing in the queues itself, and is then executed and answered in that
+//!   request's place. In each block that both touch no conflicting request has been admitted since, and each block that
+//!   only the newcomer touches grants the request at once and becomes one of its blocks. So nothing that conflicts with
+//!   the newcomer lies between the two places, and either order gives the same bytes. And since the added place never
+//!   waits, requests still wait only for ones that were admitted before them: no deadlock is possible.
 //!
 //! The cost of a request depends neither on how many exports there are nor on how many requests are in flight: queues
 //! are found by hash and places are linked. All memory is taken at construction.
@@ -50,12 +55,20 @@ struct Place {
     queue: u32,
     next: u32,
     prev: u32,
+    /// Exclusive places that its queue had been given before it.
+    exclusives_before: u32,
     access: Access,
     granted: bool,
 }
 
-const FREE_PLACE: Place =
-    Place { queue: NONE, next: NONE, prev: NONE, access: Access::Shared, granted: false };
+const FREE_PLACE: Place = Place {
+    queue: NONE,
+    next: NONE,
+    prev: NONE,
+    exclusives_before: 0,
+    access: Access::Shared,
+    granted: false,
+};
 
 #[derive(Debug, Clone, Copy)]
 struct BlockQueue {
@@ -64,6 +77,8 @@ struct BlockQueue {
     head: u32,
     tail: u32,
     bucket_next: u32,
+    /// Exclusive places that it has been given; modulo 2^32, far more than can stand in it at a time.
+    exclusives: u32,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -97,7 +112,8 @@ impl RangeOrder {
         let places = requests_max as usize * BLOCKS_PER_REQUEST_MAX;
         // Twice as many buckets as queues can exist keeps chains near one.
         let buckets = (places * 2).next_power_of_two();
-        let empty = BlockQueue { domain: 0, block: 0, head: NONE, tail: NONE, bucket_next: NONE };
+        let empty =
+            BlockQueue { domain: 0, block: 0, head: NONE, tail: NONE, bucket_next: NONE, exclusives: 0 };
         let queue_ids = 0..requests_max * 3;
         RangeOrder {
             requests: vec![Request::default(); requests_max as usize].into(),
@@ -134,6 +150,63 @@ impl RangeOrder {
         if request.waiting == 0 { Admission::Granted } else { Admission::Queued }
     }
 
+    /// The requests that stand in the queue of a block with no conflicting one behind them, the newest first: the last
+    /// exclusive one, or the shared ones behind it.
+    pub fn newest(&self, domain: u32, block: u64) -> impl Iterator<Item = RequestId> {
+        let tail = self.find_queue(domain, block).map_or(NONE, |queue| self.queues[queue as usize].tail);
+        let mut at = tail;
+        std::iter::from_fn(move || {
+            let place = self.places.get(at as usize)?;
+            if at != tail && place.access == Access::Exclusive {
+                return None;
+            }
+            let id = RequestId(at / 3);
+            at = if place.access == Access::Exclusive { NONE } else { place.prev };
+            Some(id)
+        })
+    }
+
+    /// Whether a newcomer of the same access may join request `id` of the same `domain`: see the module's head. The
+    /// request may have started only if it has all the newcomer's blocks: that is for the caller to know.
+    #[must_use]
+    pub fn may_join(&self, id: RequestId, domain: u32, first_block: u64, last_block: u64) -> bool {
+        let blocks = self.requests[id.0 as usize].blocks;
+        let access = self.places[Self::first_place(id) as usize].access;
+        let mut blocks_with_added = usize::from(blocks);
+        let in_order = (first_block..=last_block).all(|block| {
+            let Some(queue) = self.find_queue(domain, block) else {
+                blocks_with_added += 1;
+                return true;
+            };
+            match self.place_in(id, queue) {
+                Some(place) => self.is_unfollowed(place),
+                None => {
+                    blocks_with_added += 1;
+                    self.grants_at_once(queue, access)
+                }
+            }
+        });
+        blocks > 0 && in_order && blocks_with_added <= BLOCKS_PER_REQUEST_MAX
+    }
+
+    /// A newcomer joins request `id`, which gets those of its blocks that it does not have.
+    ///
+    /// # Panics
+    /// If it [may not](RangeOrder::may_join): an error of the caller.
+    pub fn join(&mut self, id: RequestId, domain: u32, first_block: u64, last_block: u64) {
+        let access = self.places[Self::first_place(id) as usize].access;
+        for block in first_block..=last_block {
+            if self.find_queue(domain, block).is_some_and(|queue| self.place_in(id, queue).is_some()) {
+                continue;
+            }
+            let blocks = self.requests[id.0 as usize].blocks;
+            assert!(usize::from(blocks) < BLOCKS_PER_REQUEST_MAX, "joined a request that has no room");
+            let granted = self.enqueue(Self::first_place(id) + u32::from(blocks), domain, block, access);
+            assert!(granted, "joined out of order");
+            self.requests[id.0 as usize].blocks += 1;
+        }
+    }
+
     /// Takes an answered request out; requests that may start now are handed to `granted`, in order of arrival within
     /// each block.
     ///
@@ -158,6 +231,27 @@ impl RangeOrder {
         id.0 * 3
     }
 
+    /// The request's place in a queue.
+    fn place_in(&self, id: RequestId, queue: u32) -> Option<&Place> {
+        let first = Self::first_place(id) as usize;
+        let blocks = usize::from(self.requests[id.0 as usize].blocks);
+        self.places[first..first + blocks].iter().find(|place| place.queue == queue)
+    }
+
+    /// Whether no conflicting request has been admitted behind a place.
+    fn is_unfollowed(&self, place: &Place) -> bool {
+        match place.access {
+            Access::Exclusive => place.next == NONE,
+            Access::Shared => place.exclusives_before == self.queues[place.queue as usize].exclusives,
+        }
+    }
+
+    /// Whether a place appended to this queue, which is not empty, would not have to wait.
+    fn grants_at_once(&self, queue: u32, access: Access) -> bool {
+        let tail = &self.places[self.queues[queue as usize].tail as usize];
+        access == Access::Shared && tail.access == Access::Shared && tail.granted
+    }
+
     fn bucket(&self, domain: u32, block: u64) -> usize {
         // Fibonacci hashing; the second odd constant keeps equal blocks of different exports apart.
         let mixed = block
@@ -169,33 +263,39 @@ impl RangeOrder {
 
     /// Appends the place to its block's queue; whether it is granted there.
     fn enqueue(&mut self, place: u32, domain: u32, block: u64, access: Access) -> bool {
-        let queue = self.find_or_make_queue(domain, block);
-        let tail = std::mem::replace(&mut self.queues[queue as usize].tail, place);
-        let granted = if tail == NONE {
-            self.queues[queue as usize].head = place;
-            true
-        } else {
-            self.places[tail as usize].next = place;
-            let last = self.places[tail as usize];
-            access == Access::Shared && last.access == Access::Shared && last.granted
+        let (queue, granted) = match self.find_queue(domain, block) {
+            Some(queue) => (queue, self.grants_at_once(queue, access)),
+            None => (self.make_queue(domain, block), true),
         };
-        self.places[place as usize] = Place { queue, next: NONE, prev: tail, access, granted };
+        let own = &mut self.queues[queue as usize];
+        let prev = std::mem::replace(&mut own.tail, place);
+        let exclusives_before = own.exclusives;
+        own.exclusives = exclusives_before.wrapping_add(u32::from(access == Access::Exclusive));
+        match prev {
+            NONE => own.head = place,
+            before => self.places[before as usize].next = place,
+        }
+        self.places[place as usize] = Place { queue, next: NONE, prev, exclusives_before, access, granted };
         granted
     }
 
-    fn find_or_make_queue(&mut self, domain: u32, block: u64) -> u32 {
-        let bucket = self.bucket(domain, block);
-        let mut at = self.buckets[bucket];
-        while at != NONE {
-            let queue = &self.queues[at as usize];
+    fn find_queue(&self, domain: u32, block: u64) -> Option<u32> {
+        let mut at = self.buckets[self.bucket(domain, block)];
+        while let Some(queue) = self.queues.get(at as usize) {
             if queue.block == block && queue.domain == domain {
-                return at;
+                return Some(at);
             }
             at = queue.bucket_next;
         }
+        None
+    }
+
+    fn make_queue(&mut self, domain: u32, block: u64) -> u32 {
+        let bucket = self.bucket(domain, block);
         let made = self.queues_free.pop().expect("as many queues as places");
         let bucket_next = std::mem::replace(&mut self.buckets[bucket], made);
-        self.queues[made as usize] = BlockQueue { domain, block, head: NONE, tail: NONE, bucket_next };
+        self.queues[made as usize] =
+            BlockQueue { domain, block, head: NONE, tail: NONE, bucket_next, exclusives: 0 };
         made
     }
 
@@ -303,19 +403,67 @@ mod tests {
         assert_eq!(released(&mut order, 0), [3]);
     }
 
+    #[test]
+    fn a_duplicate_joins_unless_a_conflicting_request_came_between() {
+        let mut order = RangeOrder::new(8);
+        order.admit(RequestId(0), 1, 5, 5, Access::Exclusive);
+        assert_eq!(order.newest(1, 5).collect::<Vec<_>>(), [RequestId(0)]);
+        assert!(order.may_join(RequestId(0), 1, 5, 5));
+        order.admit(RequestId(1), 1, 5, 5, Access::Shared);
+        assert!(!order.may_join(RequestId(0), 1, 5, 5), "a read has seen the first write");
+        order.admit(RequestId(2), 1, 5, 6, Access::Shared);
+        assert_eq!(order.newest(1, 5).collect::<Vec<_>>(), [RequestId(2), RequestId(1)]);
+        assert!(order.may_join(RequestId(1), 1, 5, 5), "another read is no obstacle");
+        order.admit(RequestId(3), 1, 5, 5, Access::Exclusive);
+        order.admit(RequestId(4), 1, 5, 5, Access::Shared);
+        assert!(!order.may_join(RequestId(1), 1, 5, 5), "a write came between two reads");
+        assert_eq!(order.newest(1, 5).collect::<Vec<_>>(), [RequestId(4)]);
+        assert!(order.newest(1, 7).next().is_none());
+    }
+
+    #[test]
+    fn a_request_takes_in_free_blocks_only() {
+        let mut order = RangeOrder::new(8);
+        order.admit(RequestId(0), 1, 5, 5, Access::Exclusive);
+        order.admit(RequestId(1), 1, 7, 7, Access::Exclusive);
+        assert!(!order.may_join(RequestId(0), 1, 6, 7), "somebody stands at block 7");
+        assert!(order.may_join(RequestId(0), 1, 5, 6));
+        order.join(RequestId(0), 1, 5, 6);
+        order.join(RequestId(0), 1, 4, 4);
+        assert!(!order.may_join(RequestId(0), 1, 3, 3), "three blocks at most");
+        assert_eq!(order.admit(RequestId(2), 1, 6, 6, Access::Shared), Admission::Queued);
+        assert_eq!(order.admit(RequestId(3), 1, 4, 4, Access::Shared), Admission::Queued);
+        assert!(!order.may_join(RequestId(0), 1, 6, 6), "a read waits for the write as it is");
+        assert_eq!(released(&mut order, 0).len(), 2);
+        assert_eq!(released(&mut order, 1), []);
+        assert_eq!((released(&mut order, 2), released(&mut order, 3)), (vec![], vec![]));
+        assert!(order.is_empty());
+    }
+
     #[derive(Debug, Clone)]
     struct Step {
         domain: u32,
         first: u64,
         blocks: u64,
         exclusive: bool,
+        /// It joins an unfinished request, picked by the number, if it may.
+        join: Option<usize>,
         /// Releases, before the next admission, this many of the started requests, picked by the number.
         finish: Vec<usize>,
     }
 
     fn step() -> impl Strategy<Value = Step> {
-        (0u32..2, 0u64..12, 1u64..=3, any::<bool>(), proptest::collection::vec(0usize..64, 0..3)).prop_map(
-            |(domain, first, blocks, exclusive, finish)| Step { domain, first, blocks, exclusive, finish },
+        let finish = proptest::collection::vec(0usize..64, 0..3);
+        let join = proptest::option::of(0usize..64);
+        (0u32..2, 0u64..12, 1u64..=3, any::<bool>(), join, finish).prop_map(
+            |(domain, first, blocks, exclusive, join, finish)| Step {
+                domain,
+                first,
+                blocks,
+                exclusive,
+                join,
+                finish,
+            },
         )
     }
 
@@ -332,6 +480,23 @@ mod tests {
                 && (a.exclusive || b.exclusive)
                 && a.first < b.first + b.blocks
                 && b.first < a.first + a.blocks
+        }
+
+        /// Whether `step`, arriving now, may be executed in the place of the request at `at`: nothing unfinished conflicts
+        /// with it, but for that request itself and what stands before it at blocks that it has.
+        fn may_join(&self, at: usize, step: &Step) -> bool {
+            let host = &self.live[at].1;
+            let of = |step: &Step| step.first..step.first + step.blocks;
+            let shared = of(step).filter(|block| of(host).contains(block)).count() as u64;
+            let blocked = of(step).any(|block| {
+                let here = Step { first: block, blocks: 1, ..step.clone() };
+                let first_in_the_way = if of(host).contains(&block) { at + 1 } else { 0 };
+                self.live[first_in_the_way..].iter().any(|(_, other, _)| Self::conflict(other, &here))
+            });
+            host.domain == step.domain
+                && host.exclusive == step.exclusive
+                && host.blocks + step.blocks - shared <= 3
+                && !blocked
         }
 
         fn start(&mut self) -> HashSet<u32> {
@@ -355,7 +520,7 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
         /// 512 cases of up to 400 requests: the table starts exactly what the model starts, at the same step, in any
-        /// order of completion.
+        /// order of completion, and lets newcomers join exactly where the model does.
         #[test]
         fn agrees_with_the_model(steps in proptest::collection::vec(step(), 1..400)) {
             const MAX: u32 = 64;
@@ -375,10 +540,29 @@ mod tests {
                     prop_assert_eq!(granted, model.start());
                     free.push(id);
                 }
+                let last = step.first + step.blocks - 1;
+                let host = step.join.filter(|_| !model.live.is_empty()).map(|pick| pick % model.live.len());
+                if let Some(at) = host {
+                    let (host, range, _) = model.live[at].clone();
+                    if range.domain == step.domain && range.exclusive == step.exclusive {
+                        let may = order.may_join(RequestId(host), step.domain, step.first, last);
+                        prop_assert_eq!(may, model.may_join(at, &step));
+                        let touching = step.first <= range.first + range.blocks && range.first <= last + 1;
+                        if may && touching {
+                            order.join(RequestId(host), step.domain, step.first, last);
+                            let range = &mut model.live[at].1;
+                            let end = (range.first + range.blocks).max(last + 1);
+                            range.first = range.first.min(step.first);
+                            range.blocks = end - range.first;
+                            prop_assert!(model.start().is_empty(), "joining starts nobody");
+                            continue;
+                        }
+                    }
+                }
                 let id = free.pop().unwrap();
                 let access = if step.exclusive { Access::Exclusive } else { Access::Shared };
                 let admission =
-                    order.admit(RequestId(id), step.domain, step.first, step.first + step.blocks - 1, access);
+                    order.admit(RequestId(id), step.domain, step.first, last, access);
                 model.live.push((id, step, false));
                 prop_assert_eq!(admission == Admission::Granted, model.start().contains(&id));
             }

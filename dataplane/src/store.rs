@@ -3,7 +3,9 @@
 //! A store is a state machine. Requests and ended disk requests go in; disk requests and outcomes come out, so that the
 //! same code runs on io_uring, inline on memory, and on a simulated disk. Invariants that every implementation keeps:
 //! * The outcome of a write is `Ok` only when its bytes are on stable media (I3).
-//! * Every request ends with exactly one outcome, which hands back the chunks that came with it.
+//! * Every request ends with exactly one outcome, which hands back as many chunks as came with it: a read's own ones,
+//!   filled, and for a write whatever it was written from.
+//! * A write's chunks are only read, so that the caller may keep handles to them.
 //! * Ranges of concurrent requests never conflict: the caller orders them first (I6), so a read-modify-write needs no
 //!   lock of its own.
 //! * Blocks that could not be read are never written back, and never given to the caller as data (I7).
@@ -76,7 +78,7 @@ pub enum StoreError {
 pub struct Outcome {
     /// Whose it is.
     pub request: RequestToken,
-    /// The chunks that came with it.
+    /// Chunks for the caller to use or to release: see the module's head.
     pub blocks: Blocks,
     /// How it ended.
     pub result: Result<(), StoreError>,

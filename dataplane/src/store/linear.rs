@@ -14,8 +14,10 @@ pub mod allocation;
 pub mod catalog;
 pub mod format;
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use af_xdp::region::{Chunk, Pool};
 use torus_uring::{Blocks, IoError};
 
 use super::{
@@ -219,24 +221,20 @@ impl LinearStore {
         true
     }
 
-    /// Puts the bytes around a partial write into its payload.
+    /// Puts the payload of a partial write into the blocks that were read around it, which are then what is written.
     fn merge(&mut self, at: u32, disk: &mut impl Disk) {
         let progress = &mut self.progress[at as usize];
-        let region = std::sync::Arc::clone(disk.pool().region());
-        let [head, tail] = std::mem::take(&mut progress.ended);
+        let [mut head, mut tail] = std::mem::take(&mut progress.ended);
         let last = progress.payload.len() - 1;
-        let keep_head = usize::from(progress.keep_head_bytes);
-        let keep_tail = usize::from(progress.keep_tail_bytes);
-        if let Some(old) = head.iter().next() {
-            disk.pool().copy_in(progress.payload.get_mut(0), 0, &region.bytes(old)[..keep_head]);
+        let from = usize::from(progress.keep_head_bytes);
+        let to = BLOCK_BYTES - usize::from(progress.keep_tail_bytes);
+        if let Some(old) = head.pop() {
+            let to = if last == 0 { to } else { BLOCK_BYTES };
+            put_into(disk.pool(), &mut progress.payload, 0, from..to, old);
         }
-        // A write inside one block has both its ends in the one block that was read.
-        if let Some(old) = tail.iter().next().or(head.iter().next().filter(|_| last == 0)) {
-            let from = BLOCK_BYTES - keep_tail;
-            disk.pool().copy_in(progress.payload.get_mut(last), from, &region.bytes(old)[from..]);
+        if let Some(old) = tail.pop() {
+            put_into(disk.pool(), &mut progress.payload, last, 0..to, old);
         }
-        release_blocks(disk.pool(), head);
-        release_blocks(disk.pool(), tail);
     }
 
     fn end(&mut self, at: u32, blocks: Blocks, outcomes: &mut Vec<Outcome>) {
@@ -245,6 +243,16 @@ impl LinearStore {
         let result = progress.failure.take().map_or(Ok(()), Err);
         outcomes.push(Outcome { request: progress.request, blocks, result });
     }
+}
+
+/// Copies a part of the payload's block at `index` into `old`, which takes its place. The payload's own chunk is only read:
+/// its owner may have kept a handle to it.
+fn put_into(pool: &mut Pool, payload: &mut Blocks, index: usize, part: Range<usize>, mut old: Chunk) {
+    let region = Arc::clone(pool.region());
+    let chunk: &Chunk = payload.get_mut(index);
+    pool.copy_in(&mut old, part.start, &region.bytes(chunk)[part]);
+    let copied = payload.replace(index, old);
+    pool.release(copied);
 }
 
 /// Device byte of the block at `index` of a request.
