@@ -30,19 +30,22 @@ impl Identity<'_> {
     pub fn write(&self, out: &mut [u8; IDENTIFY_LEN]) {
         out.fill(0);
         let size_28 = self.size_sectors.min(SECTORS_MAX_28);
-        let cylinders = self.size_sectors / (16 * 63);
+        let cylinders = (self.size_sectors / (16 * 63)).min(16383);
+        let sectors_chs = cylinders * 16 * 63;
         for (word, value) in [
             (0, 0x0040),
-            (1, cylinders.min(16383)),
+            (1, cylinders),
             (3, 16),
             (6, 63),
             (47, 0x8000),
             (49, 0x0200), // LBA
             (50, 0x4000),
             (53, 0x0002),
-            (54, cylinders.min(16383)),
+            (54, cylinders),
             (55, 16),
             (56, 63),
+            (57, sectors_chs & 0xffff),
+            (58, sectors_chs >> 16),
             (60, size_28 & 0xffff),
             (61, size_28 >> 16),
             (80, 0x00f0),
@@ -62,6 +65,9 @@ impl Identity<'_> {
         put_text(&mut out[20..40], self.serial);
         put_text(&mut out[46..54], self.firmware);
         put_text(&mut out[54..94], self.model);
+        // The integrity word: a signature, then what makes the sum of all bytes zero.
+        out[510] = 0xa5;
+        out[511] = out[..511].iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte)).wrapping_neg();
     }
 }
 
@@ -110,6 +116,17 @@ mod tests {
         let data = identify(2048);
         assert_eq!(u32::from_le_bytes(data[120..124].try_into().unwrap()), 2048);
         assert_eq!(u64::from_le_bytes(data[200..208].try_into().unwrap()), 2048);
+    }
+
+    #[test]
+    fn the_geometry_is_told_twice_and_the_sum_of_all_bytes_is_zero() {
+        for size in [1, 2048, 16383 * 16 * 63, 1 << 40] {
+            let data = identify(size);
+            let cylinders = (size / 1008).min(16383);
+            assert_eq!([word(&data, 1), word(&data, 54)], [u16::try_from(cylinders).unwrap(); 2]);
+            assert_eq!(u64::from(word(&data, 57)) | u64::from(word(&data, 58)) << 16, cylinders * 1008);
+            assert_eq!(data.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte)), 0);
+        }
     }
 
     #[test]

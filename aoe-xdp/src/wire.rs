@@ -5,7 +5,8 @@
 //!
 //! ```text
 //!  0 dst(6)  6 src(6)  12 EtherType 0x88A2  14 ver:4|flags:4  15 error  16 shelf(2, BE)  18 slot  19 command
-//! 20 tag(4, BE)  24 argument: ATA 12 bytes then data, Query Config 8 bytes then the string
+//! 20 tag(4, BE)  24 argument: ATA 12 bytes then data, Query Config 8 bytes then the string,
+//!                   MAC Mask List 4 bytes then directives of 8, Reserve/Release 2 bytes then MACs
 //! ```
 //!
 //! Byte order: network order, but the LBA (6 bytes, little-endian) and ATA data (little-endian words). Source: the
@@ -29,6 +30,10 @@ pub const HEADER_LEN: usize = 24;
 pub const ATA_DATA_OFFSET: usize = 36;
 /// Bytes before the string of a Query Config message.
 pub const CONFIG_STRING_OFFSET: usize = 32;
+/// Bytes before the directives of a MAC Mask List message.
+pub const MASK_DIRECTIVES_OFFSET: usize = 28;
+/// Bytes before the MACs of a Reserve/Release message.
+pub const RESERVE_MACS_OFFSET: usize = 26;
 /// Longest config string.
 pub const CONFIG_STRING_LEN_MAX: usize = 1024;
 /// Bytes of an ATA sector.
@@ -74,6 +79,12 @@ pub mod ata {
     pub const FLUSH_CACHE_EXT: u8 = 0xea;
     /// IDENTIFY DEVICE.
     pub const IDENTIFY: u8 = 0xec;
+    /// SET FEATURES.
+    pub const SET_FEATURES: u8 = 0xef;
+
+    /// Features that a host may set and that change nothing here: write cache on and off, read-ahead on and off,
+    /// transfer mode.
+    pub const FEATURES_ACCEPTED: [u8; 5] = [0x02, 0x82, 0xaa, 0x55, 0x03];
 
     /// Status: device ready.
     pub const STATUS_DRDY: u8 = 0x40;
@@ -117,6 +128,47 @@ pub mod ccmd {
     pub const SET_IF_EMPTY: u8 = 3;
     /// Set the string.
     pub const FORCE_SET: u8 = 4;
+    /// Set the string if the current one equals another: the string is followed by a big-endian length of 16 bits and the
+    /// string to set.
+    pub const TEST_AND_REPLACE: u8 = 5;
+}
+
+/// Sub-commands of MAC Mask List.
+pub mod mcmd {
+    /// Read the list.
+    pub const READ: u8 = 0;
+    /// Carry out directives, all or none.
+    pub const EDIT: u8 = 1;
+}
+
+/// Directives of an edit of the MAC mask list.
+pub mod dcmd {
+    /// Nothing.
+    pub const NOP: u8 = 0;
+    /// Add the MAC.
+    pub const ADD: u8 = 1;
+    /// Delete the MAC.
+    pub const DELETE: u8 = 2;
+}
+
+/// Errors of a MAC Mask List answer; these are no [`AoeError`]s.
+pub mod merror {
+    /// Done.
+    pub const NONE: u8 = 0;
+    /// A directive is none of [`super::dcmd`], or its MAC is one that no station has.
+    pub const BAD_DIRECTIVE: u8 = 2;
+    /// The list has no room for another MAC.
+    pub const LIST_FULL: u8 = 3;
+}
+
+/// Sub-commands of Reserve/Release.
+pub mod rcmd {
+    /// Read the list of those that the target is reserved for.
+    pub const READ: u8 = 0;
+    /// Set the list, if it is empty or the requester is in it; an empty list is a release.
+    pub const SET: u8 = 1;
+    /// Set the list.
+    pub const FORCE_SET: u8 = 2;
 }
 
 /// AoE errors, carried in responses with the error flag. An I/O failure is never one of them: Linux drops such a
@@ -445,6 +497,65 @@ pub struct ConfigHead {
 }
 const _: () = assert!(size_of::<ConfigHead>() == CONFIG_STRING_OFFSET);
 
+/// The argument of a MAC Mask List message.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct MaskArg {
+    /// Sent as zero.
+    pub reserved: u8,
+    /// One of [`mcmd`].
+    pub mcmd: u8,
+    /// One of [`merror`], in responses.
+    pub merror: u8,
+    /// Directives that follow; in a response that failed the position of the one that could not be carried out.
+    pub count: u8,
+}
+
+/// One directive of a MAC Mask List message.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct MaskDirective {
+    /// Sent as zero.
+    pub reserved: u8,
+    /// One of [`dcmd`]; 0 in responses.
+    pub dcmd: u8,
+    /// The station.
+    pub mac: Mac,
+}
+const _: () = assert!(size_of::<MaskDirective>() == 8);
+
+/// The first bytes of a MAC Mask List message: everything before its directives.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct MaskHead {
+    /// Common header.
+    pub header: Header,
+    /// MAC Mask List argument.
+    pub arg: MaskArg,
+}
+const _: () = assert!(size_of::<MaskHead>() == MASK_DIRECTIVES_OFFSET);
+
+/// The argument of a Reserve/Release message.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ReserveArg {
+    /// One of [`rcmd`].
+    pub rcmd: u8,
+    /// MACs that follow.
+    pub count: u8,
+}
+
+/// The first bytes of a Reserve/Release message: everything before its MACs.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ReserveHead {
+    /// Common header.
+    pub header: Header,
+    /// Reserve/Release argument.
+    pub arg: ReserveArg,
+}
+const _: () = assert!(size_of::<ReserveHead>() == RESERVE_MACS_OFFSET);
+
 /// Why bytes are not an AoE message. Nothing is answered to such bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
@@ -479,6 +590,34 @@ pub fn parse_ata(frame: &[u8]) -> Result<&AtaHead, ParseError> {
 /// [`ParseError::Short`] below 32 bytes.
 pub fn parse_config(frame: &[u8]) -> Result<(&ConfigHead, &[u8]), ParseError> {
     ConfigHead::ref_from_prefix(frame).map_err(|_| ParseError::Short)
+}
+
+/// Reads the part of a MAC Mask List message before its directives, and all bytes after it (padding included).
+///
+/// # Errors
+/// [`ParseError::Short`] below 28 bytes.
+pub fn parse_masks(frame: &[u8]) -> Result<(&MaskHead, &[u8]), ParseError> {
+    MaskHead::ref_from_prefix(frame).map_err(|_| ParseError::Short)
+}
+
+/// The first `count` directives of the bytes that follow a [`MaskHead`]; `None` if they are not all there.
+#[must_use]
+pub fn directives(rest: &[u8], count: u8) -> Option<&[MaskDirective]> {
+    <[MaskDirective]>::ref_from_prefix_with_elems(rest, usize::from(count)).ok().map(|(list, _)| list)
+}
+
+/// Reads the part of a Reserve/Release message before its MACs, and all bytes after it (padding included).
+///
+/// # Errors
+/// [`ParseError::Short`] below 26 bytes.
+pub fn parse_reserve(frame: &[u8]) -> Result<(&ReserveHead, &[u8]), ParseError> {
+    ReserveHead::ref_from_prefix(frame).map_err(|_| ParseError::Short)
+}
+
+/// The first `count` MACs of the bytes that follow a [`ReserveHead`]; `None` if they are not all there.
+#[must_use]
+pub fn macs(rest: &[u8], count: u8) -> Option<&[Mac]> {
+    <[Mac]>::ref_from_prefix_with_elems(rest, usize::from(count)).ok().map(|(list, _)| list)
 }
 
 #[cfg(test)]
@@ -556,6 +695,12 @@ mod tests {
             prop_assert_eq!(header.is_ok(), bytes.len() >= HEADER_LEN && bytes[12..14] == [0x88, 0xa2]);
             prop_assert_eq!(parse_ata(&bytes).is_ok(), bytes.len() >= ATA_DATA_OFFSET);
             prop_assert_eq!(parse_config(&bytes).is_ok(), bytes.len() >= CONFIG_STRING_OFFSET);
+            prop_assert_eq!(parse_masks(&bytes).is_ok(), bytes.len() >= MASK_DIRECTIVES_OFFSET);
+            prop_assert_eq!(parse_reserve(&bytes).is_ok(), bytes.len() >= RESERVE_MACS_OFFSET);
+            for count in [0, 1, 5, 200] {
+                prop_assert_eq!(directives(&bytes, count).is_some(), bytes.len() >= usize::from(count) * 8);
+                prop_assert_eq!(macs(&bytes, count).is_some(), bytes.len() >= usize::from(count) * 6);
+            }
         }
 
         #[test]

@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{Interface, LinkInfo, LinkMode};
-use aoe_xdp::target::{Export, ExportTable, Ingress};
+use aoe_xdp::target::{AoePolicy, Export, ExportTable, Ingress};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
     DataMap, Desired, DesiredExport, ExportState, MapError, Observed, ObservedExport, ObservedLink, VolumeId,
@@ -354,7 +354,11 @@ fn wire_export(export: &KeyedExport) -> Export {
         size_sectors: export.size_sectors,
         read_only: export.wish.read_only,
         serial,
-        config_string: Vec::new(),
+        config_string: export.wish.config_string.clone(),
+        on_interfaces: export.wish.on_interfaces,
+        masks: export.wish.masks.iter().copied().map(Mac).collect(),
+        reserved_for: export.wish.reserved_for.iter().copied().map(Mac).collect(),
+        allow: AoePolicy::default(),
     }
 }
 

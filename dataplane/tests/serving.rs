@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{Interface, LinkChoice, Region, RegionConfig};
-use aoe_xdp::target::{Export, ExportTable, Ingress};
+use aoe_xdp::target::{AoePolicy, Export, ExportTable, Ingress, ON_ALL_INTERFACES};
 use aoe_xdp::wire::{ATA_DATA_OFFSET, Address, AtaArg, AtaHead, Header, Mac, command, parse_ata};
 use cluster_map::{ClusterId, ControlMap, Counter, DataMap, Geometry, NodeId, StoreId, VolumeId};
 use torus_dataplane::device::Device;
@@ -45,6 +45,10 @@ fn export(slot: u8) -> Export {
         read_only: false,
         serial: "test".into(),
         config_string: Vec::new(),
+        on_interfaces: ON_ALL_INTERFACES,
+        masks: Vec::new(),
+        reserved_for: Vec::new(),
+        allow: AoePolicy::default(),
     }
 }
 

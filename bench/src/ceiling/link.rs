@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use aoe_xdp::link::Segments;
-use aoe_xdp::target::{self, Action, Export, ExportTable, Ingress, Io, IoKind, Outcome, Route};
+use aoe_xdp::target::{
+    self, Action, AoePolicy, Body, Export, ExportTable, Ingress, Io, IoKind, ON_ALL_INTERFACES, Outcome,
+    Route,
+};
 use aoe_xdp::wire::{Address, Mac, SECTOR_LEN};
 
 use crate::measure::{CoreTicks, now_ns, pin, thread_cpu_ns};
@@ -73,6 +76,10 @@ pub(crate) fn export(address: Address, size_bytes: u64, mac: Mac) -> Export {
         read_only: false,
         serial: "no-store".to_owned(),
         config_string: Vec::new(),
+        on_interfaces: ON_ALL_INTERFACES,
+        masks: Vec::new(),
+        reserved_for: Vec::new(),
+        allow: AoePolicy::default(),
     }
 }
 
@@ -153,26 +160,20 @@ fn act(station: &mut Station, export: &Export, queue: usize, action: Action, ser
     }
     let mut data = Segments::new();
     let head = match action {
-        Action::Silent(_) => {
+        Action::Silent(_) | Action::Change { .. } => {
             served.silent += 1;
             return;
         }
-        Action::Reply(head) => {
+        Action::Answer(answer) => {
             served.others += 1;
-            head
-        }
-        Action::ConfigString(head) => {
-            served.others += 1;
-            debug_assert!(export.config_string.is_empty(), "the pretended volume has no config string");
-            head
-        }
-        Action::Identify(head) => {
-            served.others += 1;
-            let mut chunk = station.pool.take_chunk().expect("can_send saw free chunks");
-            let bytes = station.pool.bytes_mut(&mut chunk);
-            export.identify(bytes.first_chunk_mut().expect("a chunk holds a sector"));
-            data.push(sectors_segment(chunk, 1)).expect("the first segment");
-            head
+            // The pretended volume has no strings and lists.
+            if answer.body == Body::Identify {
+                let mut chunk = station.pool.take_chunk().expect("can_send saw free chunks");
+                let bytes = station.pool.bytes_mut(&mut chunk);
+                export.identify(bytes.first_chunk_mut().expect("a chunk holds a sector"));
+                data.push(sectors_segment(chunk, 1)).expect("the first segment");
+            }
+            answer.head
         }
         Action::Io(io) => {
             count(&io, served);

@@ -18,14 +18,14 @@ impl Reactor {
         let config = Arc::clone(&self.config);
         let end = config.announce.len().min(self.announced + ADVERTISEMENTS_BATCH);
         for &key in &config.announce[self.announced..end] {
-            let Some(export) = config.exports.exports().iter().find(|export| export.key == key) else {
-                continue;
-            };
+            let Some(export) = config.exports.by_key(key) else { continue };
             for at in 0..self.queues.len() {
                 if self.queues[at].queue.info().queue == 0 {
                     let interface = self.queues[at].interface;
                     let Some(ingress) = config.ingress.get(usize::from(interface)) else { continue };
-                    self.answer(interface, export, target::advertisement(export, ingress));
+                    for to in export.audience().iter().filter(|_| export.is_on(ingress.ordinal)) {
+                        self.answer(interface, export, &target::advertisement(export, ingress, *to), &[]);
+                    }
                 }
             }
         }

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use aoe_xdp::identify::IDENTIFY_LEN;
 use aoe_xdp::link::{Region, RxFrame, Segments};
-use aoe_xdp::target::{self, Action, Export, ReplyHead, Route};
+use aoe_xdp::target::{self, Action, Answer, BODY_LEN_MAX, Body, Export, Route};
 use cluster_map::Counter;
 
 use super::{Reactor, served};
@@ -43,7 +42,7 @@ impl Reactor {
                 for export in config.exports.exports().iter().filter(|export| address.matches(export.address))
                 {
                     let action = target::respond(export, ingress, frame.head(region), frame.len());
-                    self.answer(interface, export, action);
+                    self.act(interface, export, action, &frame);
                 }
             }
             Route::One(export) => match served(config, export.key) {
@@ -66,40 +65,37 @@ impl Reactor {
     pub(super) fn act(&mut self, interface: u8, export: &Export, action: Action, frame: &RxFrame) {
         match action {
             Action::Io(io) => self.admit(interface, export, io, frame),
-            other => self.answer(interface, export, other),
+            Action::Answer(answer) => {
+                let region = Arc::clone(&self.region);
+                self.answer(interface, export, &answer, frame.head(&region));
+            }
+            // No export allows anybody a change.
+            Action::Silent(_) | Action::Change { .. } => self.stats.add(Counter::RxInvalid, 1),
         }
     }
 
-    /// Sends an answer that needs no store.
-    pub(super) fn answer(&mut self, interface: u8, export: &Export, action: Action) {
-        match action {
-            Action::Silent(_) => self.stats.add(Counter::RxInvalid, 1),
-            Action::Reply(head) => {
-                self.count_reply(&head);
-                self.send(interface, &head, Segments::new());
-            }
-            Action::Identify(head) => {
-                self.stats.add(Counter::Identifies, 1);
-                let mut data = [0; IDENTIFY_LEN];
-                export.identify(&mut data);
-                self.send_bytes(interface, &head, &data);
-            }
-            Action::ConfigString(head) => {
-                self.stats.add(Counter::Configs, 1);
-                self.send_bytes(interface, &head, &export.config_string);
-            }
-            // Only exact addresses give I/O, and those go through `act`.
-            Action::Io(_) => self.stats.add(Counter::RxInvalid, 1),
+    /// Sends an answer that needs no store. `request` is what it answers.
+    pub(super) fn answer(&mut self, interface: u8, export: &Export, answer: &Answer, request: &[u8]) {
+        self.count_answer(answer);
+        if answer.body == Body::Nothing {
+            self.send(interface, &answer.head, Segments::new());
+            return;
         }
+        let mut body = [0; BODY_LEN_MAX];
+        let len = answer.write_body(export, request, &mut body);
+        self.send_bytes(interface, &answer.head, &body[..len]);
     }
 
-    pub(super) fn count_reply(&mut self, head: &ReplyHead) {
+    fn count_answer(&mut self, answer: &Answer) {
         use aoe_xdp::wire::{ata, command, parse_ata};
-        let Ok(reply) = parse_ata(&head.bytes) else { return };
-        if reply.header.command == command::CONFIG {
-            self.stats.add(Counter::Configs, 1);
-        } else if reply.header.command == command::ATA && reply.arg.command_status & ata::STATUS_ERR != 0 {
-            self.stats.add(Counter::AtaErrors, 1);
+        let Ok(head) = parse_ata(&answer.head.bytes) else { return };
+        match head.header.command {
+            command::CONFIG => self.stats.add(Counter::Configs, 1),
+            command::ATA if answer.body == Body::Identify => self.stats.add(Counter::Identifies, 1),
+            command::ATA if !head.header.is_error() && head.arg.command_status & ata::STATUS_ERR != 0 => {
+                self.stats.add(Counter::AtaErrors, 1);
+            }
+            _ => {}
         }
     }
 }
