@@ -1,4 +1,4 @@
-//! What lies where in the file: a header page that is written once, then four sections.
+//! What lies where in the file: a header page that is written once, then five sections.
 //!
 //! ```text
 //! header    magic, levels, CRC32C, boot, cluster and node ids, place and geometry of every section
@@ -6,12 +6,14 @@
 //! observed  the same                                                                   written by the data plane
 //! signals   futex words and heartbeats, each on a line of its own                      written by whom it belongs to
 //! stats     per core: counters, then histograms                                        written by that core
+//! clients   per core a line with the number of records in use; then per core its records   written by that core
 //! ```
 //!
 //! All offsets are bytes from the start of the file in little-endian numbers, never pointers. [`Layout::parse`] accepts
 //! a header only if everything in it is consistent with itself and with the size of the file; after that nothing that
 //! the other process writes can move a section.
 
+use crate::clients::{CLIENT_BUCKETS, ClientCounter, FIXED_WORDS};
 use crate::error::{Fault, MapError};
 use crate::slot::{HEAD_WORDS, LINE_WORDS};
 use crate::stats::{BUCKETS, Counter, HISTOGRAMS};
@@ -41,6 +43,10 @@ const MAX_CORE_BYTES: usize = 512 << 10;
 const MAX_FILE_BYTES: u64 = 1 << 40;
 const MAX_COUNTERS: usize = 4096;
 const MAX_HISTOGRAMS: usize = 64;
+/// Clients that each core of a new map has records for: more than it can have requests in progress.
+const CLIENTS_PER_CORE: usize = 1024;
+const MAX_CLIENTS_PER_CORE: usize = 1 << 16;
+const MAX_CLIENT_BYTES: usize = 64 << 10;
 
 const _: () =
     assert!(HEAD_WORDS * WORD <= PAGE && SIGNAL_LINES * LINE <= PAGE && size_of::<Header>() <= PAGE);
@@ -103,6 +109,14 @@ struct Header {
     counters: U32,
     histograms: U32,
     buckets: U32,
+    /// From here on zero in a map of level 1, which has no clients.
+    clients: SectionEntry,
+    client_stride: U64,
+    client_histogram_offset: U64,
+    clients_per_core: U32,
+    client_counters: U32,
+    client_buckets: U32,
+    reserved_2: U32,
 }
 
 /// An area in words from the start of the file.
@@ -131,6 +145,19 @@ pub(crate) struct CoreLayout {
     pub(crate) histograms: [Range<usize>; HISTOGRAMS],
 }
 
+/// The records of clients in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ClientsLayout {
+    first: usize,
+    cores: usize,
+    pub(crate) per_core: usize,
+    stride: usize,
+    /// How many counters a record has that both this program and the map know.
+    pub(crate) counters: usize,
+    /// Where in a record its histograms begin.
+    pub(crate) histogram_offset: usize,
+}
+
 /// A header that was found consistent; all places in words from the start of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
@@ -142,6 +169,8 @@ pub(crate) struct Layout {
     pub(crate) observed: AreaLayout,
     signals: usize,
     pub(crate) stats: StatsLayout,
+    /// `None` in a map of level 1.
+    pub(crate) clients: Option<ClientsLayout>,
 }
 
 /// The words that one process writes to be noticed by the other.
@@ -222,6 +251,15 @@ pub(crate) fn plan(geometry: &Geometry, boot: [u8; 16]) -> Result<[u8; PAGE], Ma
     header.counters = small(Counter::COUNT);
     header.histograms = small(HISTOGRAMS);
     header.buckets = small(BUCKETS);
+    let client_histogram_offset = (FIXED_WORDS + ClientCounter::COUNT) * WORD;
+    let client_bytes = client_histogram_offset + HISTOGRAMS * (1 + CLIENT_BUCKETS) * WORD;
+    let client_stride = client_bytes.next_multiple_of(LINE);
+    header.clients = place.section(cores * (LINE + CLIENTS_PER_CORE * client_stride));
+    header.client_stride = (client_stride as u64).into();
+    header.client_histogram_offset = (client_histogram_offset as u64).into();
+    header.clients_per_core = small(CLIENTS_PER_CORE);
+    header.client_counters = small(ClientCounter::COUNT);
+    header.client_buckets = small(CLIENT_BUCKETS);
     header.file_len = (place.end as u64).into();
 
     let mut page = [0; PAGE];
@@ -310,6 +348,24 @@ fn stats(header: &Header, range: &Range<usize>) -> Result<StatsLayout, Fault> {
     Ok(StatsLayout { first, cores, core_stride, counters, histogram_offset, histogram_stride })
 }
 
+fn clients(header: &Header, range: &Range<usize>, cores: usize) -> Result<ClientsLayout, Fault> {
+    let per_core =
+        bounded(header.clients_per_core.get().into(), 1..MAX_CLIENTS_PER_CORE + 1, "clients of a core")?;
+    let counters = bounded(header.client_counters.get().into(), 1..MAX_COUNTERS + 1, "counters of a client")?;
+    bounded(header.client_buckets.get().into(), CLIENT_BUCKETS..CLIENT_BUCKETS + 1, "buckets of a client")?;
+    let limit = range.len().min(MAX_CLIENT_BYTES) + 1;
+    let least = (FIXED_WORDS + counters) * WORD;
+    let histogram_offset =
+        words(header.client_histogram_offset.get(), least..limit, "place of a client's histograms")?;
+    let used = (histogram_offset + HISTOGRAMS * (1 + CLIENT_BUCKETS)) * WORD;
+    let stride = words(header.client_stride.get(), used..limit, "stride of a client")?;
+    if cores * (LINE_WORDS + per_core * stride) > range.len() / WORD {
+        return Err(Fault::corrupt("clients exceed their section"));
+    }
+    let counters = counters.min(ClientCounter::COUNT);
+    Ok(ClientsLayout { first: range.start / WORD, cores, per_core, stride, counters, histogram_offset })
+}
+
 impl Layout {
     /// Checks the header page of a file of `file_len` bytes.
     pub(crate) fn parse(page: &[u8; PAGE], file_len: u64) -> Result<Self, Fault> {
@@ -330,11 +386,16 @@ impl Layout {
         let observed = section(header.observed, "observed", size)?;
         let signals = section(header.signals, "signals", size)?;
         let statistics = section(header.stats, "stats", size)?;
-        let mut sections = [&desired, &observed, &signals, &statistics];
+        let nothing = [header.clients.offset.get(), header.clients.len.get()] == [0, 0];
+        let records = if nothing { None } else { Some(section(header.clients, "clients", size)?) };
+        let mut sections = vec![&desired, &observed, &signals, &statistics];
+        sections.extend(&records);
         sections.sort_by_key(|section| section.start);
         if sections.windows(2).any(|pair| pair[0].end > pair[1].start) {
             return Err(Fault::corrupt("sections overlap"));
         }
+        let stats = stats(header, &statistics)?;
+        let clients = records.map(|range| clients(header, &range, stats.cores)).transpose()?;
         Ok(Self {
             boot: header.boot,
             cluster: ClusterId(header.cluster),
@@ -343,7 +404,8 @@ impl Layout {
             desired: area(&desired, header.desired_slot_bytes.get(), "desired")?,
             observed: area(&observed, header.observed_slot_bytes.get(), "observed")?,
             signals: signals.start / WORD,
-            stats: stats(header, &statistics)?,
+            stats,
+            clients,
         })
     }
 
@@ -352,12 +414,20 @@ impl Layout {
         self.signals + signal as usize * LINE_WORDS
     }
 
-    /// What is written without asking for room first, in bytes: everything but the slots.
-    pub(crate) fn fixed(&self) -> [Range<usize>; 5] {
+    /// What is written without asking for room first, in bytes: everything but the slots and the clients' records.
+    pub(crate) fn fixed(&self) -> Vec<Range<usize>> {
         let bytes = |words: &Range<usize>| words.start * WORD..words.end * WORD;
         let signals = self.signals..self.signals + SIGNAL_LINES * LINE_WORDS;
         let stats = self.stats.first..self.stats.first + self.stats.cores * self.stats.core_stride;
-        [0..PAGE, bytes(&self.desired.head), bytes(&self.observed.head), bytes(&signals), bytes(&stats)]
+        let mut fixed = vec![
+            0..PAGE,
+            bytes(&self.desired.head),
+            bytes(&self.observed.head),
+            bytes(&signals),
+            bytes(&stats),
+        ];
+        fixed.extend(self.clients.as_ref().map(|clients| bytes(&clients.heads())));
+        fixed
     }
 }
 
@@ -372,6 +442,29 @@ impl StatsLayout {
         };
         (core < self.cores)
             .then(|| CoreLayout { counters: first..first + known, histograms: [histogram(0), histogram(1)] })
+    }
+}
+
+impl ClientsLayout {
+    fn heads(&self) -> Range<usize> {
+        self.first..self.first + self.cores * LINE_WORDS
+    }
+
+    /// The word that says how many records of a core have ever been in use; `None` if there is no such core.
+    pub(crate) fn used(&self, core: usize) -> Option<usize> {
+        (core < self.cores).then(|| self.first + core * LINE_WORDS)
+    }
+
+    /// The first `count` records of a core.
+    pub(crate) fn records(&self, core: usize, count: usize) -> Option<Range<usize>> {
+        let first = self.heads().end + core * self.per_core * self.stride;
+        (core < self.cores && count <= self.per_core).then(|| first..first + count * self.stride)
+    }
+
+    /// One record of a core.
+    pub(crate) fn record(&self, core: usize, index: usize) -> Option<Range<usize>> {
+        let end = self.records(core, index.checked_add(1)?)?.end;
+        Some(end - self.stride..end)
     }
 }
 
@@ -413,6 +506,12 @@ pub(crate) mod tests {
         forged(page, std::mem::offset_of!(Header, counters), &counters.to_le_bytes())
     }
 
+    /// A header page as a program of level 1 would have written it: without records of clients.
+    pub(crate) fn without_clients(page: &[u8; PAGE]) -> [u8; PAGE] {
+        let from = std::mem::offset_of!(Header, clients);
+        forged(page, from, &vec![0; size_of::<Header>() - from])
+    }
+
     /// Everything that the layout leads to lies in the file, and nothing lies on anything else.
     fn assert_sound(layout: &Layout) {
         let words = layout.file_len / WORD;
@@ -428,6 +527,19 @@ pub(crate) mod tests {
             used.extend(core.histograms);
         }
         assert_eq!(stats.core(stats.cores), None);
+        if let Some(clients) = &layout.clients {
+            used.push(clients.heads());
+            for core in 0..stats.cores {
+                assert!(clients.heads().contains(&clients.used(core).unwrap()));
+                used.push(clients.records(core, clients.per_core).unwrap());
+                let last = clients.record(core, clients.per_core - 1).unwrap();
+                assert_eq!(last.end, clients.records(core, clients.per_core).unwrap().end);
+                assert!(last.len() >= clients.histogram_offset + 2 * (1 + CLIENT_BUCKETS));
+                assert!(clients.histogram_offset >= FIXED_WORDS + clients.counters);
+                assert_eq!(clients.record(core, clients.per_core), None);
+            }
+            assert_eq!((clients.used(stats.cores), clients.record(stats.cores, 0)), (None, None));
+        }
         used.sort_by_key(|range| range.start);
         assert!(used.iter().all(|range| range.start < range.end && range.end <= words));
         assert!(used.windows(2).all(|pair| pair[0].end <= pair[1].start), "{layout:?}");

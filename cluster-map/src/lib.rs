@@ -12,11 +12,12 @@
 //! - a program of layout level N works with one of level N−1 and refuses others, saying what to do.
 //!
 //! `docs/decisions/0003-shared-map.md` says why it is built like this. The two-slot protocol (module `slot`) and the
-//! statistics (module `stats`) are model-checked with loom under `--cfg loom`.
+//! statistics (modules `stats` and `clients`) are model-checked with loom under `--cfg loom`.
 #![deny(unsafe_code)]
 #![cfg_attr(loom, allow(dead_code, unused_imports, unused_macros))]
 
 mod change;
+mod clients;
 mod desired;
 mod error;
 mod ids;
@@ -35,6 +36,7 @@ pub use change::{
     Change, ChangeAnswer, ChangeOutcome, ChangeRequest, MAX_CHANGES, MAX_CONFIG_STRING_BYTES,
     MAX_LISTED_MACS, MaskEdit, SetRule,
 };
+pub use clients::{ClientCounter, ClientSnapshot};
 pub use desired::{
     Allow, AoePolicy, Desired, DesiredExport, DesiredStore, DesiredVolume, EVERY_INTERFACE, LinkChoice,
     MAX_INTERFACES, VolumeIntent,
@@ -43,7 +45,7 @@ pub use error::{MapError, Role};
 pub use ids::{ClusterId, NodeId, ParseIdError, StoreId, VolumeId};
 pub use layout::{Geometry, LEVEL};
 #[cfg(not(loom))]
-pub use map::{ControlMap, CoreStats, DataMap, MapReader};
+pub use map::{ControlMap, CoreClients, CoreStats, DataMap, MapReader};
 pub use observed::{
     Durability, ExportState, LinkMode, MAX_NOTE_BYTES, Observed, ObservedExport, ObservedLink, ObservedStore,
     ObservedVolume, StoreState, VolumeObserved,

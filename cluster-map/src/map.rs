@@ -4,6 +4,7 @@
 //! one, both need `&mut` for it, and a lock on the file keeps a second handle of a role out, in this process or any
 //! other, until the first is gone. A core's statistics are written through the one [`CoreStats`] of that core.
 
+use crate::clients::{ClientCounter, ClientSnapshot, RecordWords, address_number, mac_number};
 use crate::desired::Desired;
 use crate::error::{Fault, MapError, Role};
 use crate::layout::{self, AreaLayout, CoreLayout, Geometry, Layout, PAGE, Signal};
@@ -44,6 +45,8 @@ struct Shared {
     reserved: [[AtomicU64; 2]; 2],
     /// Which cores' statistics have a writer.
     taken: Box<[AtomicBool]>,
+    /// Which cores' records of clients have a writer.
+    clients_taken: Box<[AtomicBool]>,
 }
 
 /// The identifier of this boot of the machine (`/proc/sys/kernel/random/boot_id`), zero where it cannot be had.
@@ -83,10 +86,11 @@ impl Shared {
             return Err(MapError::EarlierBoot { path: path.to_owned() });
         }
         let mapping = Mapping::new(file, layout.file_len).map_err(Self::io(path, "map"))?;
-        let taken = (0..layout.stats.cores).map(|_| AtomicBool::new(false)).collect();
+        let nobody = || (0..layout.stats.cores).map(|_| AtomicBool::new(false)).collect();
+        let (taken, clients_taken) = (nobody(), nobody());
         let path = path.to_owned();
-        let shared =
-            Self { mapping, layout, path, newest: Default::default(), reserved: Default::default(), taken };
+        let (newest, reserved) = Default::default();
+        let shared = Self { mapping, layout, path, newest, reserved, taken, clients_taken };
         for bytes in shared.layout.fixed() {
             let len = bytes.len();
             shared.mapping.reserve(bytes).map_err(|error| shared.no_room(error, len))?;
@@ -268,6 +272,30 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// One record of a client; `None` if the map has no such core or record.
+    fn client(&self, core: usize, index: usize) -> Option<RecordWords<'_>> {
+        let places = self.layout.clients.as_ref()?;
+        let words = self.mapping.words().get(places.record(core, index)?)?;
+        RecordWords::new(words, places.counters, places.histogram_offset)
+    }
+
+    /// The word that says how many records of a core have ever been in use.
+    fn clients_used(&self, core: usize) -> Option<&AtomicU64> {
+        self.mapping.words().get(self.layout.clients.as_ref()?.used(core)?)
+    }
+
+    /// Makes sure that the first `count` records of a core can be touched.
+    fn reserve_clients(&self, core: usize, count: usize) -> Result<(), MapError> {
+        let Some(words) = self.layout.clients.as_ref().and_then(|places| places.records(core, count)) else {
+            return Ok(());
+        };
+        let bytes = words.start * size_of::<u64>()..words.end * size_of::<u64>();
+        let len = bytes.len();
+        self.mapping.reserve(bytes).map_err(|error| self.no_room(error, len))
+    }
+}
+
 /// Reads a map; cheap to clone, to be shared among threads. Keeps the mapping, but no role, alive.
 #[derive(Clone)]
 pub struct MapReader {
@@ -357,6 +385,36 @@ impl MapReader {
     pub fn stats(&self) -> Vec<CoreSnapshot> {
         let cores = (0..self.cores()).filter_map(|core| self.shared.layout.stats.core(core));
         cores.map(|places| self.shared.core_snapshot(&places)).collect()
+    }
+
+    /// The clients of all exports, each with what it has asked of one export since the data plane started or since its
+    /// record was given to it. Empty if the map is of level 1, which has none.
+    ///
+    /// # Errors
+    /// [`MapError::NoSpace`] if memory for the records cannot be had.
+    pub fn clients(&self) -> Result<Vec<ClientSnapshot>, MapError> {
+        let mut clients = Vec::new();
+        for core in 0..self.cores() {
+            let Some(used) = self.shared.clients_used(core) else { break };
+            let per_core = self.shared.layout.clients.as_ref().map_or(0, |places| places.per_core);
+            let used =
+                usize::try_from(load_le(used, Ordering::Acquire)).map_or(per_core, |used| used.min(per_core));
+            self.shared.reserve_clients(core, used)?;
+            let core_number = u16::try_from(core).unwrap_or(u16::MAX);
+            let records = (0..used).filter_map(|index| self.shared.client(core, index));
+            clients.extend(records.filter_map(|record| record.snapshot(core_number)));
+        }
+        Ok(clients)
+    }
+
+    /// The clients of the export at this address; see [`clients`](Self::clients).
+    ///
+    /// # Errors
+    /// As [`clients`](Self::clients).
+    pub fn clients_of(&self, shelf: u16, slot: u8) -> Result<Vec<ClientSnapshot>, MapError> {
+        let mut clients = self.clients()?;
+        clients.retain(|client| (client.shelf, client.slot) == (shelf, slot));
+        Ok(clients)
     }
 
     /// The time that the data plane last passed to [`DataMap::beat`], in nanoseconds; 0: never.
@@ -641,6 +699,29 @@ impl DataMap {
         Ok(CoreStats { role: Arc::clone(&self.role), core: index, places, one_thread: PhantomData })
     }
 
+    /// The records of the clients of core index `core` (from 0), all without owner, to be written by one thread; one
+    /// handle per core at a time.
+    ///
+    /// # Errors
+    /// [`MapError::Core`] if the map has no such core or another handle writes them, [`MapError::NoSpace`] if memory for
+    /// them cannot be had.
+    pub fn core_clients(&self, core: u16) -> Result<CoreClients, MapError> {
+        let index = usize::from(core);
+        let shared = &self.reader.shared;
+        let Some(taken) = shared.clients_taken.get(index) else {
+            return Err(MapError::Core { core, why: "the map was created for fewer cores" });
+        };
+        let per_core = shared.layout.clients.as_ref().map_or(0, |places| places.per_core);
+        shared.reserve_clients(index, per_core)?;
+        if taken.swap(true, Ordering::AcqRel) {
+            return Err(MapError::Core { core, why: "another handle of this process writes its clients" });
+        }
+        let clients =
+            CoreClients { role: Arc::clone(&self.role), core: index, per_core, one_thread: PhantomData };
+        clients.clear();
+        Ok(clients)
+    }
+
     /// Gives a sign of life: the time now, in nanoseconds of the boot-time clock (`CLOCK_BOOTTIME`).
     pub fn beat(&self, now_ns: u64) {
         store_le(self.reader.shared.signal(Signal::DataPlaneBeat), now_ns, Ordering::Relaxed);
@@ -692,6 +773,89 @@ impl CoreStats {
 impl Drop for CoreStats {
     fn drop(&mut self) {
         self.role.shared.taken[self.core].store(false, Ordering::Release);
+    }
+}
+
+/// The records of the clients of one core, for the thread that runs it: can be sent to that thread, but not shared.
+///
+/// Every update is plain loads and stores: no locked instruction, no allocation, no system call. What a map cannot hold is
+/// not written.
+pub struct CoreClients {
+    role: Arc<RoleGuard>,
+    core: usize,
+    per_core: usize,
+    one_thread: PhantomData<Cell<()>>,
+}
+
+impl std::fmt::Debug for CoreClients {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("CoreClients").field("core", &self.core).finish_non_exhaustive()
+    }
+}
+
+impl CoreClients {
+    fn with(&self, record: u32, act: impl FnOnce(&RecordWords<'_>)) {
+        if let Some(words) = self.role.shared.client(self.core, record as usize) {
+            act(&words);
+        }
+    }
+
+    /// Takes the records of a former data plane from their owners.
+    fn clear(&self) {
+        let Some(used) = self.role.shared.clients_used(self.core) else { return };
+        for record in 0..self.per_core {
+            if let Some(words) = self.role.shared.client(self.core, record) {
+                words.exchange(0, 0, 0);
+            }
+        }
+        store_le(used, 0, Ordering::Release);
+    }
+
+    /// Gives record `record` to the client `mac` of the export `shelf`.`slot`; all its counts begin at zero. `now_ns` is of
+    /// `CLOCK_MONOTONIC`.
+    pub fn give(&self, record: u32, mac: [u8; 6], shelf: u16, slot: u8, now_ns: u64) {
+        self.with(record, |words| words.exchange(mac_number(mac), address_number(shelf, slot), now_ns));
+        if let Some(used) = self.role.shared.clients_used(self.core) {
+            let wanted = u64::from(record) + 1;
+            if wanted <= self.per_core as u64 && load_le(used, Ordering::Relaxed) < wanted {
+                store_le(used, wanted, Ordering::Release);
+            }
+        }
+    }
+
+    /// Takes a record from its owner.
+    pub fn take_away(&self, record: u32) {
+        self.with(record, |words| words.exchange(0, 0, 0));
+    }
+
+    /// Adds to a counter of a record's owner.
+    #[inline]
+    pub fn add(&self, record: u32, counter: ClientCounter, amount: u64) {
+        self.with(record, |words| words.add(counter, amount));
+    }
+
+    /// Counts a duration of `ns` nanoseconds for a record's owner.
+    #[inline]
+    pub fn record(&self, record: u32, latency: Latency, ns: u64) {
+        self.with(record, |words| words.record(latency, ns));
+    }
+
+    /// Notes when a record's owner sent its newest request, in nanoseconds of `CLOCK_MONOTONIC`.
+    #[inline]
+    pub fn seen(&self, record: u32, now_ns: u64) {
+        self.with(record, |words| words.seen(now_ns));
+    }
+
+    /// Notes how many requests of a record's owner are in progress.
+    #[inline]
+    pub fn in_flight(&self, record: u32, requests: u32) {
+        self.with(record, |words| words.in_flight(requests.into()));
+    }
+}
+
+impl Drop for CoreClients {
+    fn drop(&mut self) {
+        self.role.shared.clients_taken[self.core].store(false, Ordering::Release);
     }
 }
 

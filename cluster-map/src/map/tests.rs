@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::desired::tests as desired_tests;
-use crate::layout::tests::{of_boot, of_level, with_counters};
+use crate::layout::tests::{of_boot, of_level, with_counters, without_clients};
 use crate::observed::tests as observed_tests;
 use crate::{
     Allow, AoePolicy, BUCKETS, DesiredExport, DesiredVolume, ExportState, LEVEL, MAX_CONFIG_STRING_BYTES,
@@ -257,6 +257,53 @@ fn statistics_are_read_by_the_other_process_and_survive_a_restart() {
 }
 
 #[test]
+fn clients_are_read_by_the_other_process_and_forgotten_at_a_restart() {
+    let (dir, control, data) = pair();
+    let reader = control.reader();
+    let (zero, one) = (data.core_clients(0).unwrap(), data.core_clients(1).unwrap());
+    assert!(matches!(data.core_clients(1), Err(MapError::Core { core: 1, .. })), "one writer per core");
+    assert!(matches!(data.core_clients(2), Err(MapError::Core { core: 2, .. })), "no such core");
+    assert_eq!(reader.clients().unwrap(), []);
+    zero.give(3, [2, 0, 0, 0, 0, 1], 7, 1, 100);
+    one.give(0, [2, 0, 0, 0, 0, 2], 7, 1, 200);
+    one.give(1, [2, 0, 0, 0, 0, 2], 7, 2, 300);
+    one.add(1, ClientCounter::Reads, 5);
+    one.record(1, Latency::Read, 4_000);
+    one.in_flight(1, 4);
+    one.seen(1, 350);
+    // Records that no map has are not written, and nothing else is.
+    one.give(u32::MAX, [1; 6], 7, 2, 0);
+    one.add(1 << 20, ClientCounter::Reads, 5);
+    let macs = |clients: Vec<ClientSnapshot>| -> Vec<(u8, u16)> {
+        clients.iter().map(|client| (client.mac[5], client.core)).collect()
+    };
+    assert_eq!(macs(reader.clients().unwrap()), [(1, 0), (2, 1), (2, 1)]);
+    assert_eq!(macs(reader.clients_of(7, 1).unwrap()), [(1, 0), (2, 1)]);
+    let client = &reader.clients_of(7, 2).unwrap()[0];
+    assert_eq!((client.get(ClientCounter::Reads), client.read_ns.count(), client.in_flight), (5, 1, 4));
+    assert_eq!((client.first_seen_ns, client.last_seen_ns), (300, 350));
+    one.take_away(0);
+    assert_eq!(macs(reader.clients_of(7, 1).unwrap()), [(1, 0)]);
+    drop((zero, one, data));
+    assert_eq!(reader.clients().unwrap().len(), 2, "what a data plane did is read when it is gone");
+    let data = DataMap::attach(dir.path().join("map")).unwrap();
+    let _zero = data.core_clients(0).unwrap();
+    assert_eq!(macs(reader.clients().unwrap()), [(2, 1)]);
+}
+
+#[test]
+fn a_map_without_records_of_clients_works_without_them() {
+    let dir = run_dir();
+    let path = idle_map(&dir);
+    edit_header(&path, without_clients);
+    let data = DataMap::attach(&path).unwrap();
+    let clients = data.core_clients(0).unwrap();
+    clients.give(0, [2; 6], 1, 1, 1);
+    clients.add(0, ClientCounter::Reads, 1);
+    assert_eq!(data.reader().clients().unwrap(), []);
+}
+
+#[test]
 fn heartbeats_belong_to_their_process() {
     let (_dir, control, data) = pair();
     assert_eq!((control.data_plane_alive_ns(), data.reader().control_alive_ns()), (0, 0));
@@ -407,6 +454,10 @@ fn use_whatever_it_is(path: &Path) {
         let stats = data.core_stats(0).unwrap();
         stats.add(Counter::Reads, 1);
         stats.record(Latency::Write, u64::MAX);
+        let clients = data.core_clients(0).unwrap();
+        clients.give(9, [2; 6], 1, 1, 1);
+        clients.record(9, Latency::Write, u64::MAX);
+        let _ = data.reader().clients();
         data.beat(1);
     }
     if let Ok(mut control) = control {
