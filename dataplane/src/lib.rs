@@ -1,6 +1,7 @@
 //! The thread-per-core storage engine of a Torus node.
 #![forbid(unsafe_code)]
 
+pub mod clients;
 pub mod device;
 pub mod exchange;
 pub mod manager;
