@@ -296,20 +296,19 @@ mod model {
                     record.exchange(7);
                     add(&record.0[2], 70);
                     record.exchange(9);
-                    add(&record.0[2], 90);
                 }
             });
             let reader = thread::spawn({
                 let record = Arc::clone(&record);
                 move || {
                     if let Some(found) = record.read() {
-                        assert!([(0, 0), (7, 0), (7, 70), (9, 0), (9, 90)].contains(&found), "{found:?}");
+                        assert!([(0, 0), (7, 0), (7, 70), (9, 0)].contains(&found), "{found:?}");
                     }
                 }
             });
             writer.join().expect("writer");
             reader.join().expect("reader");
-            assert_eq!(record.read(), Some((9, 90)));
+            assert_eq!(record.read(), Some((9, 0)));
         });
     }
 }

@@ -124,11 +124,7 @@ impl Clients {
         let mut at = self.buckets[bucket];
         while at != NONE {
             let place = &self.places[at as usize];
-            if place.export == export.key
-                && place.mac == mac
-                && place.address == export.address
-                && !place.gone
-            {
+            if place.export == export && place.mac == mac && place.address == address && !place.gone {
                 self.published.seen(at, now_ns);
                 return Some(ClientId(at));
             }

@@ -22,11 +22,12 @@ use std::sync::Arc;
 
 use aoe_xdp::link::{LinkStats, Pool, Queue, Region, RxFrame, TxFrame};
 use aoe_xdp::order::{RangeOrder, RequestId};
-use cluster_map::CoreStats;
+use cluster_map::{CoreClients, CoreStats};
 use rustix::time::{ClockId, clock_gettime};
 use torus_uring::{FileId, Ring, RingConfig, RingError};
 
 use self::serve::InlineEnd;
+use crate::clients::Clients;
 use crate::exchange::{CoreConfig, Mailbox, Served};
 use crate::request::Requests;
 use crate::store::Outcome;
@@ -35,6 +36,8 @@ use crate::store::linear::LinearStore;
 /// Requests in progress on one core. Linux keeps 64 in flight for each target MAC, so this serves 16 busy exports at their
 /// full window; beyond it requests are dropped and come again.
 pub const REQUESTS_MAX: u32 = 1024;
+/// Clients that one core remembers: at least as many as can have a request in progress.
+const CLIENTS_MAX: u32 = REQUESTS_MAX;
 /// Disk requests in flight: a request has at most two at a time.
 const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
 /// Frames taken from one queue in one go: large enough to spread the cost of a system call, small enough that a batch's
@@ -73,6 +76,8 @@ pub struct Parts {
     pub mailboxes: Arc<[Mailbox]>,
     /// Its counters.
     pub stats: CoreStats,
+    /// Its records of clients.
+    pub clients: CoreClients,
 }
 
 struct OwnQueue {
@@ -99,6 +104,7 @@ pub struct Reactor {
     egress: Vec<Egress>,
     mailboxes: Arc<[Mailbox]>,
     stats: CoreStats,
+    clients: Clients,
     config: Arc<CoreConfig>,
     /// Parity of the configuration in force.
     epoch: u8,
@@ -150,6 +156,7 @@ impl Reactor {
             egress: parts.egress,
             mailboxes: parts.mailboxes,
             stats: parts.stats,
+            clients: Clients::new(CLIENTS_MAX, parts.clients),
             config: Arc::new(CoreConfig::default()),
             epoch: 0,
             settling: false,

@@ -121,6 +121,7 @@ impl Node {
                 egress: vec![if core == 0 { Egress::Own(0) } else { Egress::Other(0) }],
                 mailboxes: Arc::clone(&node.mailboxes),
                 stats: map.core_stats(core).unwrap(),
+                clients: map.core_clients(core).unwrap(),
             };
             node.cores.push(std::thread::spawn(move || {
                 let mut reactor = Reactor::new(parts).unwrap();

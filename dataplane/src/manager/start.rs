@@ -290,6 +290,7 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
             egress,
             mailboxes: Arc::clone(&mailboxes),
             stats: map.core_stats(core)?,
+            clients: map.core_clients(core)?,
         };
         threads.push(start_core(cpu, parts)?);
     }

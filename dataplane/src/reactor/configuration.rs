@@ -29,6 +29,8 @@ impl Reactor {
                 _ => {}
             }
         }
+        let exports = &config.exports;
+        self.clients.keep_only(|key, address| exports.find(address).is_some_and(|export| export.key == key));
         let old = std::mem::replace(&mut self.config, config);
         self.mailboxes[usize::from(self.core)].retire(old);
         self.epoch ^= 1;
