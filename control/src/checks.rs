@@ -16,6 +16,7 @@ use thiserror::Error;
 
 use crate::model::StoreSpec;
 use crate::ops::{self, MIN_STORE_BYTES};
+use crate::settings::{LogicalInterface, parse_interfaces};
 use crate::size::{self, human};
 
 /// Smallest MTU: an AoE frame of two sectors (36 bytes of headers, of which 14 do not count, and 1024 of data), with room.
@@ -140,35 +141,37 @@ fn parse_link(message: &[u8]) -> Option<(String, Interface)> {
     Some((name?, link))
 }
 
-/// Checks that each interface exists, is up and carries an AoE frame.
+/// Reads the logical interfaces to serve on, and checks that the network device of each exists, is up and carries an AoE
+/// frame.
 ///
 /// # Errors
 /// The first that does not, with the next step.
-pub fn check_interfaces(wanted: &[String], present: &BTreeMap<String, Interface>) -> Result<(), CheckError> {
+pub fn check_interfaces(
+    wanted: &[String],
+    present: &BTreeMap<String, Interface>,
+) -> Result<Vec<LogicalInterface>, CheckError> {
     let refuse = |text: String| Err(CheckError::Refused(text));
     if wanted.is_empty() {
         return refuse("no interface is named; give one with --interface".into());
     }
-    for (index, name) in wanted.iter().enumerate() {
-        if wanted[..index].contains(name) {
-            return refuse(format!("interface {name} is named twice; name each once"));
-        }
-        let Some(interface) = present.get(name) else {
+    let wanted = parse_interfaces(wanted).map_err(|error| CheckError::Refused(error.to_string()))?;
+    for LogicalInterface { netdev, .. } in &wanted {
+        let Some(interface) = present.get(netdev) else {
             let names: Vec<_> = present.keys().filter(|name| *name != "lo").map(String::as_str).collect();
             let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            return refuse(format!("there is no interface {name} here; these exist: {names}"));
+            return refuse(format!("there is no interface {netdev} here; these exist: {names}"));
         };
         if !interface.up {
-            return refuse(format!("interface {name} is down; run `ip link set dev {name} up`"));
+            return refuse(format!("interface {netdev} is down; run `ip link set dev {netdev} up`"));
         }
         if interface.mtu < MIN_MTU {
             let mtu = interface.mtu;
             return refuse(format!(
-                "interface {name} has MTU {mtu}, at least {MIN_MTU} is needed; run `ip link set dev {name} mtu 1500` (better 9000)"
+                "interface {netdev} has MTU {mtu}, at least {MIN_MTU} is needed; run `ip link set dev {netdev} mtu 1500` (better 9000)"
             ));
         }
     }
-    Ok(())
+    Ok(wanted)
 }
 
 /// Checks the capabilities that the data plane needs for the link.
@@ -338,6 +341,10 @@ mod tests {
         assert!(check_interfaces(&eth0, &present(true, 1060)).is_ok());
         assert!(text(&[], &present(true, 1500)).contains("--interface"));
         assert!(text(&["eth0".into(), "eth0".into()], &present(true, 1500)).contains("twice"));
+        assert!(text(&["eth0".into(), "eth0@4095".into()], &present(true, 1500)).contains("1 to 4094"));
+        assert!(text(&["eth7@1".into()], &present(true, 1500)).contains("no interface eth7 here"));
+        let both = check_interfaces(&["eth0".into(), "eth0@0100".into()], &present(true, 1500)).unwrap();
+        assert_eq!(both.iter().map(ToString::to_string).collect::<Vec<_>>(), ["eth0", "eth0@100"]);
     }
 
     #[test]

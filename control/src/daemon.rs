@@ -43,6 +43,8 @@ Examples:
     torusd --interface eth1 --store /dev/nvme0n1
   A file as the store, made with 10 GiB:
     torusd --interface eth1 --store /srv/torus/store:10GiB
+  On two VLANs of one interface, and on the untagged frames of another:
+    torusd --interface eth1@100,eth1@200,eth2 --store /dev/nvme0n1
   A member of a cluster (once, anywhere: torusctl init):
     torusd --interface eth1,eth2 --store /dev/nvme0n1 --etcd http://10.0.0.1:2379,http://10.0.0.2:2379
 
@@ -53,7 +55,7 @@ Exit codes: 0 stopped, 1 failed, 2 the configuration is refused.";
 #[derive(Debug, Clone, Parser)]
 #[command(name = "torusd", version, after_help = EXAMPLES)]
 pub struct Options {
-    /// Interfaces to serve volumes on
+    /// Interfaces to serve volumes on: eth0, or eth0@100 for VLAN 100 on it
     #[arg(long, env = "TORUS_INTERFACE", value_delimiter = ',', value_name = "IF", required = true)]
     pub interface: Vec<String>,
     /// Files or block devices to keep volumes in; formatted only where blank, created if missing and a SIZE is given
@@ -172,7 +174,7 @@ fn check(options: &Options) -> Result<Checked> {
     let cores = choose_cores(options.cores.as_deref(), &usable_cores())?;
     let link = options.link.into();
     let present = checks::interfaces().context("cannot list the network interfaces")?;
-    checks::check_interfaces(&options.interface, &present)?;
+    let interfaces = checks::check_interfaces(&options.interface, &present)?;
     checks::check_capabilities(link)?;
     let program = checks::find_data_plane(options.dataplane.as_deref())?;
     let mut stores: Vec<StoreSpec> = Vec::new();
@@ -185,7 +187,8 @@ fn check(options: &Options) -> Result<Checked> {
     }
     stores.iter().try_for_each(checks::check_store_path)?;
     let named_stores = stores.iter().map(|s| s.path.clone()).collect();
-    let settings = Settings { cores, link, interfaces: options.interface.clone(), named_stores };
+    let interfaces = interfaces.iter().map(ToString::to_string).collect();
+    let settings = Settings { cores, link, interfaces, named_stores };
     Ok(Checked { name, settings, stores, program })
 }
 

@@ -17,5 +17,6 @@ pub mod node;
 pub mod ops;
 pub mod placement;
 pub mod reconcile;
+pub mod settings;
 pub mod size;
 pub mod supervise;

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::meta::{KeyValue, Revision};
+use crate::settings::ExportSettings;
 
 /// The format number that this version writes and the only one it reads.
 pub const FORMAT: u32 = 1;
@@ -76,16 +77,16 @@ pub enum ModelError {
     Mac(String),
 }
 
-/// Serde adapter for identifiers that are text outside: `#[serde(with = "text")]`.
-mod text {
+/// Serde adapter for what is text outside: `#[serde(with = "text")]`.
+pub(crate) mod text {
     use super::{Deserialize, FromStr, fmt};
     use serde::{Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<T: fmt::Display, S: Serializer>(value: &T, s: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<T: fmt::Display, S: Serializer>(value: &T, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(value)
     }
 
-    pub(super) fn deserialize<'de, T, D>(d: D) -> Result<T, D::Error>
+    pub(crate) fn deserialize<'de, T, D>(d: D) -> Result<T, D::Error>
     where
         T: FromStr,
         T::Err: fmt::Display,
@@ -347,6 +348,9 @@ pub struct ExportStatus {
 pub struct StatusRecord {
     /// The data-plane process in words: `running`, or why not.
     pub data_plane: String,
+    /// Logical interfaces that it serves on.
+    #[serde(default)]
+    pub interfaces: Vec<String>,
     /// Link queues.
     pub links: Vec<LinkStatus>,
     /// Stores.
@@ -442,6 +446,9 @@ pub struct ExportRecord {
     /// Unexported; the record goes once the node has confirmed that it serves it no more (I12).
     #[serde(default)]
     pub ending: bool,
+    /// What initiators see and may change.
+    #[serde(default, skip_serializing_if = "ExportSettings::is_default")]
+    pub settings: ExportSettings,
 }
 
 /// Who has a MAC.
@@ -678,6 +685,16 @@ impl View {
         self.volumes.get(&id).map(|volume| (id, volume))
     }
 
+    /// An export by its volume's name or id or, failing that, by its address.
+    #[must_use]
+    pub fn export(&self, volume_or_address: &str) -> Option<(Address, &Entry<ExportRecord>)> {
+        let address = match self.volume(volume_or_address) {
+            Some((_, volume)) => volume.record.export?,
+            None => volume_or_address.parse().ok()?,
+        };
+        self.exports.get(&address).map(|export| (address, export))
+    }
+
     /// A node by name or, failing that, by id.
     #[must_use]
     pub fn node(&self, name_or_id: &str) -> Option<(NodeId, &Entry<NodeRecord>)> {
@@ -856,7 +873,13 @@ mod tests {
             7 => (keys::volume(id), encode(&VolumeRecord { name, ..volume() })),
             8 => (
                 keys::export(address),
-                encode(&ExportRecord { volume: id, mac, read_only: false, ending: false }),
+                encode(&ExportRecord {
+                    volume: id,
+                    mac,
+                    read_only: false,
+                    ending: false,
+                    settings: ExportSettings::default(),
+                }),
             ),
             _ => (keys::mac(mac), encode(&MacRecord { volume: VolumeId([change; 16]) })),
         }

@@ -20,6 +20,7 @@ use crate::model::{
     NodeRecord, PREFIX, StoreSpec, View, VolumeRecord, VolumeState, check_name, encode, keys,
 };
 use crate::placement::{self, PlacementError, available_bytes};
+use crate::settings::{ExportSettings, Policy, SettingError, parse_interfaces};
 use crate::size::human;
 
 /// Smallest store that holds its own metadata and a volume.
@@ -77,6 +78,11 @@ impl Refusal {
         )
     }
 
+    fn not_exported(volume: &str) -> Self {
+        let message = format!("volume {volume} is not exported");
+        Self::new(RefusalKind::Conflict, "not_exported", message, "see `torusblk list`")
+    }
+
     fn no_volume(name: &str) -> Self {
         Self::new(
             RefusalKind::NotFound,
@@ -84,6 +90,21 @@ impl Refusal {
             format!("there is no volume {name}"),
             "see `torusctl volume list`",
         )
+    }
+}
+
+impl From<SettingError> for Refusal {
+    fn from(error: SettingError) -> Self {
+        let code = match error {
+            SettingError::StringTooLong(_) | SettingError::Escape(_) | SettingError::Hex(_) => {
+                "bad_config_string"
+            }
+            SettingError::TooManyMacs(_) | SettingError::GroupMac(_) | SettingError::Mac(_) => "bad_mac",
+            SettingError::Interface(_)
+            | SettingError::InterfaceTwice(_)
+            | SettingError::TooManyInterfaces(_) => "bad_interface",
+        };
+        Self::new(RefusalKind::Invalid, code, error.to_string(), "")
     }
 }
 
@@ -490,10 +511,12 @@ pub struct NewExport {
     pub volume: String,
     /// Where; the next free address if none.
     pub address: Option<Address>,
-    /// An interface that the volume's node must serve on, if named.
-    pub interface: Option<String>,
+    /// Logical interfaces of the volume's node to serve it on; all if none is named.
+    pub interfaces: Vec<String>,
     /// Refuse writes.
     pub read_only: bool,
+    /// Who may change its settings over AoE; nobody if not given.
+    pub policy: Option<Policy>,
 }
 
 /// Exports a volume; an export that is there as asked for is left alone.
@@ -509,7 +532,7 @@ pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
     if old.state == VolumeState::Purging {
         return Err(conflict("purging", format!("volume {} is being deleted", old.name), String::new()));
     }
-    check_interface(view, old, new.interface.as_deref())?;
+    let interfaces = wanted_interfaces(view, old, &new.interfaces)?;
     if let Some(at) = old.export {
         let export = view.exports.get(&at).map(|e| &e.record);
         if export.is_some_and(|e| e.ending) {
@@ -521,12 +544,24 @@ pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
             ));
         }
         let same = new.address.is_none_or(|address| address == at)
-            && export.is_some_and(|e| e.read_only == new.read_only);
+            && export.is_some_and(|e| {
+                let settings = &e.settings;
+                e.read_only == new.read_only
+                    && (interfaces.is_empty() || interfaces == settings.interfaces)
+                    && new.policy.as_ref().is_none_or(|policy| *policy == settings.policy)
+            });
         if same {
             return Ok(Plan::Done(at));
         }
-        let hint = format!("run `torusblk unexport {}` first", old.name);
-        return Err(conflict("exported", format!("volume {} is exported at {at}", old.name), hint));
+        let hint = format!(
+            "see `torusblk show {0}`; its policy is changed with `torusblk policy {0}`, all else after `torusblk unexport {0}`",
+            old.name
+        );
+        return Err(conflict(
+            "exported",
+            format!("volume {} is exported at {at}, not as it is asked for now", old.name),
+            hint,
+        ));
     }
     let address = match new.address {
         Some(address) => address,
@@ -543,7 +578,9 @@ pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
     let mac = placement::free_mac(view, id)
         .ok_or_else(|| conflict("no_mac", "no MAC is free for this volume".into(), String::new()))?;
     let record = VolumeRecord { export: Some(address), ..old.clone() };
-    let export = ExportRecord { volume: id, mac, read_only: new.read_only, ending: false };
+    let policy = new.policy.clone().unwrap_or_default();
+    let settings = ExportSettings { interfaces, policy, ..ExportSettings::default() };
+    let export = ExportRecord { volume: id, mac, read_only: new.read_only, ending: false, settings };
     let mut txn = Txn::new()
         .when(unchanged(keys::volume(id), volume))
         .when(Compare::Absent(keys::export(address)))
@@ -556,24 +593,62 @@ pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
     Ok(Plan::Commit(txn, address))
 }
 
-fn check_interface(view: &View, volume: &VolumeRecord, interface: Option<&str>) -> Result<(), Refusal> {
-    let Some(interface) = interface else { return Ok(()) };
-    let links = view.status.get(&volume.node).map_or(&[][..], |s| &s.links);
-    if links.iter().any(|link| link.interface == interface) {
-        return Ok(());
-    }
-    let has: std::collections::BTreeSet<_> = links.iter().map(|l| l.interface.as_str()).collect();
-    let has = if has.is_empty() { "none now".to_owned() } else { Vec::from_iter(has).join(", ") };
+/// The interfaces to bind an export to, each in its one spelling and in order; refused if the volume's node does not serve
+/// on one of them.
+fn wanted_interfaces(view: &View, volume: &VolumeRecord, names: &[String]) -> Result<Vec<String>, Refusal> {
+    let mut wanted: Vec<_> = parse_interfaces(names)?.iter().map(ToString::to_string).collect();
+    wanted.sort_unstable();
+    let has = view.status.get(&volume.node).map_or(&[][..], |status| &status.interfaces);
+    let Some(missing) = wanted.iter().find(|name| !has.contains(name)) else { return Ok(wanted) };
+    let has = if has.is_empty() { "none now".to_owned() } else { has.join(", ") };
     Err(Refusal::new(
         RefusalKind::Conflict,
         "no_such_interface",
         format!(
-            "node {}, which holds volume {}, does not serve on {interface}; it serves on: {has}",
+            "node {}, which holds volume {}, does not serve on {missing}; it serves on: {has}",
             view.node_label(volume.node),
             volume.name
         ),
-        "leave the interface out: an export is served on every interface of its node",
+        "name one of these, or none to serve it on all of them",
     ))
+}
+
+/// An export, named by its volume or its address.
+///
+/// # Errors
+/// No such volume, or it is not exported.
+pub fn find_export<'a>(view: &'a View, name: &str) -> Result<(Address, &'a Entry<ExportRecord>), Refusal> {
+    view.export(name).ok_or_else(|| match view.volume(name) {
+        Some((_, volume)) => Refusal::not_exported(&volume.record.name),
+        None => Refusal::no_volume(name),
+    })
+}
+
+/// Changes the settings of an export, named by its volume or its address. `change` is called anew for every attempt.
+///
+/// # Errors
+/// No such export, it is ending, or what `change` refuses.
+pub fn set_export(
+    view: &View,
+    name: &str,
+    change: impl FnOnce(&mut ExportSettings) -> Result<(), Refusal>,
+) -> Result<Plan<Address>, Refusal> {
+    initialised(view)?;
+    let (address, export) = find_export(view, name)?;
+    if export.record.ending {
+        let message = format!("the export at {address} is ending");
+        let hint = "export the volume again when it has ended";
+        return Err(Refusal::new(RefusalKind::Conflict, "export_ending", message, hint));
+    }
+    let mut settings = export.record.settings.clone();
+    change(&mut settings)?;
+    if settings == export.record.settings {
+        return Ok(Plan::Done(address));
+    }
+    let record = ExportRecord { settings, ..export.record.clone() };
+    let txn =
+        Txn::new().when(unchanged(keys::export(address), export)).put(keys::export(address), encode(&record));
+    Ok(Plan::Commit(txn, address))
 }
 
 /// Starts the end of a volume's export; its record goes when the node has confirmed (I12).
@@ -587,8 +662,7 @@ pub fn unexport(view: &View, name: &str, seen: &mut Option<Address>) -> Result<P
         if let Some(address) = *seen {
             return Ok(Plan::Done(address));
         }
-        let message = format!("volume {} is not exported", volume.record.name);
-        return Err(Refusal::new(RefusalKind::Conflict, "not_exported", message, "see `torusblk list`"));
+        return Err(Refusal::not_exported(&volume.record.name));
     };
     *seen = Some(address);
     let Some(export) = view.exports.get(&address) else {

@@ -92,6 +92,7 @@ mod tests {
     use crate::model::{
         Entry, ExportRecord, LiveRecord, StatusRecord, StoreRecord, StoreStatus, VolumeRecord, VolumeState,
     };
+    use crate::settings::ExportSettings;
     use cluster_map::NodeId;
 
     const GIB: u64 = 1 << 30;
@@ -173,7 +174,8 @@ mod tests {
         for slot in 1..=15 {
             assert_eq!(next_address(&view), Address::new(1, slot));
             let mac = free_mac(&view, VolumeId([slot; 16])).unwrap();
-            let export = ExportRecord { volume, mac, read_only: false, ending: false };
+            let settings = ExportSettings::default();
+            let export = ExportRecord { volume, mac, read_only: false, ending: false, settings };
             view.exports.insert(next_address(&view).unwrap(), at(export));
         }
         assert_eq!(next_address(&view), Address::new(2, 1));

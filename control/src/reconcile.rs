@@ -5,11 +5,11 @@
 //! of a volume that is recorded as purging, and an export's end only of a data plane that has applied a desired state
 //! without it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_map::{
-    Desired, DesiredExport, DesiredStore, DesiredVolume, Durability, ExportState, LinkChoice, LinkMode,
-    NodeId, Observed, ObservedVolume, StoreState, VolumeIntent, VolumeObserved,
+    Desired, DesiredExport, DesiredStore, DesiredVolume, Durability, EVERY_INTERFACE, ExportState,
+    LinkChoice, LinkMode, NodeId, Observed, ObservedVolume, StoreState, VolumeIntent, VolumeObserved,
 };
 
 use crate::meta::{Compare, Txn};
@@ -17,6 +17,7 @@ use crate::model::{
     Address, Entry, ExportStatus, LinkStatus, SECTOR_BYTES, StatusRecord, StoreRecord, StoreStatus,
     TombstoneRecord, View, VolumeRecord, VolumeState, VolumeStatus, encode, keys,
 };
+use crate::settings::{ExportSettings, bare};
 
 /// Most volumes, and most troubled exports, that a status lists: it stays far below the limit of a record.
 const STATUS_ENTRIES: usize = 256;
@@ -69,7 +70,11 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
             slot: address.slot,
             mac: e.record.mac.0,
             read_only: e.record.read_only,
-            ..DesiredExport::default()
+            on_interfaces: on_interfaces(&e.record.settings, &settings.interfaces),
+            config_string: e.record.settings.config_string.bytes().to_vec(),
+            masks: bare(&e.record.settings.masks),
+            reserved_for: bare(&e.record.settings.reserved_for),
+            allow: e.record.settings.policy.allow(),
         })
     });
     Some(Desired {
@@ -85,6 +90,15 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         answers: Vec::new(),
         drain: false,
     })
+}
+
+/// The interfaces of the node, as a mask, that an export is served on; none if it is bound to others.
+fn on_interfaces(settings: &ExportSettings, of_node: &[String]) -> u16 {
+    if settings.interfaces.is_empty() {
+        return EVERY_INTERFACE;
+    }
+    let bound = of_node.iter().enumerate().filter(|(_, name)| settings.interfaces.contains(name));
+    bound.fold(0, |mask, (ordinal, _)| mask | 1u16.unbounded_shl(u32::try_from(ordinal).unwrap_or(u32::MAX)))
 }
 
 /// Whether two desired states ask for the same, whatever their versions.
@@ -268,15 +282,30 @@ pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> Sta
     let unsettled = |v: &VolumeStatus| v.state != "ready" || v.wanted != v.size;
     let volumes = current.map(report).filter(unsettled).take(STATUS_ENTRIES);
     let address = |e: &cluster_map::ObservedExport| Address { shelf: e.shelf, slot: e.slot };
-    let (serving, troubled): (Vec<_>, Vec<_>) =
-        observed.exports.iter().partition(|e| e.state == ExportState::Serving);
-    let exports = troubled.into_iter().take(STATUS_ENTRIES).map(|e| ExportStatus {
-        address: address(e),
-        state: if e.state == ExportState::Failed { "failed" } else { "waiting" }.into(),
-        error: shortened(&e.error),
+    let nowhere = published.exports.iter().filter(|e| e.on_interfaces == 0);
+    let nowhere: BTreeSet<_> = nowhere.map(|e| Address { shelf: e.shelf, slot: e.slot }).collect();
+    let (serving, troubled): (Vec<_>, Vec<_>) = observed
+        .exports
+        .iter()
+        .partition(|e| e.state == ExportState::Serving && !nowhere.contains(&address(e)));
+    let exports = troubled.into_iter().take(STATUS_ENTRIES).map(|e| match nowhere.contains(&address(e)) {
+        true => ExportStatus {
+            address: address(e),
+            state: "failed".into(),
+            error:
+                "the node serves on none of the interfaces that it is bound to: name one of them in torusd's \
+                    --interface, or unexport the volume and export it anew"
+                    .into(),
+        },
+        false => ExportStatus {
+            address: address(e),
+            state: if e.state == ExportState::Failed { "failed" } else { "waiting" }.into(),
+            error: shortened(&e.error),
+        },
     });
     StatusRecord {
         data_plane: data_plane.to_owned(),
+        interfaces: published.interfaces.clone(),
         links: links.collect(),
         stores: store_statuses(observed),
         volumes: volumes.collect(),

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster_map::{
-    ClusterId, Desired, ExportState, MAX_PATH_BYTES, NodeId, Observed, ObservedExport, ObservedStore,
-    ObservedVolume, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
+    Allow, AoePolicy, ClusterId, Desired, EVERY_INTERFACE, ExportState, MAX_PATH_BYTES, NodeId, Observed,
+    ObservedExport, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId, VolumeIntent,
+    VolumeObserved,
 };
 use hyper::Method;
 use serde_json::{Value, json};
@@ -22,6 +23,7 @@ use torus_control::model::{
 use torus_control::node::{Known, Node, SessionEnd, session};
 use torus_control::ops::{self, NewExport, NewVolume, Plan, Refusal, RefusalKind};
 use torus_control::reconcile::{self, Settings};
+use torus_control::settings::Who;
 use torus_control::supervise::DataPlane;
 
 const GIB: u64 = 1 << 30;
@@ -87,12 +89,16 @@ fn obedient(desired: &Desired, n: u8) -> Observed {
     }
 }
 
+fn settings() -> Settings {
+    Settings { interfaces: vec!["eth0".into(), "eth0@100".into(), "eth1".into()], ..Settings::default() }
+}
+
 /// One round of node `n`: desired state out, observed state in.
 async fn converge(meta: &MemoryStore, n: u8) -> Desired {
     let mut published = Desired::default();
     for version in 1..8 {
         let now = view(meta).await;
-        published = reconcile::desired(&now, node_id(n), &Settings::default()).unwrap();
+        published = reconcile::desired(&now, node_id(n), &settings()).unwrap();
         published.version = version;
         let observed = obedient(&published, n);
         let status = reconcile::status(&published, &observed, "running");
@@ -353,7 +359,7 @@ async fn bad_requests_are_refused_with_their_reason() {
     );
     assert_eq!(code(export(&meta, "v", Some("1.2")).await), "exported");
     assert_eq!(code(change(&meta, |v| ops::resize_volume(v, "v", MIB, true)).await), "exported");
-    let missing = NewExport { interface: Some("eth9".into()), ..at("v", None) };
+    let missing = NewExport { interfaces: vec!["eth9".into()], ..at("v", None) };
     assert_eq!(code(change(&meta, |v| ops::export(v, &missing)).await), "no_such_interface");
     let mut seen = false;
     let (_, volume) = view(&meta).await.volume("v").map(|(id, v)| (id, v.record.clone())).unwrap();
@@ -372,6 +378,71 @@ async fn bad_requests_are_refused_with_their_reason() {
         code(change(&empty, |v| ops::init(v, ClusterId([1; 16]), 3 * MIB, 0)).await),
         "bad_extent_size"
     );
+}
+
+#[tokio::test]
+async fn an_export_is_bound_to_interfaces_of_its_node() {
+    let meta = cluster(1).await;
+    create(&meta, 1, "v", MIB).await.unwrap();
+    let bound = |names: &[&str]| NewExport {
+        interfaces: names.iter().map(|n| (*n).into()).collect(),
+        ..at("v", None)
+    };
+    let try_bound = async |names: &[&str]| {
+        let new = bound(names);
+        change(&meta, |v| ops::export(v, &new)).await
+    };
+    let refusal = try_bound(&["eth0", "eth0@7"]).await.unwrap_err();
+    assert_eq!(refusal.code, "no_such_interface");
+    assert!(refusal.message.contains("eth0, eth0@100, eth1"), "{refusal}");
+    for bad in [&["eth0", "eth0"][..], &["eth0@0"], &["a/b"]] {
+        assert_eq!(code(try_bound(bad).await), "bad_interface");
+    }
+    let address = try_bound(&["eth1", "eth0@100"]).await.unwrap();
+    assert_eq!(try_bound(&["eth0@100", "eth1"]).await.unwrap(), address, "the same again is done already");
+    assert_eq!(code(try_bound(&["eth1"]).await), "exported");
+    assert_eq!(converge(&meta, 1).await.exports[0].on_interfaces, 0b110);
+
+    // A node that serves on neither any more says so.
+    let now = view(&meta).await;
+    let elsewhere = Settings { interfaces: vec!["eth2".into()], ..Settings::default() };
+    let published = reconcile::desired(&now, node_id(1), &elsewhere).unwrap();
+    assert_eq!(published.exports[0].on_interfaces, 0);
+    let status = reconcile::status(&published, &obedient(&published, 1), "running");
+    assert!(status.serving.is_empty());
+    assert!(status.exports[0].state == "failed" && status.exports[0].error.contains("--interface"));
+}
+
+#[tokio::test]
+async fn settings_reach_the_data_plane() {
+    let meta = cluster(1).await;
+    create(&meta, 1, "v", MIB).await.unwrap();
+    let set = async |name: &str| {
+        change(&meta, |v| {
+            ops::set_export(v, name, |settings| {
+                settings.config_string = r"a\x00".parse()?;
+                settings.masks = vec!["02:00:00:00:00:01".parse()?];
+                settings.reserved_for = vec!["02:00:00:00:00:02".parse()?];
+                settings.policy.masks = Who::Anyone;
+                Ok(())
+            })
+        })
+        .await
+    };
+    assert_eq!(code(set("v").await), "not_exported");
+    assert_eq!(code(set("w").await), "no_such_volume");
+    let address = export(&meta, "v", None).await.unwrap();
+    assert_eq!(set("v").await.unwrap(), address);
+    let before = view(&meta).await.exports[&address].revision;
+    assert_eq!(set("1.1").await.unwrap(), address);
+    assert_eq!(view(&meta).await.exports[&address].revision, before, "nothing is written twice");
+    let published = converge(&meta, 1).await;
+    let wish = &published.exports[0];
+    assert_eq!((wish.on_interfaces, wish.config_string.as_slice()), (EVERY_INTERFACE, &b"a\0"[..]));
+    assert_eq!((&wish.masks, &wish.reserved_for), (&vec![[2, 0, 0, 0, 0, 1]], &vec![[2, 0, 0, 0, 0, 2]]));
+    assert_eq!(wish.allow, AoePolicy { masks: Allow::Anyone, ..AoePolicy::default() });
+    unexport(&meta, "v").await.unwrap();
+    assert_eq!(code(set("v").await), "export_ending");
 }
 
 #[tokio::test]
@@ -537,6 +608,10 @@ async fn every_route_is_in_the_document_and_answers() {
         "DELETE /v1/volumes/{name}",
         "GET /v1/exports",
         "GET /v1/exports/{volume}",
+        "GET /v1/exports/{volume}/config-string",
+        "GET /v1/exports/{volume}/masks",
+        "GET /v1/exports/{volume}/policy",
+        "GET /v1/exports/{volume}/reservation",
         "GET /v1/metrics",
         "GET /v1/nodes",
         "GET /v1/nodes/{name}",
@@ -546,11 +621,17 @@ async fn every_route_is_in_the_document_and_answers() {
         "GET /v1/version",
         "GET /v1/volumes",
         "GET /v1/volumes/{name}",
+        "PATCH /v1/exports/{volume}/masks",
+        "PATCH /v1/exports/{volume}/policy",
         "PATCH /v1/volumes/{name}",
         "POST /v1/cluster/init",
         "POST /v1/exports",
         "POST /v1/nodes/{name}/stores",
         "POST /v1/volumes",
+        "PUT /v1/exports/{volume}/config-string",
+        "PUT /v1/exports/{volume}/masks",
+        "PUT /v1/exports/{volume}/policy",
+        "PUT /v1/exports/{volume}/reservation",
     ];
     assert_eq!(documented, expected);
     for schema in ["Volume", "Export", "Node", "ErrorBody"] {
@@ -589,6 +670,61 @@ async fn what_was_written_is_read_at_once() {
     assert_eq!(made["export"]["address"], "1.1");
     assert_eq!(made["export"]["device"], "/dev/etherd/e1.1");
     assert_eq!(served.ask(Method::GET, "/v1/nodes/self", None).await.unwrap()["node"]["name"], "n1");
+}
+
+#[tokio::test]
+async fn settings_are_resources_of_their_export() {
+    let served = served(cluster(1).await).await;
+    served.ask(Method::POST, "/v1/volumes", Some(json!({"name": "v", "size_bytes": MIB}))).await.unwrap();
+    let at = |setting: &str| format!("/v1/exports/v/{setting}");
+    assert_eq!(served.ask(Method::GET, &at("masks"), None).await, Err("not_exported".into()));
+    let body = json!({"volume": "v", "policy": {"config": "any"}});
+    let made = served.ask(Method::POST, "/v1/exports", Some(body)).await.unwrap();
+    let policy = json!({"config": "any", "masks": "none", "reserve": "none"});
+    assert_eq!(made["export"]["policy"], policy);
+
+    let (one, two) = ("02:00:00:00:00:01", "02:00:00:00:00:02");
+    let both = json!({"macs": [one, two]});
+    let string = json!({"config_string": r"rack \\ 7\x00"});
+    let cases = [
+        (Method::PUT, "config-string", string.clone(), string.clone()),
+        (Method::PUT, "masks", json!({"macs": [two]}), json!({"macs": [two]})),
+        (Method::PATCH, "masks", json!({"add": [one], "remove": [two]}), json!({"macs": [one]})),
+        (Method::PATCH, "masks", json!({"add": [two, one]}), both.clone()),
+        (Method::PUT, "reservation", both.clone(), both.clone()),
+        (
+            Method::PATCH,
+            "policy",
+            json!({"masks": one}),
+            json!({"config": "any", "masks": one, "reserve": "none"}),
+        ),
+        (
+            Method::PUT,
+            "policy",
+            json!({"reserve": "any"}),
+            json!({"config": "none", "masks": "none", "reserve": "any"}),
+        ),
+    ];
+    for (method, setting, body, expected) in cases {
+        let answer = served.ask(method, &at(setting), Some(body)).await.unwrap();
+        assert_eq!(answer, expected, "{setting}");
+        assert_eq!(served.ask(Method::GET, &at(setting), None).await.unwrap(), expected, "{setting}");
+    }
+    let bad = [
+        ("config-string", json!({"config_string": "a\\"}), "bad_config_string"),
+        ("config-string", json!({"config_string": "x".repeat(1025)}), "bad_config_string"),
+        ("masks", json!({"macs": ["02:00"]}), "bad_mac"),
+        ("reservation", json!({"macs": ["ff:ff:ff:ff:ff:ff"]}), "bad_mac"),
+        ("policy", json!({"config": "everybody"}), "bad_mac"),
+        ("masks", json!({"add": []}), "malformed"),
+    ];
+    for (setting, body, code) in bad {
+        assert_eq!(served.ask(Method::PUT, &at(setting), Some(body)).await, Err(code.into()), "{setting}");
+    }
+    let shown = served.ask(Method::GET, "/v1/exports/1.1", None).await.unwrap();
+    let export = &shown["export"];
+    assert_eq!((&export["config_string"], &export["masks"]), (&string["config_string"], &both["macs"]));
+    assert_eq!((&export["reserved_for"], &export["interfaces"]), (&both["macs"], &json!([])));
 }
 
 #[tokio::test]

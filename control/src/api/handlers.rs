@@ -11,6 +11,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::error::{ApiError, Body, Path, Query};
+use super::settings::parse_policy;
 use super::types as t;
 use super::{document, render};
 use crate::checks;
@@ -21,8 +22,8 @@ use crate::ops::{self, NewExport, NewVolume, Refusal, RefusalKind};
 /// Longest wait that a request can ask for.
 const WAIT_LIMIT: Duration = Duration::from_secs(600);
 
-type Shared = State<Arc<Node>>;
-type Answer<T> = Result<Json<T>, ApiError>;
+pub(super) type Shared = State<Arc<Node>>;
+pub(super) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// How long an answer may take.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -38,7 +39,7 @@ impl Wait {
 }
 
 /// What is known; an error before the first answer of the metadata store.
-fn known(node: &Node) -> Result<Arc<Known>, Refusal> {
+pub(super) fn known(node: &Node) -> Result<Arc<Known>, Refusal> {
     let known = node.known();
     if known.listed() {
         return Ok(known);
@@ -319,10 +320,13 @@ fn export_answer(known: &Known, address: Address) -> t::ExportAnswer {
     t::ExportAnswer { metadata: known.words(), export }
 }
 
-#[utoipa::path(get, path = "/v1/exports/{volume}", tag = "exports", params(("volume" = String, Path, description = "Name or id of a volume")),
+#[utoipa::path(get, path = "/v1/exports/{volume}", tag = "exports", params(("volume" = String, Path, description = "Name or id of a volume, or its SHELF.SLOT")),
     responses((status = 200, body = t::ExportAnswer), (status = "default", body = t::ErrorBody)))]
 pub(crate) async fn export(State(node): Shared, Path(volume): Path<String>) -> Answer<t::ExportAnswer> {
     let known = known(&node)?;
+    if let Some((address, _)) = known.view.export(&volume) {
+        return Ok(Json(export_answer(&known, address)));
+    }
     let (_, entry) = known.view.volume(&volume).ok_or_else(|| {
         let message = format!("there is no volume {volume}");
         Refusal::new(RefusalKind::NotFound, "no_such_volume", message, "see `torusctl volume list`")
@@ -345,8 +349,9 @@ pub(crate) async fn create_export(
     let new = NewExport {
         volume: request.volume,
         address: request.address.map(|text| text.parse().map_err(Refusal::from)).transpose()?,
-        interface: request.interface,
+        interfaces: request.interfaces,
         read_only: request.read_only,
+        policy: request.policy.as_ref().map(parse_policy).transpose().map_err(Refusal::from)?,
     };
     let address = node.change(|view| ops::export(view, &new)).await?;
     let state = |view: &View| view.exports.get(&address).map(|e| render::export(view, address, e).state);

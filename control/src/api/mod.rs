@@ -8,6 +8,7 @@ mod error;
 mod handlers;
 mod metrics;
 mod render;
+mod settings;
 pub mod types;
 
 use std::sync::Arc;
@@ -49,6 +50,10 @@ fn parts() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
         .routes(routes!(handlers::volume, handlers::resize_volume, handlers::delete_volume))
         .routes(routes!(handlers::exports, handlers::create_export))
         .routes(routes!(handlers::export, handlers::delete_export))
+        .routes(routes!(settings::config_string, settings::set_config_string))
+        .routes(routes!(settings::masks, settings::set_masks, settings::edit_masks))
+        .routes(routes!(settings::reservation, settings::set_reservation))
+        .routes(routes!(settings::policy, settings::set_policy, settings::edit_policy))
         .routes(routes!(metrics::metrics))
         .split_for_parts()
 }

@@ -4,9 +4,10 @@ use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, NodeId, StoreId, Vol
 
 use super::types as t;
 use crate::model::{
-    Address, ClusterRecord, Entry, ExportRecord, NodeRecord, View, VolumeRecord, VolumeState,
+    Address, ClusterRecord, Entry, ExportRecord, Mac, NodeRecord, View, VolumeRecord, VolumeState,
 };
 use crate::placement::available_bytes;
+use crate::settings::Policy;
 
 pub(crate) fn cluster(record: &ClusterRecord) -> t::Cluster {
     t::Cluster {
@@ -75,6 +76,7 @@ pub(crate) fn node(view: &View, id: NodeId, node: &NodeRecord, cores: Option<Vec
     t::Node {
         metadata: String::new(),
         node: node_summary(view, id, node),
+        interfaces: status.interfaces,
         links: links.collect(),
         stores: stores(view, Some(id)),
         volumes: volumes.collect(),
@@ -173,6 +175,23 @@ pub(crate) fn export(view: &View, address: Address, export: &Entry<ExportRecord>
         read_only: record.read_only,
         state: state.to_owned(),
         error,
+        interfaces: record.settings.interfaces.clone(),
+        config_string: record.settings.config_string.to_string(),
+        masks: macs(&record.settings.masks).macs,
+        reserved_for: macs(&record.settings.reserved_for).macs,
+        policy: policy(&record.settings.policy),
+    }
+}
+
+pub(crate) fn macs(macs: &[Mac]) -> t::MacList {
+    t::MacList { macs: macs.iter().map(ToString::to_string).collect() }
+}
+
+pub(crate) fn policy(policy: &Policy) -> t::Policy {
+    t::Policy {
+        config: policy.config.to_string(),
+        masks: policy.masks.to_string(),
+        reserve: policy.reserve.to_string(),
     }
 }
 

@@ -243,6 +243,8 @@ pub struct Node {
     pub metadata: String,
     /// The summary.
     pub node: NodeSummary,
+    /// Interfaces that it serves on, such as `eth0` or `eth0@100`.
+    pub interfaces: Vec<String>,
     /// Link queues.
     pub links: Vec<Link>,
     /// Stores.
@@ -362,12 +364,77 @@ pub struct ExportRequest {
     /// `SHELF.SLOT`; the next free address if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
-    /// An interface that the volume's node must serve on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub interface: Option<String>,
+    /// Interfaces of the volume's node to serve it on, such as `eth0` or `eth0@100`; all if none is named.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<String>,
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
+    /// Who may change its settings over AoE; nobody if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Policy>,
+}
+
+/// An export's config string.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigString {
+    /// At most 1024 bytes: printable ASCII as it is, `\\` for a backslash, `\xHH` for any other byte; empty: none.
+    pub config_string: String,
+}
+
+/// A list of initiators.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MacList {
+    /// Their MAC addresses, at most 64.
+    pub macs: Vec<String>,
+}
+
+/// Changes of a list of initiators; first what goes, then what comes.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MacListEdit {
+    /// MAC addresses that are to be in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub add: Vec<String>,
+    /// MAC addresses that are not to be in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove: Vec<String>,
+}
+
+fn nobody() -> String {
+    "none".into()
+}
+
+/// Who may change an export's settings over AoE: each `none`, `any`, or MAC addresses with commas between.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// The config string.
+    #[serde(default = "nobody")]
+    pub config: String,
+    /// The mask list.
+    #[serde(default = "nobody")]
+    pub masks: String,
+    /// The reservation.
+    #[serde(default = "nobody")]
+    pub reserve: String,
+}
+
+/// Changes of a policy; what is not named stays.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyEdit {
+    /// Who may change the config string.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
+    /// Who may change the mask list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masks: Option<String>,
+    /// Who may change the reservation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve: Option<String>,
 }
 
 /// An export.
@@ -391,6 +458,16 @@ pub struct Export {
     pub state: String,
     /// Name of the block device on a Linux initiator.
     pub device: String,
+    /// Interfaces that it is served on; empty: all of its node.
+    pub interfaces: Vec<String>,
+    /// Config string: printable ASCII as it is, `\\` for a backslash, `\xHH` for any other byte.
+    pub config_string: String,
+    /// MAC addresses of the initiators that are answered; empty: all.
+    pub masks: Vec<String>,
+    /// MAC addresses of the initiators that it is reserved for; empty: not reserved.
+    pub reserved_for: Vec<String>,
+    /// Who may change these over AoE.
+    pub policy: Policy,
     /// Why it failed; may be empty.
     pub error: String,
 }

@@ -2,19 +2,23 @@
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Instant;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::{
-    CliError, Common, Done, EXIT_CODES, EXPORT_LIMIT, POLL, completion, dash, finish, print, print_json,
-    print_version, staleness, table, yes_no,
+    CliError, Common, Done, EXIT_CODES, EXPORT_LIMIT, POLL, completion, dash, fields, finish, print,
+    print_json, print_version, staleness, table, yes_no,
 };
 use crate::api::types as t;
 use crate::client::{Client, segment};
 use crate::model::Address;
+use crate::settings::{ConfigString, SettingError, Who, parse_interfaces};
 use crate::size::human;
 
 /// Exports volumes over ATA over Ethernet.
@@ -23,8 +27,11 @@ use crate::size::human;
 Examples:
   torusblk aoe data             the next free address
   torusblk aoe data 1.1         shelf 1, slot 1: /dev/etherd/e1.1 on the initiator
-  torusblk aoe data eth1 1 1    the same, if the volume's node serves on eth1
+  torusblk aoe data eth1 1 1    the same, on eth1 of the volume's node only
   torusblk list
+  torusblk show data
+  torusblk config data --set 'rack 7'
+  torusblk masks data --add 02:00:5e:10:00:01
   torusblk unexport data
 
 On the initiator: modprobe aoe; the device appears within a second.
@@ -39,9 +46,13 @@ struct Blk {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Export a volume: NAME, NAME SHELF.SLOT, or NAME IF MAJOR MINOR
-    #[command(
-        after_help = "Examples:\n  torusblk aoe data\n  torusblk aoe data 1.1 --read-only\n  torusblk aoe data eth1 1 1"
-    )]
+    #[command(after_help = "\
+Examples:
+  torusblk aoe data
+  torusblk aoe data 1.1 --read-only
+  torusblk aoe data eth1 1 1
+  torusblk aoe data --on eth1@100,eth2
+  torusblk aoe data --allow-aoe-config --allow-aoe-reserve=02:00:5e:10:00:01")]
     Aoe {
         /// Name or id of the volume
         name: String,
@@ -51,6 +62,11 @@ enum Command {
         /// Refuse writes
         #[arg(long)]
         read_only: bool,
+        /// Interfaces of the volume's node to serve it on, such as eth1 or eth1@100 [default: all]
+        #[arg(long, value_name = "IF", value_delimiter = ',')]
+        on: Vec<String>,
+        #[command(flatten)]
+        allow: Allow,
         /// Do not wait until it is served
         #[arg(long)]
         no_wait: bool,
@@ -65,6 +81,69 @@ enum Command {
     },
     /// List the exports
     List,
+    /// Show an export with all its settings
+    Show {
+        /// Name or id of the volume, or SHELF.SLOT
+        name: String,
+    },
+    /// Show or set an export's config string, which initiators can read and test
+    #[command(
+        after_help = "Examples:\n  torusblk config data\n  torusblk config data --set \"rack 7\"\n  torusblk config data --set-hex 00ff10"
+    )]
+    Config {
+        /// Name or id of the volume, or SHELF.SLOT
+        name: String,
+        /// The new string, as it is; at most 1024 bytes
+        #[arg(long, value_name = "TEXT", group = "change")]
+        set: Option<String>,
+        /// The new string, two hexadecimal digits for each byte
+        #[arg(long, value_name = "HEX", group = "change")]
+        set_hex: Option<String>,
+        /// Remove the string
+        #[arg(long, group = "change")]
+        clear: bool,
+    },
+    /// Show or change the initiators that an export answers; all, if none is named
+    #[command(
+        after_help = "Examples:\n  torusblk masks data\n  torusblk masks data --add 02:00:5e:10:00:01,02:00:5e:10:00:02\n  torusblk masks data --clear"
+    )]
+    Masks {
+        /// Name or id of the volume, or SHELF.SLOT
+        name: String,
+        /// Initiators to answer, besides those in the list
+        #[arg(long, value_name = "MAC", value_delimiter = ',')]
+        add: Vec<String>,
+        /// Initiators to take out of the list
+        #[arg(long, value_name = "MAC", value_delimiter = ',')]
+        remove: Vec<String>,
+        /// Answer all initiators
+        #[arg(long, conflicts_with_all = ["add", "remove"])]
+        clear: bool,
+    },
+    /// Show or change for which initiators an export is reserved; whoever holds it now is not asked
+    #[command(
+        after_help = "Examples:\n  torusblk reserve data\n  torusblk reserve data --for 02:00:5e:10:00:01\n  torusblk reserve data --release"
+    )]
+    Reserve {
+        /// Name or id of the volume, or SHELF.SLOT
+        name: String,
+        /// The only initiators that may read and write
+        #[arg(long = "for", value_name = "MAC", value_delimiter = ',', group = "change")]
+        macs: Vec<String>,
+        /// Let all initiators read and write
+        #[arg(long, group = "change")]
+        release: bool,
+    },
+    /// Show or change who may change an export's settings over AoE
+    #[command(
+        after_help = "Examples:\n  torusblk policy data\n  torusblk policy data --allow-aoe-config\n  torusblk policy data --allow-aoe-reserve=02:00:5e:10:00:01,02:00:5e:10:00:02\n  torusblk policy data --allow-aoe-config=none"
+    )]
+    Policy {
+        /// Name or id of the volume, or SHELF.SLOT
+        name: String,
+        #[command(flatten)]
+        allow: Allow,
+    },
     /// Show the versions of this program and of torusd
     Version,
     /// Print a completion script for a shell
@@ -72,6 +151,46 @@ enum Command {
         /// The shell
         shell: Shell,
     },
+}
+
+/// Who may change settings over AoE: WHO is `none`, `any` (also if left out), or MACs with commas between.
+#[derive(Debug, Clone, Args)]
+struct Allow {
+    /// Who may set the config string: none, any (also if left out), or MACs with commas between
+    #[arg(long, value_name = "WHO", num_args = 0..=1, require_equals = true, default_missing_value = "any", value_parser = Who::from_str)]
+    allow_aoe_config: Option<Who>,
+    /// Who may edit the mask list
+    #[arg(long, value_name = "WHO", num_args = 0..=1, require_equals = true, default_missing_value = "any", value_parser = Who::from_str)]
+    allow_aoe_masks: Option<Who>,
+    /// Who may reserve and release
+    #[arg(long, value_name = "WHO", num_args = 0..=1, require_equals = true, default_missing_value = "any", value_parser = Who::from_str)]
+    allow_aoe_reserve: Option<Who>,
+}
+
+impl Allow {
+    /// The whole policy, if any of it was named: the rest is `none`.
+    fn policy(&self) -> Option<t::Policy> {
+        let edit = self.edit();
+        let or_none = |who: Option<String>| who.unwrap_or_else(|| Who::Nobody.to_string());
+        self.is_given().then(|| t::Policy {
+            config: or_none(edit.config),
+            masks: or_none(edit.masks),
+            reserve: or_none(edit.reserve),
+        })
+    }
+
+    fn edit(&self) -> t::PolicyEdit {
+        let text = |who: &Option<Who>| who.as_ref().map(ToString::to_string);
+        t::PolicyEdit {
+            config: text(&self.allow_aoe_config),
+            masks: text(&self.allow_aoe_masks),
+            reserve: text(&self.allow_aoe_reserve),
+        }
+    }
+
+    fn is_given(&self) -> bool {
+        self.allow_aoe_config.is_some() || self.allow_aoe_masks.is_some() || self.allow_aoe_reserve.is_some()
+    }
 }
 
 /// The program: arguments in, exit code out.
@@ -85,13 +204,54 @@ async fn run(blk: Blk) -> Done {
     let json = blk.common.json;
     let client = Client::new(blk.common.api.clone());
     match blk.command {
-        Command::Aoe { name, address, read_only, no_wait } => {
+        Command::Aoe { name, address, read_only, mut on, allow, no_wait } => {
             let (interface, address) = parse_target(&address)?;
-            let request = t::ExportRequest { volume: name, address, interface, read_only };
+            on.extend(interface);
+            let interfaces = parse_interfaces(&on).map_err(usage)?.iter().map(ToString::to_string).collect();
+            let policy = allow.policy();
+            let request = t::ExportRequest { volume: name, address, interfaces, read_only, policy };
             aoe(&client, json, &request, no_wait).await
         }
         Command::Unexport { name, no_wait } => unexport(&client, json, &name, no_wait).await,
         Command::List => list(&client, json).await,
+        Command::Show { name } => show(&client, json, &name).await,
+        Command::Config { name, set, set_hex, clear } => {
+            let string = match (set, set_hex) {
+                (Some(text), _) => Some(ConfigString::new(text.into_bytes()).map_err(usage)?),
+                (None, Some(hex)) => Some(ConfigString::from_hex(&hex).map_err(usage)?),
+                (None, None) => clear.then(ConfigString::default),
+            };
+            config(&client, json, &name, string).await
+        }
+        Command::Masks { name, add, remove, clear } => {
+            let resource = Resource::new(&name, "masks");
+            let answer = if clear {
+                resource.change(&client, Method::PUT, &t::MacList::default()).await?
+            } else if add.is_empty() && remove.is_empty() {
+                resource.get(&client).await?
+            } else {
+                resource.change(&client, Method::PATCH, &t::MacListEdit { add, remove }).await?
+            };
+            print_macs(json, &answer, "every initiator is answered")
+        }
+        Command::Reserve { name, macs, release } => {
+            let resource = Resource::new(&name, "reservation");
+            let answer = if release || !macs.is_empty() {
+                resource.change(&client, Method::PUT, &t::MacList { macs }).await?
+            } else {
+                resource.get(&client).await?
+            };
+            print_macs(json, &answer, "not reserved")
+        }
+        Command::Policy { name, allow } => {
+            let resource = Resource::new(&name, "policy");
+            let policy: t::Policy = if allow.is_given() {
+                resource.change(&client, Method::PATCH, &allow.edit()).await?
+            } else {
+                resource.get(&client).await?
+            };
+            if json { print_json(&policy) } else { print(&fields(&policy_fields(&policy))) }
+        }
         Command::Version => print_version(&client, "torusblk", json).await,
         Command::Completion { shell } => completion(&mut Blk::command(), shell),
     }
@@ -198,6 +358,96 @@ async fn list(client: &Client, json: bool) -> Done {
     print(&table(&header, &[2], list.exports.into_iter().map(row).collect()))
 }
 
+/// A setting of an export, as the API has it.
+struct Resource {
+    path: String,
+}
+
+impl Resource {
+    fn new(export: &str, setting: &str) -> Self {
+        Self { path: format!("/v1/exports/{}/{setting}", segment(export)) }
+    }
+
+    async fn get<T: DeserializeOwned>(&self, client: &Client) -> Result<T, CliError> {
+        Ok(client.get(&self.path).await?)
+    }
+
+    async fn change<T: DeserializeOwned>(
+        &self,
+        client: &Client,
+        method: Method,
+        body: &(impl Serialize + Sync),
+    ) -> Result<T, CliError> {
+        Ok(client.request(method, &self.path, Some(body)).await?)
+    }
+}
+
+fn usage(error: SettingError) -> CliError {
+    CliError::Usage(error.to_string())
+}
+
+async fn config(client: &Client, json: bool, name: &str, string: Option<ConfigString>) -> Done {
+    let resource = Resource::new(name, "config-string");
+    let answer: t::ConfigString = match string {
+        Some(string) => {
+            let body = t::ConfigString { config_string: string.to_string() };
+            resource.change(client, Method::PUT, &body).await?
+        }
+        None => resource.get(client).await?,
+    };
+    if json {
+        return print_json(&answer);
+    }
+    print(&(answer.config_string + "\n"))
+}
+
+fn print_macs(json: bool, answer: &t::MacList, if_none: &str) -> Done {
+    if json {
+        return print_json(answer);
+    }
+    let lines = answer.macs.iter().map(|mac| format!("{mac}\n"));
+    print(&if answer.macs.is_empty() { format!("{if_none}\n") } else { lines.collect() })
+}
+
+fn policy_fields(policy: &t::Policy) -> [(&'static str, String); 3] {
+    [
+        ("may set config string", policy.config.clone()),
+        ("may edit masks", policy.masks.clone()),
+        ("may reserve", policy.reserve.clone()),
+    ]
+}
+
+async fn show(client: &Client, json: bool, name: &str) -> Done {
+    let answer = ask(client, name).await?;
+    if json {
+        return print_json(&answer);
+    }
+    staleness(&answer.metadata);
+    let Some(e) = answer.export else {
+        return Err(CliError::Failed(format!("volume {name} is not exported; see `torusblk list`")));
+    };
+    let or = |list: &[String], if_none: &str| {
+        if list.is_empty() { if_none.to_owned() } else { list.join(", ") }
+    };
+    let mut lines = vec![
+        ("address", e.address),
+        ("volume", format!("{} ({})", e.volume, e.volume_id)),
+        ("size", human(e.size_bytes)),
+        ("node", e.node),
+        ("state", e.state),
+        ("read-only", yes_no(e.read_only)),
+        ("mac", e.mac),
+        ("device", e.device),
+        ("interfaces", or(&e.interfaces, "all")),
+        ("config string", e.config_string),
+        ("answers", or(&e.masks, "every initiator")),
+        ("reserved for", or(&e.reserved_for, "nobody")),
+    ];
+    lines.extend(policy_fields(&e.policy));
+    lines.push(("error", e.error));
+    print(&fields(&lines))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,6 +455,31 @@ mod tests {
     #[test]
     fn arguments_are_well_formed() {
         Blk::command().debug_assert();
+    }
+
+    #[test]
+    fn who_may_is_left_out_named_or_a_list() {
+        let allow = |words: &str| {
+            let words = format!("torusblk aoe v {words}");
+            match Blk::try_parse_from(words.split_whitespace()).unwrap().command {
+                Command::Aoe { allow, address, .. } => (allow.policy(), address),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(allow("1.1"), (None, vec!["1.1".to_owned()]));
+        let policy = |config: &str, masks: &str| t::Policy {
+            config: config.into(),
+            masks: masks.into(),
+            reserve: "none".into(),
+        };
+        let mac = "02:00:00:00:00:01";
+        assert_eq!(allow("--allow-aoe-config 1.1"), (Some(policy("any", "none")), vec!["1.1".to_owned()]));
+        let both = allow(&format!("--allow-aoe-config=none --allow-aoe-masks={mac},{mac}")).0;
+        assert_eq!(both, Some(policy("none", mac)));
+        for bad in ["--allow-aoe-config=all", "--allow-aoe-masks=1:2"] {
+            assert!(Blk::try_parse_from(["torusblk", "policy", "v", bad]).is_err());
+        }
+        assert!(Blk::try_parse_from(["torusblk", "config", "v", "--set", "x", "--clear"]).is_err());
     }
 
     #[test]
