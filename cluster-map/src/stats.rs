@@ -108,6 +108,18 @@ counters! {
     Sleeps = "sleeps",
     /// Times that it was woken.
     Wakeups = "wakeups",
+    /// Requests answered with the result of an equal one of the same client that was in progress.
+    Duplicates = "duplicates",
+    /// Requests that were served as a part of another one's disk request.
+    Merged = "merged",
+    /// Requests dropped because their client had as many in progress as there was room for others.
+    ClientOverLimit = "client_over_limit",
+    /// Granted requests that waited for a busy device.
+    DeviceWaits = "device_waits",
+    /// Reads given to devices, those of read-modify-writes included.
+    DiskReads = "disk_reads",
+    /// Writes given to devices.
+    DiskWrites = "disk_writes",
 }
 
 /// What durations a core measures.

@@ -23,7 +23,7 @@ const NONE: u32 = u32::MAX;
 
 /// A client's place, valid as long as it has a request in progress, else until the next call of [`Clients::seen`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ClientId(u32);
+pub struct ClientId(pub u32);
 
 /// Why a request of a client was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,7 +4,9 @@
 pub mod clients;
 pub mod device;
 pub mod exchange;
+pub mod fairness;
 pub mod manager;
 pub mod reactor;
 pub mod request;
+pub mod serving;
 pub mod store;

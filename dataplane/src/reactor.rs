@@ -11,27 +11,25 @@
 
 mod configuration;
 mod cores;
+mod devices;
 mod discovery;
 mod idle;
 mod receive;
 mod send;
-mod serve;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use aoe_xdp::link::{LinkStats, Pool, Queue, Region, RxFrame, TxFrame};
-use aoe_xdp::order::{RangeOrder, RequestId};
 use cluster_map::{CoreClients, CoreStats};
 use rustix::time::{ClockId, clock_gettime};
-use torus_uring::{FileId, Ring, RingConfig, RingError};
+use torus_uring::{Ring, RingConfig, RingError};
 
-use self::serve::InlineEnd;
+use self::devices::{InlineEnd, OwnDevice};
 use crate::clients::Clients;
 use crate::exchange::{CoreConfig, Mailbox, Served};
-use crate::request::Requests;
-use crate::store::Outcome;
-use crate::store::linear::LinearStore;
+use crate::fairness::DEVICES_MAX;
+use crate::serving::Serving;
 
 /// Requests in progress on one core. Linux keeps 64 in flight for each target MAC, so this serves 16 busy exports at their
 /// full window; beyond it requests are dropped and come again.
@@ -87,13 +85,6 @@ struct OwnQueue {
     seen: LinkStats,
 }
 
-struct OwnStore {
-    file: FileId,
-    dsync: bool,
-    inline: bool,
-    store: LinearStore,
-}
-
 /// A core at work.
 pub struct Reactor {
     core: u16,
@@ -104,19 +95,13 @@ pub struct Reactor {
     egress: Vec<Egress>,
     mailboxes: Arc<[Mailbox]>,
     stats: CoreStats,
-    clients: Clients,
     config: Arc<CoreConfig>,
-    /// Parity of the configuration in force.
-    epoch: u8,
     /// The configuration whose predecessors still have requests.
     settling: bool,
-    stores: Vec<Option<OwnStore>>,
-    order: RangeOrder,
-    requests: Requests,
-    /// Requests that the range order lets start.
-    ready: VecDeque<RequestId>,
+    serving: Serving,
+    /// By store.
+    devices: Vec<Option<OwnDevice>>,
     inline_ends: VecDeque<InlineEnd>,
-    outcomes: Vec<Outcome>,
     received: Vec<RxFrame>,
     backlog: VecDeque<(usize, TxFrame)>,
     /// Next position in the configuration's list of exports to advertise, for each of our first queues.
@@ -156,16 +141,11 @@ impl Reactor {
             egress: parts.egress,
             mailboxes: parts.mailboxes,
             stats: parts.stats,
-            clients: Clients::new(CLIENTS_MAX, parts.clients),
             config: Arc::new(CoreConfig::default()),
-            epoch: 0,
             settling: false,
-            stores: Vec::with_capacity(64),
-            order: RangeOrder::new(REQUESTS_MAX),
-            requests: Requests::new(REQUESTS_MAX),
-            ready: VecDeque::with_capacity(REQUESTS_MAX as usize),
+            serving: Serving::new(REQUESTS_MAX, CLIENTS_MAX, Clients::new(CLIENTS_MAX, parts.clients)),
+            devices: Vec::with_capacity(DEVICES_MAX),
             inline_ends: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
-            outcomes: Vec::with_capacity(REQUESTS_MAX as usize),
             received: Vec::with_capacity(RX_BATCH),
             backlog: VecDeque::with_capacity(BACKLOG_MAX),
             announced: 0,
@@ -211,6 +191,8 @@ impl Reactor {
         }
         worked |= self.take_messages();
         worked |= self.advertise();
+        // Not before everything is in: neighbours are served together.
+        worked |= self.start_all();
         self.ring.submit()?;
         worked |= self.gather();
         self.settle();

@@ -7,53 +7,59 @@ use std::os::fd::AsFd;
 
 use cluster_map::Durability;
 
-use super::{OwnStore, REQUESTS_MAX, Reactor};
+use super::Reactor;
+use super::devices::OwnDevice;
 use crate::exchange::StoreAccess;
-use crate::store::linear::LinearStore;
 
 impl Reactor {
     pub(super) fn take_config(&mut self) -> bool {
         let Some(config) = self.mailboxes[usize::from(self.core)].take_config() else { return false };
         // Stores come and go with the manager, rarely: this may allocate.
         for (at, access) in config.stores.iter().enumerate() {
-            if self.stores.len() <= at {
-                self.stores.push(None);
+            if self.devices.len() <= at {
+                self.devices.push(None);
             }
-            match (access, &self.stores[at]) {
-                (Some(access), None) => self.stores[at] = self.open_store(access),
+            match (access, &self.devices[at]) {
+                (Some(access), None) => {
+                    self.devices[at] = self.open_device(access);
+                    if self.devices[at].is_some() {
+                        self.serving.open_store(at);
+                    }
+                }
                 (None, Some(own)) => {
-                    let file = own.file;
-                    self.ring.unregister_file(file);
-                    self.stores[at] = None;
+                    self.ring.unregister_file(own.file);
+                    self.devices[at] = None;
+                    self.serving.close_store(at);
                 }
                 _ => {}
             }
         }
         let exports = &config.exports;
-        self.clients.keep_only(|key, address| exports.find(address).is_some_and(|export| export.key == key));
+        let kept = |key, address| exports.find(address).is_some_and(|export| export.key == key);
+        self.serving.clients_mut().keep_only(kept);
         let old = std::mem::replace(&mut self.config, config);
         self.mailboxes[usize::from(self.core)].retire(old);
-        self.epoch ^= 1;
+        self.serving.begin_configuration();
         self.settling = true;
         self.announced = 0;
         true
     }
 
-    pub(super) fn open_store(&mut self, access: &StoreAccess) -> Option<OwnStore> {
+    fn open_device(&mut self, access: &StoreAccess) -> Option<OwnDevice> {
         let inline = access.durability == Durability::Memory;
         let file = self.ring.register_file(access.file.as_fd()).ok()?;
-        Some(OwnStore { file, dsync: access.dsync, inline, store: LinearStore::new(REQUESTS_MAX) })
+        Some(OwnDevice { file, dsync: access.dsync, inline })
     }
 
     /// Tells the manager once no request of an older configuration is left.
     pub(super) fn settle(&mut self) {
-        if self.settling && self.requests.of_epoch(self.epoch ^ 1) == 0 {
+        if self.settling && self.serving.is_settled() {
             self.settling = false;
             self.mailboxes[usize::from(self.core)].set_applied(self.config.version);
         }
     }
 
     pub(super) fn is_drained(&self) -> bool {
-        self.requests.is_empty() && !self.unsent
+        self.serving.is_empty() && !self.unsent
     }
 }

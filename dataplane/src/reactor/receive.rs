@@ -8,6 +8,7 @@ use cluster_map::Counter;
 
 use super::{Reactor, served};
 use crate::exchange::{CoreConfig, Message};
+use crate::serving::Arrival;
 
 impl Reactor {
     pub(super) fn receive(&mut self) -> bool {
@@ -64,7 +65,7 @@ impl Reactor {
     /// Carries out what the target decided for an export of this core.
     pub(super) fn act(&mut self, interface: u8, export: &Export, action: Action, frame: &RxFrame) {
         match action {
-            Action::Io(io) => self.admit(interface, export, io, frame),
+            Action::Io(io) => self.admit(Arrival { io, export, interface, frame }),
             Action::Answer(answer) => {
                 let region = Arc::clone(&self.region);
                 self.answer(interface, export, &answer, frame.head(&region));

@@ -128,19 +128,8 @@ impl Progress {
 
     fn joined(&mut self) -> Blocks {
         let [mut joined, second] = std::mem::take(&mut self.ended);
-        append(&mut joined, second);
+        joined.append(second);
         joined
-    }
-}
-
-/// Appends in order.
-fn append(blocks: &mut Blocks, mut tail: Blocks) {
-    let mut reversed = Blocks::new();
-    while let Some(chunk) = tail.pop() {
-        reversed.push(chunk);
-    }
-    while let Some(chunk) = reversed.pop() {
-        blocks.push(chunk);
     }
 }
 

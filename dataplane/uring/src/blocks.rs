@@ -28,6 +28,16 @@ impl Blocks {
         self.count += 1;
     }
 
+    /// Appends another one's chunks in their order.
+    ///
+    /// # Panics
+    /// If there are more than [`BLOCKS_MAX`] then.
+    pub fn append(&mut self, tail: Blocks) {
+        for chunk in tail.chunks.into_iter().flatten() {
+            self.push(chunk);
+        }
+    }
+
     /// Takes the last chunk.
     pub fn pop(&mut self) -> Option<Chunk> {
         self.count = self.count.checked_sub(1)?;

@@ -1,0 +1,190 @@
+//! Devices: disk requests by io_uring, or at once where the store is in memory, and the ends of both.
+
+use std::collections::VecDeque;
+
+use aoe_xdp::link::Pool;
+use cluster_map::{CoreStats, Counter};
+use torus_uring::{Blocks, Event, FileId, IoError, Ring, read_inline, write_inline};
+
+use super::{DOORBELL, Reactor};
+use crate::serving::{Around, Arrival, Devices, Serving};
+use crate::store::Disk;
+
+/// A disk request's token: the store's position above the store's own token.
+const STORE_SHIFT: u32 = 48;
+
+/// How a store's device is reached.
+pub(super) struct OwnDevice {
+    pub(super) file: FileId,
+    pub(super) dsync: bool,
+    pub(super) inline: bool,
+}
+
+/// A request of a memory store that has ended.
+pub(super) struct InlineEnd {
+    store: usize,
+    token: u64,
+    blocks: Blocks,
+    result: Result<(), IoError>,
+}
+
+/// All devices of the core.
+pub(super) struct ReactorDevices<'r> {
+    ring: &'r mut Ring,
+    pool: &'r mut Pool,
+    inline_ends: &'r mut VecDeque<InlineEnd>,
+    devices: &'r [Option<OwnDevice>],
+    stats: &'r CoreStats,
+}
+
+impl Devices for ReactorDevices<'_> {
+    fn pool(&mut self) -> &mut Pool {
+        self.pool
+    }
+
+    fn device(&mut self, store: usize) -> impl Disk {
+        let own = self.devices[store].as_ref().expect("stores are open as long as their devices");
+        ReactorDisk {
+            ring: self.ring,
+            pool: self.pool,
+            inline_ends: self.inline_ends,
+            stats: self.stats,
+            own,
+            store,
+        }
+    }
+}
+
+/// The device of one store, as the store sees it.
+struct ReactorDisk<'r> {
+    ring: &'r mut Ring,
+    pool: &'r mut Pool,
+    inline_ends: &'r mut VecDeque<InlineEnd>,
+    stats: &'r CoreStats,
+    own: &'r OwnDevice,
+    store: usize,
+}
+
+impl ReactorDisk<'_> {
+    fn ring_token(&self, token: u64) -> u64 {
+        token | (self.store as u64) << STORE_SHIFT
+    }
+
+    fn ended(&mut self, token: u64, blocks: Blocks, result: Result<(), IoError>) {
+        self.inline_ends.push_back(InlineEnd { store: self.store, token, blocks, result });
+    }
+}
+
+impl Disk for ReactorDisk<'_> {
+    fn read(&mut self, offset_bytes: u64, mut blocks: Blocks, token: u64) {
+        self.stats.add(Counter::DiskReads, 1);
+        if self.own.inline {
+            let file = self.ring.file(self.own.file);
+            let result = read_inline(file, offset_bytes, &mut blocks, self.pool);
+            self.ended(token, blocks, result);
+            return;
+        }
+        let token = self.ring_token(token);
+        let accepted = self.ring.read(self.pool, self.own.file, offset_bytes, blocks, token);
+        assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
+    }
+
+    fn write(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
+        self.stats.add(Counter::DiskWrites, 1);
+        if self.own.inline {
+            let result = write_inline(self.ring.file(self.own.file), offset_bytes, &blocks, self.pool);
+            self.ended(token, blocks, result);
+            return;
+        }
+        let token = self.ring_token(token);
+        let accepted = self.ring.write(self.own.file, offset_bytes, blocks, self.own.dsync, token);
+        assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
+    }
+
+    fn sync(&mut self, token: u64) {
+        if self.own.inline {
+            // Memory has nothing to be forced to.
+            self.ended(token, Blocks::new(), Ok(()));
+            return;
+        }
+        let token = self.ring_token(token);
+        let accepted = self.ring.sync(self.own.file, token);
+        assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
+    }
+
+    fn pool(&mut self) -> &mut Pool {
+        self.pool
+    }
+}
+
+impl Reactor {
+    /// The requests, and what they work with.
+    fn serving(&mut self) -> (&mut Serving, Around<'_, ReactorDevices<'_>>) {
+        let devices = ReactorDevices {
+            ring: &mut self.ring,
+            pool: &mut self.pool,
+            inline_ends: &mut self.inline_ends,
+            devices: &self.devices,
+            stats: &self.stats,
+        };
+        let around = Around { devices, served: &self.config.served, stats: &self.stats, now_ns: self.now_ns };
+        (&mut self.serving, around)
+    }
+
+    pub(super) fn admit(&mut self, arrival: Arrival<'_>) {
+        let (serving, mut around) = self.serving();
+        serving.admit(arrival, &mut around);
+    }
+
+    /// Gives devices all that may start; whether there was anything.
+    pub(super) fn start_all(&mut self) -> bool {
+        let (serving, mut around) = self.serving();
+        let mut started = false;
+        while serving.start_next(&mut around) {
+            started = true;
+        }
+        started
+    }
+
+    /// Goes through everything that has ended until nothing is left; whether there was anything.
+    pub(super) fn gather(&mut self) -> bool {
+        let mut worked = false;
+        loop {
+            let (serving, mut around) = self.serving();
+            if serving.finish_next(&mut around) {
+                while let Some(answer) = self.serving.next_answer() {
+                    self.send(answer.interface, &answer.head, answer.data);
+                }
+            } else if serving.start_next(&mut around) {
+            } else if let Some(end) = around.devices.inline_ends.pop_front() {
+                serving.disk_ended(end.store, end.token, end.blocks, end.result, &mut around);
+            } else if let Some(event) = self.ring.next_event() {
+                self.event(event);
+            } else {
+                return worked;
+            }
+            worked = true;
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Disk(finished) => {
+                let store = (finished.token >> STORE_SHIFT) as usize;
+                let token = finished.token & ((1 << STORE_SHIFT) - 1);
+                let (serving, mut around) = self.serving();
+                serving.disk_ended(store, token, finished.blocks, finished.result, &mut around);
+            }
+            Event::Ready(DOORBELL) => {
+                self.doorbell_armed = false;
+                self.mailboxes[usize::from(self.core)].silence_doorbell();
+            }
+            Event::Ready(at) => {
+                if let Some(own) = self.queues.get_mut(at as usize) {
+                    own.armed = false;
+                }
+            }
+            Event::Woken => {}
+        }
+    }
+}

@@ -1,0 +1,511 @@
+//! Serving: from an AoE request that has been read to its answer, without I/O.
+//!
+//! AoE requests and ended disk requests go in; disk requests (through [`Devices`]) and answers come out. So the same code
+//! runs on io_uring, inline on memory and on a simulated disk. Between two calls of [`Serving::start_next`] lies a *batch*:
+//! everything that was received before devices are given work.
+//!
+//! * **Order.** An AoE request that overlaps an earlier one of its export starts when that one has been answered (I6).
+//! * **Joining.** An AoE request becomes a rider of one of the same client that is in progress, where that changes neither
+//!   order nor bytes; one disk request then serves both, and every rider gets its answer, in order of arrival. A *duplicate*
+//!   asks what the other asks, for writes with the very same bytes. A *neighbour* asks for other sectors of the same or the
+//!   next blocks, and joins only what was made for a part of a block and has not started: four writes of 1 KiB become one of
+//!   4 KiB without a read-modify-write. Nothing waits for neighbours: a request starts at the end of its batch, and later
+//!   only if it has to.
+//! * **Fairness.** What one client may hold, and who goes next to a busy device, is decided by [`crate::fairness`].
+//!
+//! Invariants:
+//! * An answer to a write is composed only after the store has said that it is durable (I3), and before the next request
+//!   that overlaps it may start (I6). Answers are composed in the order in which they must leave.
+//! * Every rider gets exactly one answer, or none and is counted as dropped, or belongs to an export that is gone.
+//! * A request admitted under a configuration that is gone starts under the one in force, or not at all, and takes in no
+//!   rider of the new one.
+//! * No step allocates.
+
+use std::collections::VecDeque;
+
+use aoe_xdp::link::{Pool, RxFrame, Segment, Segments};
+use aoe_xdp::order::{Access, Admission, RangeOrder, RequestId};
+use aoe_xdp::target::{self, Export, Io, IoKind, ReplyHead};
+use cluster_map::{CoreStats, Counter, Latency};
+use torus_uring::{BLOCKS_MAX, Blocks, IoError};
+
+use crate::clients::{ClientId, Clients, Dropped};
+use crate::exchange::Served;
+use crate::fairness::{DEVICES_MAX, Turns, may_take};
+use crate::request::{
+    RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload, share_blocks,
+    take_blocks,
+};
+use crate::store::linear::LinearStore;
+use crate::store::{BLOCK_BYTES, Disk, Operation, Outcome, RequestToken, Store, StoreError, release_blocks};
+
+/// AoE requests in progress for each request: merged and repeated ones share a request.
+const RIDERS_PER_REQUEST: u32 = 4;
+/// Requests at one block that are looked at for one to join.
+const HOSTS_LOOKED_AT_MAX: usize = 8;
+
+/// The devices of a core and its memory.
+pub trait Devices {
+    /// The frame memory.
+    fn pool(&mut self) -> &mut Pool;
+    /// The device of the store at this position.
+    fn device(&mut self, store: usize) -> impl Disk;
+}
+
+/// What serving works with but does not own.
+pub struct Around<'a, D> {
+    /// Devices and memory.
+    pub devices: D,
+    /// Where exports lie, by key.
+    pub served: &'a [Option<Served>],
+    /// The core's counters.
+    pub stats: &'a CoreStats,
+    /// The time, of `CLOCK_MONOTONIC`, nanoseconds.
+    pub now_ns: u64,
+}
+
+/// An AoE request for the store.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival<'a> {
+    /// What it asks.
+    pub io: Io,
+    /// Of which export.
+    pub export: &'a Export,
+    /// Ordinal of the interface that it came by.
+    pub interface: u8,
+    /// The frame, with a write's data.
+    pub frame: &'a RxFrame,
+}
+
+/// An answer on its way out.
+#[derive(Debug)]
+pub struct Answer {
+    /// Ordinal of the interface to send it by.
+    pub interface: u8,
+    /// Its beginning.
+    pub head: ReplyHead,
+    /// What follows.
+    pub data: Segments,
+}
+
+/// The requests of one core.
+#[derive(Debug)]
+pub struct Serving {
+    order: RangeOrder,
+    requests: Requests,
+    clients: Clients,
+    turns: Turns,
+    /// By position.
+    stores: Vec<Option<LinearStore>>,
+    outcomes: Vec<Outcome>,
+    answers: VecDeque<Answer>,
+    requests_max: u32,
+    /// Parity of the configuration in force.
+    epoch: u8,
+}
+
+impl Serving {
+    /// Serves at most `requests_max` requests of the clients in a table of `clients_max` places.
+    #[must_use]
+    pub fn new(requests_max: u32, clients_max: u32, clients: Clients) -> Serving {
+        let riders_max = requests_max * RIDERS_PER_REQUEST;
+        Serving {
+            order: RangeOrder::new(requests_max),
+            requests: Requests::new(requests_max, riders_max),
+            clients,
+            turns: Turns::new(requests_max, clients_max),
+            stores: Vec::with_capacity(DEVICES_MAX),
+            outcomes: Vec::with_capacity(requests_max as usize),
+            answers: VecDeque::with_capacity(riders_max as usize),
+            requests_max,
+            epoch: 0,
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Configuration
+
+    /// Makes a store usable. Allocates; stores come rarely.
+    pub fn open_store(&mut self, at: usize) {
+        while self.stores.len() <= at {
+            self.stores.push(None);
+        }
+        self.stores[at] = Some(LinearStore::new(self.requests_max));
+    }
+
+    /// Forgets a store that no request may name any more.
+    pub fn close_store(&mut self, at: usize) {
+        if let Some(store) = self.stores.get_mut(at) {
+            *store = None;
+        }
+    }
+
+    /// Whether the store at this position is open.
+    #[must_use]
+    pub fn has_store(&self, at: usize) -> bool {
+        self.stores.get(at).is_some_and(Option::is_some)
+    }
+
+    /// Requests that come from now on belong to another configuration than those before.
+    pub fn begin_configuration(&mut self) {
+        self.epoch ^= 1;
+    }
+
+    /// Whether no request is left that came before the present configuration.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.requests.of_epoch(self.epoch ^ 1) == 0
+    }
+
+    /// Whether nothing is in progress.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.requests.is_empty() && self.answers.is_empty()
+    }
+
+    /// The clients of this core.
+    pub fn clients_mut(&mut self) -> &mut Clients {
+        &mut self.clients
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // In
+
+    /// Takes an AoE request in, or drops and counts it.
+    pub fn admit(&mut self, arrival: Arrival<'_>, around: &mut Around<'_, impl Devices>) {
+        let io = arrival.io;
+        let Export { key, address, .. } = *arrival.export;
+        let Some(client) = self.clients.seen(key, address, io.initiator(), around.now_ns) else {
+            around.stats.add(Counter::RxDropped, 1);
+            return;
+        };
+        if !may_take(self.clients.in_flight(client), self.requests.room()) {
+            around.stats.add(Counter::ClientOverLimit, 1);
+            self.clients.dropped(client, Dropped::Limit);
+            return;
+        }
+        if io.kind != IoKind::Flush && self.join(&arrival, client, around) {
+            self.clients.admitted(client);
+            return;
+        }
+        let mut request = Request::new(&io, key, client, self.epoch);
+        let range = request.range;
+        if io.kind == IoKind::Write {
+            let pool = around.devices.pool();
+            let Some(mut payload) = take_blocks(pool, range.block_count()) else {
+                around.stats.add(Counter::MemoryExhausted, 1);
+                self.clients.dropped(client, Dropped::Memory);
+                return;
+            };
+            copy_payload(pool, arrival.frame, range, range, &mut payload);
+            request.payload = payload;
+        }
+        let Ok(id) = self.requests.insert(request, rider(&arrival, around.now_ns)) else {
+            unreachable!("there was room");
+        };
+        self.clients.admitted(client);
+        let access = match io.kind {
+            IoKind::Read => Access::Shared,
+            IoKind::Write => Access::Exclusive,
+            // Everything acknowledged is durable already: a flush has nothing to wait for.
+            IoKind::Flush => return wait_for_turn(&mut self.turns, self.requests.get(id), id, around),
+        };
+        let (first, last) = (range.first_block(), range.last_block());
+        match self.order.admit(id, key, first, last, access) {
+            Admission::Granted => wait_for_turn(&mut self.turns, self.requests.get(id), id, around),
+            Admission::Queued => around.stats.add(Counter::OrderWaits, 1),
+        }
+    }
+
+    /// Makes an AoE request a rider of one in progress, if one suits.
+    fn join(
+        &mut self,
+        arrival: &Arrival<'_>,
+        client: ClientId,
+        around: &mut Around<'_, impl Devices>,
+    ) -> bool {
+        let (export, range) = (arrival.export.key, Range::of(&arrival.io));
+        let (first, last) = (range.first_block(), range.last_block());
+        // One that has all its blocks has the first; a neighbour may have any of them, or one beyond its edge.
+        let partial = !range.is_whole_blocks();
+        let before = first.checked_sub(1).filter(|_| partial && range.head_bytes() == 0);
+        let after = Some(last + 1).filter(|_| partial && range.tail_bytes() == 0);
+        let other_end = Some(last).filter(|_| partial && last != first);
+        for block in [Some(first), other_end, before, after].into_iter().flatten() {
+            let host = self.order.newest(export, block).take(HOSTS_LOOKED_AT_MAX).find(|&host| {
+                suits(self.requests.get(host), arrival.io.kind, client, self.epoch, range)
+                    && self.order.may_join(host, export, first, last)
+            });
+            if let Some(host) = host
+                && self.take_in(host, arrival, around)
+            {
+                self.order.join(host, export, first, last);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Adds a rider to a request that [`suits`] it; false if a write differs from what the request writes, or memory is
+    /// short.
+    fn take_in(
+        &mut self,
+        host: RequestId,
+        arrival: &Arrival<'_>,
+        around: &mut Around<'_, impl Devices>,
+    ) -> bool {
+        let range = Range::of(&arrival.io);
+        let request = self.requests.get_mut(host);
+        let Some(joined) = request.range.joined(range) else { return false };
+        let mut duplicate = false;
+        if request.kind == IoKind::Write {
+            let pool = around.devices.pool();
+            if request.range.covers(range) {
+                duplicate = true;
+                if !is_same_payload(pool.region(), arrival.frame, range, request.range, &request.payload) {
+                    return false;
+                }
+            } else {
+                if !widen(pool, &mut request.payload, request.range, joined) {
+                    return false;
+                }
+                copy_payload(pool, arrival.frame, range, joined, &mut request.payload);
+            }
+        }
+        request.range = joined;
+        duplicate |= self.requests.has_rider_for(host, range);
+        let added = self.requests.add_rider(host, rider(arrival, around.now_ns));
+        debug_assert!(added, "there was room");
+        if duplicate {
+            let client = self.requests.get(host).client;
+            self.clients.duplicate(client);
+        }
+        around.stats.add(if duplicate { Counter::Duplicates } else { Counter::Merged }, 1);
+        true
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Devices
+
+    /// Gives the next request whose turn it is to its store; false when none may start.
+    pub fn start_next(&mut self, around: &mut Around<'_, impl Devices>) -> bool {
+        let Some((device, id)) = self.turns.take_next() else { return false };
+        let request = self.requests.get_mut(id);
+        request.started = true;
+        request.device = device;
+        let place = served(around.served, request.export);
+        let store = place.and_then(|place| self.stores.get_mut(place.store)?.as_mut());
+        let (Some(place), Some(store)) = (place, store) else {
+            // Unexported, or its store is gone, while it waited.
+            self.abandon(id, None, around);
+            return true;
+        };
+        let range = request.range;
+        let pool = around.devices.pool();
+        let operation = match request.kind {
+            IoKind::Flush => Operation::Flush,
+            IoKind::Write => Operation::Write {
+                first_block: range.first_block(),
+                keep_head_bytes: range.head_bytes(),
+                keep_tail_bytes: range.tail_bytes(),
+                blocks: share_blocks(pool, &request.payload),
+            },
+            IoKind::Read => match take_blocks(pool, range.block_count()) {
+                Some(blocks) => Operation::Read { first_block: range.first_block(), blocks },
+                None => {
+                    self.abandon(id, Some(Dropped::Memory), around);
+                    return true;
+                }
+            },
+        };
+        let mut device = around.devices.device(place.store);
+        store.start(RequestToken(id.0), &place.placement, operation, &mut device, &mut self.outcomes);
+        true
+    }
+
+    /// A disk request of the store at this position has ended.
+    ///
+    /// # Panics
+    /// If the store is not open: stores close only after their last request.
+    pub fn disk_ended(
+        &mut self,
+        store: usize,
+        token: u64,
+        blocks: Blocks,
+        result: Result<(), IoError>,
+        around: &mut Around<'_, impl Devices>,
+    ) {
+        let own = self.stores.get_mut(store).and_then(Option::as_mut);
+        let own = own.expect("a disk request ends before its store is closed");
+        own.finished(token, blocks, result, &mut around.devices.device(store), &mut self.outcomes);
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Out
+
+    /// Composes the answers of a request that its store has finished, and lets go what waited for it; false when no store
+    /// has finished one.
+    pub fn finish_next(&mut self, around: &mut Around<'_, impl Devices>) -> bool {
+        let Some(outcome) = self.outcomes.pop() else { return false };
+        let id = RequestId(outcome.request.0);
+        let (kind, client) = (self.requests.get(id).kind, self.requests.get(id).client);
+        let first_block = self.requests.get(id).range.first_block();
+        let ended = match outcome.result {
+            Ok(()) => target::Outcome::Done,
+            Err(StoreError::NoMemory) => {
+                release_blocks(around.devices.pool(), outcome.blocks);
+                self.abandon(id, Some(Dropped::Memory), around);
+                return true;
+            }
+            Err(StoreError::Unreadable(_) | StoreError::OutOfRange) if kind == IoKind::Read => {
+                target::Outcome::Uncorrectable
+            }
+            Err(_) => target::Outcome::Fault,
+        };
+        let mut blocks = outcome.blocks;
+        while let Some(rider) = self.requests.take_rider(id) {
+            let head = rider.io.finish(ended);
+            let range = Range::of(&rider.io);
+            let mut data = Segments::new();
+            if ended == target::Outcome::Done {
+                let elapsed_ns = around.now_ns.saturating_sub(rider.arrived_ns);
+                count_answer(around.stats, kind, range, elapsed_ns);
+                self.clients.answered(client, kind, range.data_bytes() as u64, elapsed_ns);
+                if kind == IoKind::Read {
+                    data = slices(around.devices.pool(), &mut blocks, first_block, range);
+                }
+            } else {
+                around.stats.add(Counter::AtaErrors, 1);
+                self.clients.failed(client);
+            }
+            self.answers.push_back(Answer { interface: rider.interface, head, data });
+        }
+        release_blocks(around.devices.pool(), blocks);
+        self.end(id, around);
+        true
+    }
+
+    /// The next answer to send.
+    pub fn next_answer(&mut self) -> Option<Answer> {
+        self.answers.pop_front()
+    }
+
+    /// Ends a request without answers: its initiator asks again, or should not have asked.
+    fn abandon(&mut self, id: RequestId, why: Option<Dropped>, around: &mut Around<'_, impl Devices>) {
+        let client = self.requests.get(id).client;
+        while self.requests.take_rider(id).is_some() {
+            self.clients.abandoned(client, why);
+            if why == Some(Dropped::Memory) {
+                around.stats.add(Counter::MemoryExhausted, 1);
+            }
+        }
+        self.end(id, around);
+    }
+
+    /// Takes a request out; what waited for it may start.
+    fn end(&mut self, id: RequestId, around: &mut Around<'_, impl Devices>) {
+        let request = self.requests.remove(id);
+        self.turns.ended(request.device);
+        release_blocks(around.devices.pool(), request.payload);
+        if request.kind != IoKind::Flush {
+            let (turns, requests) = (&mut self.turns, &self.requests);
+            self.order.release(id, |granted| wait_for_turn(turns, requests.get(granted), granted, around));
+        }
+    }
+}
+
+fn rider(arrival: &Arrival<'_>, now_ns: u64) -> Rider {
+    Rider { io: arrival.io, interface: arrival.interface, arrived_ns: now_ns }
+}
+
+/// Whether an AoE request may be a rider of this one for all that the two of them are; the range order and, for a write of
+/// the same sectors, the bytes decide the rest.
+fn suits(host: &Request, kind: IoKind, client: ClientId, epoch: u8, range: Range) -> bool {
+    if host.kind != kind
+        || host.client != client
+        || host.epoch != epoch
+        || host.rider_count() >= RIDERS_PER_REQUEST_MAX
+    {
+        return false;
+    }
+    let grows = host.growing
+        && !host.started
+        && host.range.joined(range).is_some_and(|joined| joined.block_count() <= BLOCKS_MAX);
+    let (first, last) = (range.first_block(), range.last_block());
+    let (host_first, host_last) = (host.range.first_block(), host.range.last_block());
+    match kind {
+        // Whole blocks are read, whatever part of them is asked for.
+        IoKind::Read => {
+            let covered = host_first <= first && last <= host_last;
+            let touching = first <= host_last + 1 && host_first <= last + 1;
+            covered || (grows && touching)
+        }
+        // Without a gap, so that one range tells what is written.
+        IoKind::Write => host.range.covers(range) || (grows && host.range.adjoins(range)),
+        IoKind::Flush => false,
+    }
+}
+
+/// Adds chunks to a payload for `range`, at either end, for all blocks of `joined`; false when no memory is free.
+fn widen(pool: &mut Pool, payload: &mut Blocks, range: Range, joined: Range) -> bool {
+    let missing = joined.block_count() - range.block_count();
+    if missing == 0 {
+        return true;
+    }
+    let Some(added) = take_blocks(pool, missing) else { return false };
+    let (mut front, mut back) = (added, std::mem::take(payload));
+    if joined.first_block() == range.first_block() {
+        std::mem::swap(&mut front, &mut back);
+    }
+    front.append(back);
+    *payload = front;
+    true
+}
+
+/// The part of whole blocks, the first of which is `first_block`, that a rider asked for, as slices to send.
+fn slices(pool: &mut Pool, blocks: &mut Blocks, first_block: u64, range: Range) -> Segments {
+    let mut data = Segments::new();
+    let mut offset = range.head_bytes();
+    let mut left = range.data_bytes();
+    let skipped = usize::try_from(range.first_block() - first_block).expect("within the request");
+    for chunk in blocks.iter().skip(skipped).take(range.block_count()) {
+        let room = BLOCK_BYTES - usize::from(offset);
+        let len = u16::try_from(room.min(left)).expect("at most a block");
+        left -= usize::from(len);
+        let fits = data.push(Segment { chunk: pool.share(chunk), offset, len }).is_ok();
+        debug_assert!(fits, "at most three blocks");
+        offset = 0;
+    }
+    data
+}
+
+fn served(served: &[Option<Served>], export: u32) -> Option<&Served> {
+    served.get(export as usize)?.as_ref()
+}
+
+/// Puts a request that may start in its client's line at the device.
+fn wait_for_turn<D>(turns: &mut Turns, request: &Request, id: RequestId, around: &Around<'_, D>) {
+    // Where an export that is gone has no device, any turn will do to find that out.
+    let device = served(around.served, request.export).map_or(0, |place| place.store.min(DEVICES_MAX - 1));
+    if turns.is_busy(device) {
+        around.stats.add(Counter::DeviceWaits, 1);
+    }
+    turns.wait(device, request.client, id);
+}
+
+fn count_answer(stats: &CoreStats, kind: IoKind, range: Range, elapsed_ns: u64) {
+    let bytes = range.data_bytes() as u64;
+    match kind {
+        IoKind::Read => {
+            stats.add(Counter::Reads, 1);
+            stats.add(Counter::ReadBytes, bytes);
+            stats.record(Latency::Read, elapsed_ns);
+        }
+        IoKind::Write => {
+            stats.add(Counter::Writes, 1);
+            stats.add(Counter::WriteBytes, bytes);
+            stats.record(Latency::Write, elapsed_ns);
+        }
+        IoKind::Flush => stats.add(Counter::Flushes, 1),
+    }
+}
