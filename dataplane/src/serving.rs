@@ -509,3 +509,6 @@ fn count_answer(stats: &CoreStats, kind: IoKind, range: Range, elapsed_ns: u64) 
         IoKind::Flush => stats.add(Counter::Flushes, 1),
     }
 }
+
+#[cfg(test)]
+mod tests;
