@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use aoe_xdp::link::{Chunk, RxFrame, Segments};
-use aoe_xdp::target::{ExportTable, Ingress, ReplyHead};
+use aoe_xdp::target::{ChangeOutcome, ExportTable, Ingress, ReplyHead};
 use cluster_map::Durability;
 use crossbeam::queue::ArrayQueue;
 use rustix::event::EventfdFlags;
@@ -40,6 +40,13 @@ pub enum Message {
         head: ReplyHead,
         /// What follows it.
         data: Segments,
+    },
+    /// The manager says how a change ended that this core asked for; the configuration in force has it.
+    Changed {
+        /// The core's name for it.
+        token: u64,
+        /// How it ended.
+        outcome: ChangeOutcome,
     },
     /// Take your chunk back.
     TakeBack(Chunk),

@@ -1,8 +1,10 @@
 //! The thread-per-core storage engine of a Torus node.
 #![forbid(unsafe_code)]
 
+pub mod changes;
 pub mod clients;
 pub mod device;
+pub mod discovery;
 pub mod exchange;
 pub mod fairness;
 pub mod manager;

@@ -9,6 +9,7 @@
 //!   more. What is found and not asked for is reported as orphan and kept.
 //! * What is observed of an export or a volume is published after it has become true.
 
+mod changes;
 mod start;
 mod stores;
 
@@ -19,22 +20,27 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{Interface, LinkInfo, LinkMode};
-use aoe_xdp::target::{AoePolicy, Export, ExportTable, Ingress};
+use aoe_xdp::target::{Allow, AoePolicy, ChangeOutcome, Export, ExportTable, Ingress};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
-    DataMap, Desired, DesiredExport, ExportState, MapError, Observed, ObservedExport, ObservedLink, VolumeId,
+    DataMap, Desired, DesiredExport, ExportState, MapError, MapReader, Observed, ObservedExport,
+    ObservedLink, VolumeId,
 };
 use rustix::time::{ClockId, clock_gettime};
 
+use changes::Changes;
 pub use start::{StartError, start};
 use stores::Stores;
 
+use crate::changes::ChangeQueue;
 use crate::exchange::{CoreConfig, Mailbox, Served};
 
 /// How often interfaces are looked at, and the longest time between two signs of life.
 const LOOK: Duration = Duration::from_secs(1);
 /// The same while volumes are being filled.
 const LOOK_BUSY: Duration = Duration::from_millis(20);
+/// Longest wait of the thread that watches the desired state.
+const WATCH: Duration = Duration::from_secs(60);
 /// How long cores may take to finish the requests of an old configuration before it is said to be stuck. A disk that
 /// takes longer has its requests finished whenever it does; nothing is freed before.
 const SETTLE_WARNING: Duration = Duration::from_secs(10);
@@ -75,6 +81,9 @@ pub struct Manager {
     keys_free: BTreeSet<u32>,
     keys_next: u32,
     published: Option<Observed>,
+    /// What initiators ask to be changed: on its way here, and on its way through the control process.
+    change_queue: Arc<ChangeQueue>,
+    changes: Changes,
 }
 
 impl Manager {
@@ -84,6 +93,7 @@ impl Manager {
         stores: Stores,
         mailboxes: Arc<[Mailbox]>,
         threads: Vec<JoinHandle<std::io::Result<()>>>,
+        change_queue: Arc<ChangeQueue>,
     ) -> Manager {
         Manager {
             map,
@@ -96,6 +106,8 @@ impl Manager {
             keys_free: BTreeSet::new(),
             keys_next: 0,
             published: None,
+            change_queue,
+            changes: Changes::new(),
         }
     }
 
@@ -104,6 +116,8 @@ impl Manager {
     /// # Errors
     /// When the map or a core fails: the process must end then, so that its supervisor starts another one.
     pub fn run(mut self) -> anyhow::Result<()> {
+        self.change_queue.attend();
+        watch_desired(self.map.reader().clone(), &self.change_queue);
         let mut desired = self.map.desired()?;
         loop {
             self.map.beat(boot_time_ns());
@@ -114,13 +128,20 @@ impl Manager {
             let is_new = self.published.as_ref().is_none_or(|published| published.applied != desired.version);
             if is_new || self.stores.have_work() {
                 self.converge(&desired)?;
-            } else if self.published.as_ref().is_some_and(|published| published.links != self.observe_links())
-            {
+            }
+            self.take_changes(&desired);
+            if self.published.as_ref().is_some_and(|published| {
+                published.links != self.observe_links() || published.changes != self.changes.observe()
+            }) {
                 self.publish(&desired)?;
             }
             self.check_cores()?;
+            // Woken by the desired state and by changes that are asked for.
             let look = if self.stores.is_filling() { LOOK_BUSY } else { LOOK };
-            if self.map.wait_desired(desired.version, look)? != desired.version {
+            if self.map.desired_version() == desired.version {
+                std::thread::park_timeout(look);
+            }
+            if self.map.desired_version() != desired.version {
                 match self.map.desired() {
                     // Overtaken by a writer in a hurry: what it wrote last is read in the next round.
                     Err(MapError::Busy) => {}
@@ -146,6 +167,25 @@ impl Manager {
             self.stores.drop_closed();
         }
         self.publish(desired)
+    }
+
+    /// Hands out what has become of the changes that initiators asked for (the exports of `desired` are in force), and
+    /// takes new ones.
+    fn take_changes(&mut self, desired: &Desired) {
+        self.changes.hand_out(&desired.answers, &self.mailboxes);
+        while let Some(asked) = self.change_queue.pop() {
+            let exports = &self.exports;
+            let volume_at = |address: Address| {
+                let is_there = |export: &KeyedExport| {
+                    export.wish.shelf == address.shelf && export.wish.slot == address.slot
+                };
+                exports.iter().find(|(_, export)| is_there(export)).map(|(volume, _)| *volume)
+            };
+            if !self.changes.ask(&asked, volume_at) {
+                // Silence, and room for the initiator's next request; a core without room forgets it by itself.
+                let _told = changes::tell(&self.mailboxes, asked.core, asked.token, ChangeOutcome::Refused);
+            }
+        }
     }
 
     /// Exports that can be served now, with stable keys.
@@ -279,7 +319,7 @@ impl Manager {
             stores: self.stores.observe(desired),
             volumes: self.stores.observe_volumes(desired),
             exports: self.observe_exports(desired),
-            changes: Vec::new(),
+            changes: self.changes.observe(),
         };
         if self.published.as_ref() == Some(&observed) {
             return Ok(());
@@ -358,8 +398,43 @@ fn wire_export(export: &KeyedExport) -> Export {
         on_interfaces: export.wish.on_interfaces,
         masks: export.wish.masks.iter().copied().map(Mac).collect(),
         reserved_for: export.wish.reserved_for.iter().copied().map(Mac).collect(),
-        allow: AoePolicy::default(),
+        allow: AoePolicy {
+            config: wire_allow(&export.wish.allow.config),
+            masks: wire_allow(&export.wish.allow.masks),
+            reserve: wire_allow(&export.wish.allow.reserve),
+        },
     }
+}
+
+fn wire_allow(allow: &cluster_map::Allow) -> Allow {
+    match allow {
+        cluster_map::Allow::Nobody => Allow::Nobody,
+        cluster_map::Allow::Anyone => Allow::Anyone,
+        cluster_map::Allow::Only(macs) => Allow::Only(macs.iter().copied().map(Mac).collect()),
+    }
+}
+
+/// Wakes the manager whenever there is a new desired state. A thread of its own, because one thread cannot wait for the map
+/// and for the cores; it ends with the process.
+fn watch_desired(map: MapReader, manager: &Arc<ChangeQueue>) {
+    let manager = Arc::clone(manager);
+    let watch = move || {
+        let mut seen = map.desired_version();
+        loop {
+            match map.wait_desired(seen, WATCH) {
+                Ok(version) if version == seen => {}
+                Ok(version) => {
+                    seen = version;
+                    manager.wake();
+                }
+                // The manager looks for itself now and then.
+                Err(_) => std::thread::sleep(LOOK_BUSY),
+            }
+        }
+    };
+    let named = std::thread::Builder::new().name("map-watch".to_owned());
+    // Without it changes take a second longer: the manager looks for itself.
+    let _started = named.spawn(watch);
 }
 
 fn observed_mode(mode: LinkMode) -> cluster_map::LinkMode {

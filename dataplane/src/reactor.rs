@@ -9,6 +9,7 @@
 //! * What cannot be taken for want of memory or room is dropped and counted: the initiator sends it again.
 //! * Before a core sleeps everything queued has been given to the kernel, and every source of work is armed.
 
+mod changes;
 mod configuration;
 mod cores;
 mod devices;
@@ -25,8 +26,11 @@ use cluster_map::{CoreClients, CoreStats};
 use rustix::time::{ClockId, clock_gettime};
 use torus_uring::{Ring, RingConfig, RingError};
 
+use self::changes::WaitingChanges;
 use self::devices::{InlineEnd, OwnDevice};
+use crate::changes::ChangeQueue;
 use crate::clients::Clients;
+use crate::discovery::Discovery;
 use crate::exchange::{CoreConfig, Mailbox, Served};
 use crate::fairness::DEVICES_MAX;
 use crate::serving::Serving;
@@ -76,6 +80,8 @@ pub struct Parts {
     pub stats: CoreStats,
     /// Its records of clients.
     pub clients: CoreClients,
+    /// How it asks the manager for changes.
+    pub changes: Arc<ChangeQueue>,
 }
 
 struct OwnQueue {
@@ -104,8 +110,12 @@ pub struct Reactor {
     inline_ends: VecDeque<InlineEnd>,
     received: Vec<RxFrame>,
     backlog: VecDeque<(usize, TxFrame)>,
-    /// Next position in the configuration's list of exports to advertise, for each of our first queues.
-    announced: usize,
+    /// Always there, but while it is at work.
+    discovery: Option<Discovery>,
+    /// Ordinals of the interfaces that this core advertises on: those whose first queue it owns.
+    advertise_on: Arc<[u8]>,
+    changes: WaitingChanges,
+    change_queue: Arc<ChangeQueue>,
     /// The kernel would take more frames if it were asked again.
     unsent: bool,
     doorbell_armed: bool,
@@ -126,6 +136,8 @@ impl Reactor {
         let ring = Ring::new(RingConfig { requests_max: DISK_REQUESTS_MAX }, &region, like)?;
         let own = &parts.mailboxes[usize::from(parts.core)];
         own.set_wake_handle(ring.wake_handle().map_err(RingError::Setup)?);
+        let firsts = parts.queues.iter().filter(|(_, queue)| queue.info().queue == 0);
+        let advertise_on = firsts.map(|(interface, _)| *interface).collect();
         let queues = parts.queues.into_iter().map(|(interface, queue)| OwnQueue {
             interface,
             queue,
@@ -148,7 +160,10 @@ impl Reactor {
             inline_ends: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
             received: Vec::with_capacity(RX_BATCH),
             backlog: VecDeque::with_capacity(BACKLOG_MAX),
-            announced: 0,
+            discovery: Some(Discovery::default()),
+            advertise_on,
+            changes: WaitingChanges::new(),
+            change_queue: parts.changes,
             unsent: false,
             doorbell_armed: false,
             now_ns: now_ns(),
@@ -190,12 +205,14 @@ impl Reactor {
             worked |= self.receive();
         }
         worked |= self.take_messages();
-        worked |= self.advertise();
         // Not before everything is in: neighbours are served together.
         worked |= self.start_all();
         self.ring.submit()?;
         worked |= self.gather();
         self.settle();
+        if !self.config.drain {
+            worked |= self.discover();
+        }
         // Requests that were started by completions.
         self.ring.submit()?;
         worked |= self.send_out();

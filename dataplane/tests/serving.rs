@@ -14,6 +14,7 @@ use aoe_xdp::link::{Interface, LinkChoice, Region, RegionConfig};
 use aoe_xdp::target::{AoePolicy, Export, ExportTable, Ingress, ON_ALL_INTERFACES};
 use aoe_xdp::wire::{ATA_DATA_OFFSET, Address, AtaArg, AtaHead, Header, Mac, command, parse_ata};
 use cluster_map::{ClusterId, ControlMap, Counter, DataMap, Geometry, NodeId, StoreId, VolumeId};
+use torus_dataplane::changes::ChangeQueue;
 use torus_dataplane::device::Device;
 use torus_dataplane::exchange::{CoreConfig, Mailbox, Served, StoreAccess};
 use torus_dataplane::reactor::{Egress, Parts, Reactor};
@@ -113,6 +114,7 @@ impl Node {
             _interface: interface,
             _folder: folder,
         };
+        let changes = Arc::new(ChangeQueue::default());
         for (core, pool) in (0u16..).zip(pools) {
             let parts = Parts {
                 core,
@@ -121,6 +123,7 @@ impl Node {
                 egress: vec![if core == 0 { Egress::Own(0) } else { Egress::Other(0) }],
                 mailboxes: Arc::clone(&node.mailboxes),
                 stats: map.core_stats(core).unwrap(),
+                changes: Arc::clone(&changes),
                 clients: map.core_clients(core).unwrap(),
             };
             node.cores.push(std::thread::spawn(move || {

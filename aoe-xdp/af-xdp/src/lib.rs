@@ -32,6 +32,8 @@ pub mod program;
 #[cfg(not(loom))]
 pub mod queue;
 #[cfg(not(loom))]
+pub mod raw;
+#[cfg(not(loom))]
 pub mod region;
 #[cfg(not(loom))]
 pub mod socket;

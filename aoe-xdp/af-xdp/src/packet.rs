@@ -86,7 +86,8 @@ impl PacketSocket {
         set(libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1, "ignoring outgoing frames (Linux 4.20)")?;
         accept_only(fd.as_fd(), ethertype)?;
         let receive_buffer_forced = enlarge_buffers(fd.as_fd());
-        bind(fd.as_fd(), index)?;
+        // All protocols: a tap bound to one sees frames only after the kernel has cleared their VLAN tags.
+        bind(fd.as_fd(), index, u16::try_from(libc::ETH_P_ALL).expect("protocols are 16 bits"))?;
         Ok(Self {
             fd,
             region: Arc::clone(region),
@@ -363,7 +364,7 @@ impl MacFilter {
     }
 }
 
-fn open_raw(action: &'static str) -> Result<OwnedFd, Error> {
+pub(crate) fn open_raw(action: &'static str) -> Result<OwnedFd, Error> {
     sys::open_socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_NONBLOCK, 0, action, Capability::NetRaw)
 }
 
@@ -406,12 +407,12 @@ fn accept_only(fd: BorrowedFd<'_>, ethertype: u16) -> Result<(), Error> {
         .map_err(|source| Error::Os { action: "filtering an AF_PACKET socket", source })
 }
 
-fn bind(fd: BorrowedFd<'_>, index: u32) -> Result<(), Error> {
+/// Binds to an interface, for frames of `protocol` (host order).
+pub(crate) fn bind(fd: BorrowedFd<'_>, index: u32, protocol: u16) -> Result<(), Error> {
     // SAFETY: all zero is a valid sockaddr_ll.
     let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
     address.sll_family = libc::c_ushort::try_from(libc::AF_PACKET).expect("address families are small");
-    // All protocols: a tap bound to one sees frames only after the kernel has cleared their VLAN tags.
-    address.sll_protocol = u16::try_from(libc::ETH_P_ALL).expect("protocols are 16 bits").to_be();
+    address.sll_protocol = protocol.to_be();
     address.sll_ifindex = i32::try_from(index).expect("the kernel's indices are positive integers");
     // SAFETY: a whole sockaddr_ll of the length given.
     let result = unsafe {

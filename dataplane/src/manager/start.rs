@@ -17,6 +17,7 @@ use rustix::fs::FlockOperation;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::{Manager, OpenInterface, ProcessLock, Stores};
+use crate::changes::ChangeQueue;
 use crate::exchange::Mailbox;
 use crate::reactor::{Egress, Parts, Reactor};
 use crate::store::linear::catalog::CatalogError;
@@ -280,6 +281,7 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
     let mailboxes: Arc<[Mailbox]> = mailboxes
         .map_err(|error| StartError::Configuration(format!("cannot make queues between cores: {error}")))?
         .into();
+    let change_queue = Arc::new(ChangeQueue::default());
     let mut threads = Vec::new();
     let per_core = paths.pools.into_iter().zip(paths.queues).zip(paths.egress).zip(&desired.cores);
     for (core, (((pool, queues), egress), &cpu)) in (0u16..).zip(per_core) {
@@ -290,9 +292,10 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
             egress,
             mailboxes: Arc::clone(&mailboxes),
             stats: map.core_stats(core)?,
+            changes: Arc::clone(&change_queue),
             clients: map.core_clients(core)?,
         };
         threads.push(start_core(cpu, parts)?);
     }
-    Ok((Manager::new(map, paths.interfaces, stores, mailboxes, threads), lock))
+    Ok((Manager::new(map, paths.interfaces, stores, mailboxes, threads, change_queue), lock))
 }

@@ -41,7 +41,9 @@ impl Reactor {
         self.mailboxes[usize::from(self.core)].retire(old);
         self.serving.begin_configuration();
         self.settling = true;
-        self.announced = 0;
+        if let Some(discovery) = &mut self.discovery {
+            discovery.announce(&self.config.announce);
+        }
         true
     }
 

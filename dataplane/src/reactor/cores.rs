@@ -31,7 +31,9 @@ impl Reactor {
                 self.stats.add(Counter::TxRingFull, 1);
                 self.give_back(data);
             }
-            Err(Message::TakeBack(_)) => unreachable!("chunks go home by `send_home`"),
+            Err(Message::TakeBack(_) | Message::Changed { .. }) => {
+                unreachable!("chunks go home by `send_home`, and the manager tells of changes")
+            }
         }
     }
 
@@ -45,6 +47,7 @@ impl Reactor {
             match message {
                 Message::TakeBack(chunk) => self.pool.release(chunk),
                 Message::Send { interface, head, data } => self.send(interface, &head, data),
+                Message::Changed { token, outcome } => self.finish_change(token, outcome),
                 Message::Serve { interface, frame } => {
                     // Routed again: the sender may have had another configuration.
                     if let Some(ingress) = config.ingress.get(usize::from(interface))

@@ -1,35 +1,30 @@
-//! Advertisements: initiators hear of a new export without having to ask.
+//! Discovery: wildcard queries and advertisements, a few in each turn, after reads and writes.
+//!
+//! The core whose queue a query came by answers for all exports of the node: every export once, whichever core owns it.
 
 use std::sync::Arc;
 
-use aoe_xdp::target;
-
 use super::Reactor;
 
-/// Advertisements sent in one turn, so that requests are served between them.
-const ADVERTISEMENTS_BATCH: usize = 16;
-
 impl Reactor {
-    /// Advertises exports that are new, by the queues that are each interface's first.
-    pub(super) fn advertise(&mut self) -> bool {
-        if self.announced >= self.config.announce.len() {
-            return false;
-        }
-        let config = Arc::clone(&self.config);
-        let end = config.announce.len().min(self.announced + ADVERTISEMENTS_BATCH);
-        for &key in &config.announce[self.announced..end] {
-            let Some(export) = config.exports.by_key(key) else { continue };
-            for at in 0..self.queues.len() {
-                if self.queues[at].queue.info().queue == 0 {
-                    let interface = self.queues[at].interface;
-                    let Some(ingress) = config.ingress.get(usize::from(interface)) else { continue };
-                    for to in export.audience().iter().filter(|_| export.is_on(ingress.ordinal)) {
-                        self.answer(interface, export, &target::advertisement(export, ingress, *to), &[]);
-                    }
-                }
-            }
-        }
-        self.announced = end;
-        true
+    /// Sends what discovery has to send now; whether there was anything.
+    pub(super) fn discover(&mut self) -> bool {
+        // Taken out, so that answers can be sent by the rest of the reactor meanwhile.
+        let Some(mut discovery) = self.discovery.take() else { return false };
+        let (config, advertise_on) = (Arc::clone(&self.config), Arc::clone(&self.advertise_on));
+        let worked = discovery.run(
+            self.now_ns,
+            &config.exports,
+            &config.ingress,
+            &advertise_on,
+            |interface, export, answer, request| self.answer(interface, export, answer, request),
+        );
+        self.discovery = Some(discovery);
+        worked
+    }
+
+    /// Whether something is left to send, at its pace.
+    pub(super) fn is_discovering(&self) -> bool {
+        self.discovery.as_ref().is_some_and(|discovery| discovery.is_busy())
     }
 }

@@ -10,6 +10,8 @@ use super::{DOORBELL, Reactor, SPIN_NS_MIN, now_ns};
 const SPIN_NS_MAX: u64 = 50_000;
 /// Longest sleep: only for the counters that are read from the kernel.
 const SLEEP: Duration = Duration::from_millis(500);
+/// Sleep while discovery has more to send: two milliseconds of its pace are less than its burst.
+const SLEEP_DISCOVERING: Duration = Duration::from_millis(2);
 /// Sleep while memory is short: chunks that the kernel is done with are found by looking.
 const SLEEP_SHORT: Duration = Duration::from_millis(1);
 
@@ -35,7 +37,12 @@ impl Reactor {
             let short = self.pool.free_chunks() < self.pool.chunk_capacity() / 16;
             self.stats.add(Counter::Sleeps, 1);
             let before_ns = now_ns();
-            self.ring.submit_and_wait(if short { SLEEP_SHORT } else { SLEEP })?;
+            let longest = match (short, self.is_discovering()) {
+                (true, _) => SLEEP_SHORT,
+                (false, true) => SLEEP_DISCOVERING,
+                (false, false) => SLEEP,
+            };
+            self.ring.submit_and_wait(longest)?;
             self.stats.add(Counter::Wakeups, 1);
             self.adapt_spin(now_ns().saturating_sub(before_ns));
         }

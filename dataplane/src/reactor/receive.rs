@@ -40,10 +40,9 @@ impl Reactor {
         match target::route(&config.exports, ingress, frame.head(region)) {
             Route::Silent(_) => self.stats.add(Counter::RxInvalid, 1),
             Route::Matching(address) => {
-                for export in config.exports.exports().iter().filter(|export| address.matches(export.address))
-                {
-                    let action = target::respond(export, ingress, frame.head(region), frame.len());
-                    self.act(interface, export, action, &frame);
+                let discovery = self.discovery.as_mut();
+                if !discovery.is_some_and(|jobs| jobs.ask(interface, address, frame.head(region))) {
+                    self.stats.add(Counter::RxDropped, 1);
                 }
             }
             Route::One(export) => match served(config, export.key) {
@@ -70,8 +69,14 @@ impl Reactor {
                 let region = Arc::clone(&self.region);
                 self.answer(interface, export, &answer, frame.head(&region));
             }
-            // No export allows anybody a change.
-            Action::Silent(_) | Action::Change { .. } => self.stats.add(Counter::RxInvalid, 1),
+            Action::Change { frame_len } => {
+                let region = Arc::clone(&self.region);
+                match frame.head(&region).get(..frame_len) {
+                    Some(request) => self.ask_for_change(interface, request),
+                    None => self.stats.add(Counter::RxInvalid, 1),
+                }
+            }
+            Action::Silent(_) => self.stats.add(Counter::RxInvalid, 1),
         }
     }
 
