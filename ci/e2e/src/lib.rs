@@ -17,6 +17,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+pub mod guest;
+pub mod port;
+pub mod random;
+
 /// The folder of the lab's scripts.
 #[must_use]
 pub fn ci_dir() -> PathBuf {
