@@ -5,6 +5,8 @@
 //! - `FAKE_REFUSE`: prints `error: …` and exits with 2;
 //! - `FAKE_ALLOCATE_MS`: a volume takes this long to allocate, with progress;
 //! - `FAKE_FAIL_VOLUMES`: volumes fail with this text;
+//! - `FAKE_ASK`: an initiator counts in the config string of every export, this often in all: it asks for 1 where there
+//!   is none, then for 2 instead of 1, and so on. What became of each is a line in the file `asked` beside the map;
 //! - `FAKE_DEAF`: never looks at the map again once it has reported (as a data plane that hangs).
 #![forbid(unsafe_code)]
 
@@ -14,13 +16,13 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use cluster_map::{
-    Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability, ExportState, Latency, LinkMode,
-    Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId,
-    VolumeIntent, VolumeObserved,
+    Change, ChangeRequest, Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability, ExportState,
+    Latency, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume, SetRule,
+    StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
 };
 use rustix::fs::FlockOperation;
 
@@ -62,12 +64,23 @@ fn hold_lock(path: &Path) -> Result<File> {
 struct Memory {
     stores: BTreeMap<PathBuf, StoreId>,
     since: BTreeMap<VolumeId, Instant>,
+    initiators: BTreeMap<VolumeId, Initiator>,
+    last_id: u64,
 }
 
-fn serve(map: &Path, lock: &Path) -> Result<()> {
+/// One that counts in an export's config string.
+#[derive(Default)]
+struct Initiator {
+    count: u64,
+    waits: Option<ChangeRequest>,
+}
+
+fn serve(path: &Path, lock: &Path) -> Result<()> {
     let _lock = hold_lock(lock)?;
-    let mut map = DataMap::attach(map).context("cannot attach to the map")?;
-    let mut memory = Memory::default();
+    let mut map = DataMap::attach(path).context("cannot attach to the map")?;
+    let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    let mut memory = Memory { last_id: u64::try_from(started.as_nanos())?, ..Memory::default() };
+    let asked = path.with_file_name("asked");
     let stats = map.core_stats(0)?;
     let mut busy = false;
     let mut seen = 0;
@@ -79,6 +92,9 @@ fn serve(map: &Path, lock: &Path) -> Result<()> {
         seen = desired.version;
         if desired.drain {
             return Ok(());
+        }
+        if let Ok(often) = std::env::var("FAKE_ASK") {
+            count(&desired, &mut memory, often.parse()?, &asked)?;
         }
         let mut observed = observe(&desired, &mut memory)?;
         busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating);
@@ -94,6 +110,35 @@ fn serve(map: &Path, lock: &Path) -> Result<()> {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Lets the initiators take their answers and ask for the next number.
+fn count(desired: &Desired, memory: &mut Memory, often: u64, asked: &Path) -> Result<()> {
+    let mut file = OpenOptions::new().create(true).append(true).open(asked)?;
+    for export in &desired.exports {
+        let initiator = memory.initiators.entry(export.volume).or_default();
+        if let Some(waits) = &initiator.waits {
+            let Some(answer) = desired.answers.iter().find(|answer| answer.id == waits.id) else { continue };
+            let string = String::from_utf8_lossy(&export.config_string);
+            writeln!(file, "{} {} {:?} {string}", export.volume, initiator.count, answer.outcome)?;
+            initiator.waits = None;
+        }
+        if initiator.count < often {
+            memory.last_id += 1;
+            let text = |number: u64| if number == 0 { Vec::new() } else { number.to_string().into_bytes() };
+            initiator.waits = Some(ChangeRequest {
+                id: memory.last_id,
+                volume: export.volume,
+                client: [2, 0, 0, 0, 0, 1],
+                change: Change::SetString {
+                    rule: SetRule::Replace { expected: text(initiator.count) },
+                    string: text(initiator.count + 1),
+                },
+            });
+            initiator.count += 1;
+        }
+    }
+    Ok(())
 }
 
 fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
@@ -122,7 +167,7 @@ fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
         links: links.collect(),
         volumes: desired.volumes.iter().map(|volume| observe_volume(volume, memory)).collect(),
         exports: exports.collect(),
-        changes: Vec::new(),
+        changes: memory.initiators.values().filter_map(|initiator| initiator.waits.clone()).collect(),
         stores,
     })
 }

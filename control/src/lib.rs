@@ -6,6 +6,7 @@
 //! change is one compare-and-swap transaction over all the records it depends on.
 #![forbid(unsafe_code)]
 
+mod aoe_changes;
 pub mod api;
 pub mod checks;
 pub mod cli;

@@ -9,10 +9,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use cluster_map::{ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Observed, StoreState};
+use cluster_map::{
+    ChangeAnswer, ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Observed, StoreState,
+};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::aoe_changes::AoeChanges;
 use crate::meta::reflector::{self, Reflector};
 use crate::meta::{KeyValue, LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
@@ -414,9 +417,30 @@ pub struct Follower {
     observed: (watch::Sender<u64>, watch::Receiver<u64>),
     wish: watch::Sender<Wish>,
     status: watch::Sender<StatusRecord>,
+    /// The desired state in the map, once it has been read; nobody else writes it.
+    published: Option<Arc<Desired>>,
+    /// What the desired state was last made of; it is not made again of the same.
+    made_of: Option<MadeOf>,
+    /// The newest observed state.
+    observation: Option<Arc<Observed>>,
+    /// Metadata revision, desired and observed version of which all changes are recorded.
+    recorded: Option<(Revision, u64, u64)>,
+    /// What the status was last made of: desired version, if the data plane runs, observed version, and how it is.
+    reported: Option<(Option<u64>, Option<u64>, String)>,
+    changes: AoeChanges,
     /// Changes are not computed on a view older than the last one made.
     seen_after: Revision,
     started: Instant,
+}
+
+/// All that a desired state is made of.
+#[derive(Debug, PartialEq, Eq)]
+struct MadeOf {
+    revision: Revision,
+    answers: Vec<ChangeAnswer>,
+    running: bool,
+    /// Stores that were left out are looked for again every second.
+    missing_since: Option<u64>,
 }
 
 impl Follower {
@@ -431,20 +455,24 @@ impl Follower {
         wish: watch::Sender<Wish>,
         status: watch::Sender<StatusRecord>,
     ) -> Self {
-        let observed = watch::channel(0);
-        let seen_after = Revision(0);
-        let started = Instant::now();
+        let changes = AoeChanges::new(Arc::clone(&node));
         let mut follower = Self {
             node,
             settings,
             map_path,
             map: None,
             announce_map,
-            observed,
+            observed: watch::channel(0),
             wish,
             status,
-            seen_after,
-            started,
+            published: None,
+            made_of: None,
+            observation: None,
+            recorded: None,
+            reported: None,
+            changes,
+            seen_after: Revision(0),
+            started: Instant::now(),
         };
         if let Some(map) = map {
             follower.use_map(map);
@@ -458,6 +486,7 @@ impl Follower {
         let observed = self.observed.0.clone();
         self.announce_map.send_replace(Some(reader.clone()));
         self.map = Some(map);
+        (self.published, self.observation, self.made_of) = (None, None, None);
         std::thread::spawn(move || {
             let mut seen = 0;
             while observed.receiver_count() > 0 {
@@ -486,6 +515,7 @@ impl Follower {
                 _ = known.changed() => {}
                 _ = observed.changed() => {}
                 _ = data_plane.changed() => {}
+                () = self.changes.decided() => {}
                 () = told_to_stop(&mut stop) => {
                     self.drain();
                     return;
@@ -500,6 +530,10 @@ impl Follower {
     async fn step(&mut self) -> bool {
         self.beat();
         let known = self.node.known();
+        let observed = self.observe();
+        if let Some(observed) = &observed {
+            self.changes.keep_asked(&observed.changes);
+        }
         let published = match self.publish(&known) {
             Ok(()) => {
                 self.node.set_problem("map", String::new());
@@ -510,9 +544,48 @@ impl Follower {
                 false
             }
         };
-        let recorded = self.record(&known).await;
-        self.report();
+        if let Some(observed) = &observed {
+            self.changes.begin(&observed.changes, &known);
+        }
+        let recorded = self.record(&known, observed.as_deref()).await;
+        self.report(observed.as_deref());
         published && recorded
+    }
+
+    /// What the running data plane says, if one runs and has said anything.
+    fn observe(&mut self) -> Option<Arc<Observed>> {
+        let map = self.map.as_ref()?;
+        let version = map.reader().observed_version();
+        if self.observation.as_ref().is_none_or(|observation| observation.version != version) {
+            self.observation = map.observed().ok().map(Arc::new);
+        }
+        let pid = self.node.data_plane().pid()?;
+        self.observation.clone().filter(|observation| observation.pid == pid)
+    }
+
+    /// The desired state in the map; its answers are gone on from.
+    fn in_map(&mut self) -> Result<Option<Arc<Desired>>, MapError> {
+        if let (None, Some(map)) = (&self.published, &self.map) {
+            let desired = map.desired()?;
+            self.changes.adopt(&desired.answers);
+            self.published = Some(Arc::new(desired));
+        }
+        Ok(self.published.clone())
+    }
+
+    /// Puts a desired state into the map.
+    fn put(&mut self, mut desired: Desired) -> Result<(), MapError> {
+        let Some(map) = self.map.as_mut() else { return Ok(()) };
+        let version = map.publish(&mut desired)?;
+        self.changes.published(&desired.answers);
+        tracing::info!(
+            version,
+            volumes = desired.volumes.len(),
+            exports = desired.exports.len(),
+            "published the desired state"
+        );
+        self.published = Some(Arc::new(desired));
+        Ok(())
     }
 
     fn beat(&self) {
@@ -522,8 +595,11 @@ impl Follower {
     }
 
     /// Whether the data plane runs but has not looked at the map for long.
-    fn silent(&self) -> bool {
-        let Some(map) = self.map.as_ref().filter(|_| self.reported().is_some()) else { return false };
+    fn silent(&self, observed: Option<&Observed>) -> bool {
+        if observed.is_none() {
+            return false;
+        }
+        let Some(map) = self.map.as_ref() else { return false };
         let limit = u64::try_from(SILENT_AFTER.as_nanos()).unwrap_or(u64::MAX);
         boot_time_ns().saturating_sub(map.data_plane_alive_ns()) > limit
     }
@@ -537,34 +613,43 @@ impl Follower {
         if !known.usable() {
             return self.fall_back();
         }
-        let Some(mut desired) = reconcile::desired(&known.view, self.node.id, &self.settings) else {
+        let Some(cluster) = known.view.cluster.as_ref().map(|cluster| cluster.record.id) else {
             return Ok(());
         };
+        if !known.view.nodes.contains_key(&self.node.id) {
+            return Ok(());
+        }
         let cores = cores_of_map(&self.settings);
         let running = self.running();
-        let unfit = |map: &ControlMap| {
-            map.reader().cluster() != desired.cluster || map.reader().cores() < usize::from(cores)
-        };
+        let unfit =
+            |map: &ControlMap| map.reader().cluster() != cluster || map.reader().cores() < usize::from(cores);
         if self.map.as_ref().is_some_and(unfit) && !running {
             self.map = None;
         }
         if self.map.is_none() {
-            let geometry = Geometry::new(cores, desired.cluster, self.node.id);
+            let geometry = Geometry::new(cores, cluster, self.node.id);
             let map = ControlMap::create(&self.map_path, &geometry)?;
             self.use_map(map);
         }
-        let Some(map) = self.map.as_mut() else { return Ok(()) };
-        let before = map.desired()?;
-        let missing = leave_out_missing(&mut desired, &before, &self.settings, running);
-        self.node.set_problem("stores", missing);
-        if before.version == 0 || !reconcile::same_wish(&before, &desired) {
-            let version = map.publish(&mut desired)?;
-            tracing::info!(
-                version,
-                volumes = desired.volumes.len(),
-                exports = desired.exports.len(),
-                "published the desired state"
-            );
+        let Some(before) = self.in_map()? else { return Ok(()) };
+        let answers = self.changes.answers(known);
+        let mut made_of = MadeOf { revision: known.revision, answers, running, missing_since: None };
+        let missing = self.made_of.as_ref().is_some_and(|made_of| made_of.missing_since.is_some());
+        if missing {
+            made_of.missing_since = Some(self.started.elapsed().as_secs());
+        }
+        if self.made_of.as_ref() != Some(&made_of)
+            && let Some(mut desired) = reconcile::desired(&known.view, self.node.id, &self.settings)
+        {
+            desired.answers.clone_from(&made_of.answers);
+            desired.version = before.version;
+            let missing = leave_out_missing(&mut desired, &before, &self.settings, running);
+            made_of.missing_since = (!missing.is_empty()).then(|| self.started.elapsed().as_secs());
+            self.node.set_problem("stores", missing);
+            if before.version == 0 || *before != desired {
+                self.put(desired)?;
+            }
+            self.made_of = Some(made_of);
         }
         self.wish.send_if_modified(|wish| std::mem::replace(wish, Wish::Run) != Wish::Run);
         Ok(())
@@ -574,39 +659,37 @@ impl Follower {
     fn fall_back(&mut self) -> Result<(), MapError> {
         let due = self.started.elapsed() >= FALLBACK_AFTER && *self.wish.borrow() == Wish::Watch;
         let running = self.running();
-        let Some(map) = self.map.as_mut().filter(|_| due) else { return Ok(()) };
+        if !due || self.map.is_none() {
+            return Ok(());
+        }
         if !running {
-            let mut desired = map.desired()?;
-            if desired.version == 0 {
-                return Ok(());
-            }
+            let mut desired = match self.in_map()? {
+                Some(desired) if desired.version > 0 => Desired::clone(&desired),
+                _ => return Ok(()),
+            };
             tracing::warn!("no metadata yet: serving the state that was published last");
             desired.cores.clone_from(&self.settings.cores);
             desired.interfaces.clone_from(&self.settings.interfaces);
             desired.link = self.settings.link;
             desired.drain = false;
-            map.publish(&mut desired)?;
+            self.put(desired)?;
         }
         self.wish.send_replace(Wish::Run);
         Ok(())
     }
 
-    /// What the running data plane reports together with what it was told.
-    fn reported(&self) -> Option<(Desired, Observed)> {
-        let map = self.map.as_ref()?;
-        let pid = self.node.data_plane().pid()?;
-        let observed = map.observed().ok().filter(|observed| observed.pid == pid)?;
-        Some((map.desired().ok()?, observed))
-    }
-
     /// Commits what follows from the data plane's report; false if it is to be tried again.
-    async fn record(&mut self, known: &Known) -> bool {
+    async fn record(&mut self, known: &Known, observed: Option<&Observed>) -> bool {
         if !known.usable() || !known.connected || known.revision < self.seen_after {
             return true;
         }
-        let Some((desired, observed)) = self.reported() else { return true };
+        let (Some(desired), Some(observed)) = (self.published.clone(), observed) else { return true };
+        let versions = (known.revision, desired.version, observed.version);
+        if self.recorded == Some(versions) {
+            return true;
+        }
         let now = unix_s(SystemTime::now());
-        for txn in reconcile::changes(&known.view, self.node.id, &desired, &observed, now) {
+        for txn in reconcile::changes(&known.view, self.node.id, &desired, observed, now) {
             match self.node.meta.txn(txn).await {
                 Ok(TxnOutcome::Committed(revision)) => self.seen_after = self.seen_after.max(revision),
                 // Somebody changed it first; the next view tells.
@@ -617,28 +700,36 @@ impl Follower {
                 }
             }
         }
+        self.recorded = Some(versions);
         true
     }
 
     /// Hands the status to the session, if it has changed.
-    fn report(&self) {
+    fn report(&mut self, observed: Option<&Observed>) {
         let mut words = self.node.data_plane().words();
-        if self.silent() {
+        if self.silent(observed) {
             words.push_str(", but gives no sign of life");
         }
-        let status = match self.reported() {
-            Some((desired, observed)) => reconcile::status(&desired, &observed, &words),
+        let published = self.published.clone();
+        let running = published.as_ref().zip(observed);
+        let observed_version = self.observation.as_ref().map(|observation| observation.version);
+        let made_of = (running.map(|(desired, _)| desired.version), observed_version, words);
+        if self.reported.as_ref() == Some(&made_of) {
+            return;
+        }
+        let status = match running {
+            Some((desired, observed)) => reconcile::status(desired, observed, &made_of.2),
             None => {
                 // Nothing is served: only the stores are kept, as not ready.
-                let map = self.map.as_ref();
-                let mut observed = map.and_then(|map| map.observed().ok()).unwrap_or_default();
+                let mut observed = self.observation.as_deref().cloned().unwrap_or_default();
                 observed.links.clear();
                 observed.exports.clear();
                 observed.volumes.clear();
                 observed.stores.iter_mut().for_each(|store| store.state = StoreState::Opening);
-                reconcile::status(&Desired::default(), &observed, &words)
+                reconcile::status(&Desired::default(), &observed, &made_of.2)
             }
         };
+        self.reported = Some(made_of);
         self.status.send_if_modified(|now| {
             let changed = *now != status;
             *now = status;
@@ -647,17 +738,15 @@ impl Follower {
     }
 
     fn drain(&mut self) {
-        if let Some(map) = &mut self.map {
-            match map.desired() {
-                Ok(mut desired) if desired.version > 0 => {
-                    desired.drain = true;
-                    if let Err(error) = map.publish(&mut desired) {
-                        tracing::error!(%error, "cannot tell the data plane to drain");
-                    }
+        match self.in_map() {
+            Ok(Some(desired)) if desired.version > 0 => {
+                let drained = self.put(Desired { drain: true, ..Desired::clone(&desired) });
+                if let Err(error) = drained {
+                    tracing::error!(%error, "cannot tell the data plane to drain");
                 }
-                Ok(_) => {}
-                Err(error) => tracing::error!(%error, "cannot tell the data plane to drain"),
             }
+            Ok(_) => {}
+            Err(error) => tracing::error!(%error, "cannot tell the data plane to drain"),
         }
         self.wish.send_replace(Wish::Drain);
     }

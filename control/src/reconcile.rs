@@ -37,7 +37,8 @@ pub struct Settings {
     pub named_stores: Vec<String>,
 }
 
-/// What the node's data plane is to do; `None` until the cluster is initialised and the node has joined.
+/// What the node's data plane is to do, without answers to changes; `None` until the cluster is initialised and the node
+/// has joined.
 #[must_use]
 pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired> {
     let cluster = view.cluster.as_ref()?.record.id;
@@ -99,12 +100,6 @@ fn on_interfaces(settings: &ExportSettings, of_node: &[String]) -> u16 {
     }
     let bound = of_node.iter().enumerate().filter(|(_, name)| settings.interfaces.contains(name));
     bound.fold(0, |mask, (ordinal, _)| mask | 1u16.unbounded_shl(u32::try_from(ordinal).unwrap_or(u32::MAX)))
-}
-
-/// Whether two desired states ask for the same, whatever their versions.
-#[must_use]
-pub fn same_wish(a: &Desired, b: &Desired) -> bool {
-    Desired { version: 0, ..a.clone() } == Desired { version: 0, ..b.clone() }
 }
 
 /// The record changes that follow from what the data plane reports. `published` is the desired state that stands in the map.

@@ -650,3 +650,113 @@ fn a_data_plane_that_hangs_is_reported() {
         place.ok("torusctl", "node list").contains("running, but gives no sign of life")
     });
 }
+
+/// What the initiators of the fake data plane were answered: the line of each answer, by volume.
+fn answers(place: &Place) -> Vec<Vec<String>> {
+    let text = fs::read_to_string(place.path("run/asked")).unwrap_or_default();
+    text.lines().map(|line| line.split(' ').map(str::to_owned).collect()).collect()
+}
+
+/// Every answer says *done*, in order and once, and the desired state that brought it had the string.
+fn assert_counted(place: &Place, volumes: &[&str], often: usize) {
+    let all = answers(place);
+    assert_eq!(all.len(), volumes.len() * often, "{all:?}");
+    for volume in volumes {
+        let id = place.json("torusblk", &format!("show {volume}"))["export"]["volume_id"].clone();
+        let own: Vec<_> = all.iter().filter(|line| line[0] == id).collect();
+        let numbers: Vec<_> = (1..=often).map(|number| number.to_string()).collect();
+        assert!(own.iter().zip(&numbers).all(|(line, n)| line[1..] == [n, "Done", n]), "{own:?}");
+        assert_eq!(place.ok("torusblk", &format!("config {volume}")).trim(), often.to_string());
+    }
+}
+
+#[test]
+fn changes_over_aoe_are_made_once_each_whenever_torusd_is_killed() {
+    let mut place = Place::new();
+    place.environment.push(("FAKE_ASK", "2000"));
+    place.start_serving();
+    for volume in ["v", "w"] {
+        place.ok("torusctl", &format!("volume create {volume} 8MiB"));
+        place.ok("torusblk", &format!("aoe {volume} --allow-aoe-config=02:00:00:00:00:01"));
+    }
+    let pid = place.data_plane_pid();
+    for killed in 0..6 {
+        let seen = answers(&place).len();
+        wait_until("the initiators get on", || answers(&place).len() > seen + 17 * killed);
+        place.end(Signal::KILL);
+        place.start();
+    }
+    wait_until("all are answered", || answers(&place).len() == 4000);
+    assert_eq!(place.data_plane_pid(), pid);
+    assert_counted(&place, &["v", "w"], 2000);
+    assert_eq!(place.end(Signal::TERM).code(), Some(0));
+}
+
+#[test]
+fn settings_outlive_the_node_and_are_shown() {
+    let mut place = Place::new();
+    place.start_serving();
+    place.ok("torusctl", "volume create v 8MiB");
+    assert!(place.fails("torusblk", "masks v", 1).contains("v is not exported"));
+    assert!(place.fails("torusblk", "aoe v --on eth7", 1).contains("it serves on: lo"));
+    place.ok("torusblk", "aoe v lo 1 1 --allow-aoe-masks");
+    assert_eq!(place.ok("torusblk", "config v --set hello\\"), "hello\\\\\n");
+    let (one, two) = ("02:00:00:00:00:01", "02:00:00:00:00:02");
+    assert_eq!(place.ok("torusblk", &format!("masks v --add {one},{two}")), format!("{one}\n{two}\n"));
+    assert_eq!(place.ok("torusblk", &format!("masks 1.1 --remove {one}")), format!("{two}\n"));
+    assert_eq!(place.ok("torusblk", &format!("reserve v --for {two}")), format!("{two}\n"));
+    place.ok("torusblk", &format!("policy v --allow-aoe-reserve={two}"));
+    assert!(place.fails("torusblk", "config v --set-hex 0", 2).contains("two digits"));
+    assert!(place.fails("torusblk", "masks v --add ff:ff:ff:ff:ff:ff", 1).contains("group address"));
+    assert_eq!(place.end(Signal::TERM).code(), Some(0));
+    place.start_serving();
+    wait_until("served again", || place.json("torusblk", "list")["exports"][0]["state"] == "serving");
+    let shown = place.ok("torusblk", "show v");
+    for line in [
+        "interfaces             lo",
+        "config string          hello\\\\",
+        "answers                02:00:00:00:00:02",
+        "reserved for           02:00:00:00:00:02",
+        "may set config string  none",
+        "may edit masks         any",
+        "may reserve            02:00:00:00:00:02",
+    ] {
+        assert!(shown.contains(line), "{line}: {shown}");
+    }
+    assert_eq!(place.ok("torusblk", "masks v --clear"), "every initiator is answered\n");
+    assert_eq!(place.ok("torusblk", "reserve v --release"), "not reserved\n");
+    assert_eq!(place.ok("torusblk", "config v --clear"), "\n");
+}
+
+/// Without etcd a change waits, is answered by nobody, and is made when etcd is back; over the API likewise.
+#[test]
+fn changes_over_aoe_wait_for_a_lost_etcd() {
+    let mut etcd = Etcd::start();
+    let url = format!("--etcd={}", etcd.url());
+    let mut place = Place::new().with(&[&url, "--name=n1"]);
+    place.environment.push(("FAKE_ASK", "1500"));
+    place.start();
+    wait_until("it answers", || place.status().is_some_and(|s| s["metadata"] == "connected"));
+    place.ok("torusctl", "init");
+    wait_until("a store is ready", || {
+        place.status().is_some_and(|s| s["available_bytes"].as_u64() > Some(0))
+    });
+    place.ok("torusctl", "volume create v 8MiB");
+    place.ok("torusblk", "aoe v --allow-aoe-config");
+    wait_until("some are answered", || answers(&place).len() > 4);
+    etcd.stop();
+    wait_until("the loss is seen", || {
+        place.status().is_some_and(|s| s["metadata"].as_str().unwrap().starts_with("disconnected since"))
+    });
+    let before = answers(&place).len();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(answers(&place).len(), before, "nothing is answered that is not stored");
+    assert!(before < 1500, "the store went away in between");
+    // torusd restarted meanwhile knows nothing of the cluster; the request waits in the map.
+    place.end(Signal::KILL);
+    place.start();
+    etcd.run();
+    wait_until("all are answered", || answers(&place).len() == 1500);
+    wait_until("connected", || place.status().is_some_and(|s| s["metadata"] == "connected"));
+    assert_counted(&place, &["v"], 1500);
+}
