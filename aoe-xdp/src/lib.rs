@@ -13,5 +13,6 @@
 pub mod identify;
 pub mod link;
 pub mod order;
+pub mod tags;
 pub mod target;
 pub mod wire;
