@@ -120,6 +120,8 @@ counters! {
     DiskReads = "disk_reads",
     /// Writes given to devices.
     DiskWrites = "disk_writes",
+    /// Writes dropped because a newer one of the same host to the same sectors had come before.
+    LateWrites = "late_writes",
 }
 
 /// What durations a core measures.

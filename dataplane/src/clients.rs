@@ -9,15 +9,21 @@
 //! * A regular only makes way, idle longest first, for another one: to push one out, invented clients have to be answered
 //!   `REGULAR_AFTER` times each, faster than it comes back, for every place of the regulars.
 //!
-//! Losing a place costs a client its counts, nothing else. Finding one costs one look into a hash table; every other step
+//! Losing a place costs a client its counts and the proof of its tags, nothing else. Finding one costs one look into a hash table; every other step
 //! is a few stores. All memory is taken at construction.
+//!
+//! Each client is a stream of [`TagOrder`], which knows the late copies of writes of initiators whose tags are Linux's (I6).
 
-use aoe_xdp::target::IoKind;
+use aoe_xdp::tags::{StreamId, TagOrder};
+use aoe_xdp::target::{Io, IoKind};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{ClientCounter, CoreClients, Latency};
 
 /// Answered requests that make a newcomer a regular: a Linux initiator's first window.
 pub const REGULAR_AFTER: u32 = 64;
+
+/// Writes of one block that are remembered to know late copies, in 1 MiB: 6 s at 10 000 writes a second.
+const WRITES_REMEMBERED: u32 = 1 << 16;
 
 const NONE: u32 = u32::MAX;
 
@@ -90,6 +96,7 @@ pub struct Clients {
     idle: [Ends; 2],
     regulars: u32,
     regulars_max: u32,
+    tags: TagOrder,
     published: CoreClients,
 }
 
@@ -97,10 +104,10 @@ impl Clients {
     /// A table with `clients_max` places, whose counts are published in the places of the same numbers in the map.
     ///
     /// # Panics
-    /// If `clients_max` is 0 or above 2^16.
+    /// If `clients_max` is 0 or above 2^11.
     #[must_use]
     pub fn new(clients_max: u32, published: CoreClients) -> Clients {
-        assert!(clients_max > 0 && clients_max <= 1 << 16);
+        assert!(clients_max > 0 && clients_max <= 1 << 11);
         let buckets = (clients_max as usize * 2).next_power_of_two();
         let place =
             |index: u32| Place { hash_next: if index + 1 < clients_max { index + 1 } else { NONE }, ..FREE };
@@ -112,6 +119,7 @@ impl Clients {
             idle: [Ends { newest: NONE, oldest: NONE }; 2],
             regulars: 0,
             regulars_max: clients_max - clients_max.div_ceil(4),
+            tags: TagOrder::new(clients_max, WRITES_REMEMBERED),
             published,
         }
     }
@@ -134,8 +142,22 @@ impl Clients {
         let hash_next = std::mem::replace(&mut self.buckets[bucket], at);
         self.places[at as usize] = Place { export, address, mac, hash_next, ..FREE };
         self.published.give(at, mac.0, address.shelf, address.slot, now_ns);
+        self.tags.begin(StreamId(at), export);
         self.link(at);
         Some(ClientId(at))
+    }
+
+    /// Takes the tag of a request of the client in; whether it is a late copy of a write, which must be dropped: a newer one
+    /// of the same host to one of its sectors was [`written`](Self::written) before.
+    pub fn is_late(&mut self, id: ClientId, io: &Io, now_ns: u64) -> bool {
+        let stream = StreamId(id.0);
+        self.tags.observe(stream, io.tag(), now_ns);
+        io.kind == IoKind::Write && self.tags.is_late(stream, io.tag(), io.lba, io.sectors, now_ns)
+    }
+
+    /// A write of the client was admitted: older ones to its sectors are late from now on.
+    pub fn written(&mut self, id: ClientId, io: &Io, now_ns: u64) {
+        self.tags.admitted(StreamId(id.0), io.tag(), io.lba, io.sectors, now_ns);
     }
 
     /// A request of the client is in progress from now on, until [`answered`](Self::answered),
@@ -208,7 +230,7 @@ impl Clients {
     /// configuration, so that a key or an address that is given to another export never brings the clients of the former
     /// one along.
     pub fn keep_only(&mut self, served: impl Fn(u32, Address) -> bool) {
-        for at in 0..u32::try_from(self.places.len()).expect("at most 2^16") {
+        for at in 0..u32::try_from(self.places.len()).expect("at most 2^11") {
             let place = self.places[at as usize];
             if place.mac == FREE.mac || place.gone || served(place.export, place.address) {
                 continue;
@@ -289,6 +311,7 @@ impl Clients {
         self.places[at as usize] = Place { hash_next: self.free, ..FREE };
         self.free = at;
         self.published.take_away(at);
+        self.tags.end(StreamId(at));
     }
 
     fn bucket(&self, export: u32, mac: Mac) -> usize {

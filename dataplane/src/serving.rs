@@ -11,6 +11,7 @@
 //!   next blocks, and joins only what was made for a part of a block and has not started: four writes of 1 KiB become one of
 //!   4 KiB without a read-modify-write. Nothing waits for neighbours: a request starts at the end of its batch, and later
 //!   only if it has to.
+//! * **Late copies** of writes are dropped, where the initiator's tags tell them ([`aoe_xdp::tags`]).
 //! * **Fairness.** What one client may hold, and who goes next to a busy device, is decided by [`crate::fairness`].
 //!
 //! Invariants:
@@ -179,13 +180,18 @@ impl Serving {
             around.stats.add(Counter::RxDropped, 1);
             return;
         };
+        if self.clients.is_late(client, &io, around.now_ns) {
+            around.stats.add(Counter::LateWrites, 1);
+            self.clients.dropped(client, Dropped::Late);
+            return;
+        }
         if !may_take(self.clients.in_flight(client), self.requests.room()) {
             around.stats.add(Counter::ClientOverLimit, 1);
             self.clients.dropped(client, Dropped::Limit);
             return;
         }
         if io.kind != IoKind::Flush && self.join(&arrival, client, around) {
-            self.clients.admitted(client);
+            self.take(client, &io, around.now_ns);
             return;
         }
         let mut request = Request::new(&io, key, client, self.epoch);
@@ -203,7 +209,7 @@ impl Serving {
         let Ok(id) = self.requests.insert(request, rider(&arrival, around.now_ns)) else {
             unreachable!("there was room");
         };
-        self.clients.admitted(client);
+        self.take(client, &io, around.now_ns);
         let access = match io.kind {
             IoKind::Read => Access::Shared,
             IoKind::Write => Access::Exclusive,
@@ -214,6 +220,14 @@ impl Serving {
         match self.order.admit(id, key, first, last, access) {
             Admission::Granted => wait_for_turn(&mut self.turns, self.requests.get(id), id, around),
             Admission::Queued => around.stats.add(Counter::OrderWaits, 1),
+        }
+    }
+
+    /// Notes that an AoE request of a client is in progress.
+    fn take(&mut self, client: ClientId, io: &Io, now_ns: u64) {
+        self.clients.admitted(client);
+        if io.kind == IoKind::Write {
+            self.clients.written(client, io, now_ns);
         }
     }
 

@@ -61,6 +61,12 @@ impl Io {
     pub fn initiator(&self) -> Mac {
         self.response.header.dst
     }
+
+    /// The tag that the station gave it.
+    #[must_use]
+    pub fn tag(&self) -> u32 {
+        self.response.header.tag.get()
+    }
 }
 
 fn with_status(head: AtaHead, status: u8, error: u8) -> AtaHead {

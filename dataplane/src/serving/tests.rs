@@ -8,7 +8,7 @@ use std::sync::Arc;
 use af_xdp::region::{CHUNK_BYTES, Region, RegionConfig};
 use aoe_xdp::target::{Action, AoePolicy, ExportTable, Ingress, ON_ALL_INTERFACES, Route, respond, route};
 use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, command, parse_ata};
-use cluster_map::{ClusterId, ControlMap, DataMap, Geometry, NodeId};
+use cluster_map::{ClientCounter, ClusterId, ControlMap, DataMap, Geometry, NodeId};
 use zerocopy::IntoBytes;
 
 use super::*;
@@ -145,7 +145,8 @@ struct Node {
     /// Frames come from another core's memory, as they do where the interface is not this core's.
     senders: Pool,
     chunks: usize,
-    _control: ControlMap,
+    now_ns: u64,
+    control: ControlMap,
     _folder: tempfile::TempDir,
 }
 
@@ -208,14 +209,19 @@ impl Node {
             replies: Vec::new(),
             senders: region.pool(1).unwrap(),
             chunks: chunks as usize,
-            _control: control,
+            now_ns: 1,
+            control,
             _folder: folder,
         }
     }
 
     fn step<T>(&mut self, step: impl FnOnce(&mut Serving, &mut Around<'_, &mut TestDevices>) -> T) -> T {
-        let mut around =
-            Around { devices: &mut self.devices, served: &self.served, stats: &self.stats, now_ns: 1 };
+        let mut around = Around {
+            devices: &mut self.devices,
+            served: &self.served,
+            stats: &self.stats,
+            now_ns: self.now_ns,
+        };
         step(&mut self.serving, &mut around)
     }
 
@@ -245,8 +251,12 @@ impl Node {
             panic!("{asked:?} is no work for the store")
         };
         let arrival = Arrival { io, export, interface: asked.interface, frame: &frame };
-        let mut around =
-            Around { devices: &mut self.devices, served: &self.served, stats: &self.stats, now_ns: 1 };
+        let mut around = Around {
+            devices: &mut self.devices,
+            served: &self.served,
+            stats: &self.stats,
+            now_ns: self.now_ns,
+        };
         self.serving.admit(arrival, &mut around);
         for segment in frame.into_segments() {
             self.senders.release(segment.chunk);
@@ -489,6 +499,45 @@ fn case_61_twice_the_advertised_buffers_are_served_or_dropped_and_retries_succee
         }
         node.assert_idle();
     }
+}
+
+#[test]
+fn a_late_copy_of_a_linux_write_is_dropped_and_counted_where_tags_prove_it() {
+    let mut node = node();
+    let started_ns = node.now_ns;
+    // A tag of the driver: 250 ticks a second, one number for each frame.
+    let mut sequence = 0_u32;
+    let mut tag = |now_ns: u64| {
+        sequence += 1;
+        sequence << 16 | u32::try_from((now_ns - started_ns) / 4_000_000).unwrap()
+    };
+    for station in [1, 2] {
+        for _ in 0..200 {
+            node.now_ns += 8_000_000;
+            let tag = tag(node.now_ns);
+            // The second one's tags begin with bit 31: no Linux.
+            let tag = tag | u32::from(station == 2) << 31;
+            node.receive(&Asked { client: client(station), ..read(tag, 800, 8) });
+            node.end_all();
+        }
+        let (late, first, second) = (tag(node.now_ns), tag(node.now_ns), tag(node.now_ns));
+        let asked = |tag, number, lba| Asked { client: client(station), ..write(tag, number, lba, 2) };
+        node.receive(&asked(first, 7, 64));
+        node.receive(&asked(second, 8, 64));
+        node.receive(&asked(late, 6, 66));
+        node.receive(&asked(late, 6, 64));
+        node.end_all();
+        let holds = if station == 1 { 8 } else { 6 };
+        assert_eq!(node.image_sector(0, 64), sector_of(holds, 64), "station {station}");
+        assert_eq!(node.image_sector(0, 66), sector_of(6, 66), "sectors beside it are free");
+        let answers = node.tags().iter().filter(|&&tag| tag == late).count();
+        assert_eq!(answers, if station == 1 { 1 } else { 2 }, "a late copy has no answer");
+    }
+    assert_eq!(node.count(Counter::LateWrites), 1);
+    let clients = node.control.reader().clients_of(7, 0).unwrap();
+    let dropped: Vec<u64> = clients.iter().map(|client| client.get(ClientCounter::DroppedLate)).collect();
+    assert_eq!(dropped, [1, 0]);
+    node.assert_idle();
 }
 
 #[test]
