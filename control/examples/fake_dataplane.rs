@@ -1,7 +1,7 @@
 //! The smallest data plane: keeps the contract of the shared map, serves nothing. For the tests of `torusd`.
 //!
 //! Stores are opened at once (a blank file gets an id in its first 16 bytes), volumes are there as soon as they are wanted,
-//! exports are served. The environment changes that:
+//! exports are served, each to one client. The environment changes that:
 //! - `FAKE_REFUSE`: prints `error: …` and exits with 2;
 //! - `FAKE_ALLOCATE_MS`: a volume takes this long to allocate, with progress;
 //! - `FAKE_FAIL_VOLUMES`: volumes fail with this text;
@@ -20,9 +20,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use cluster_map::{
-    Change, ChangeRequest, Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability, ExportState,
-    Latency, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume, SetRule,
-    StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
+    Change, ChangeRequest, ClientCounter, Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability,
+    ExportState, Latency, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume,
+    SetRule, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
 };
 use rustix::fs::FlockOperation;
 
@@ -66,6 +66,8 @@ struct Memory {
     since: BTreeMap<VolumeId, Instant>,
     initiators: BTreeMap<VolumeId, Initiator>,
     last_id: u64,
+    /// Desired version for whose exports a client was invented.
+    told: u64,
 }
 
 /// One that counts in an export's config string.
@@ -82,6 +84,7 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
     let mut memory = Memory { last_id: u64::try_from(started.as_nanos())?, ..Memory::default() };
     let asked = path.with_file_name("asked");
     let stats = map.core_stats(0)?;
+    let clients = map.core_clients(0)?;
     let mut busy = false;
     let mut seen = 0;
     loop {
@@ -101,6 +104,17 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
         map.publish_observed(&mut observed)?;
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         map.beat(u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?);
+        for (record, export) in (0..).zip(&desired.exports) {
+            if desired.version != memory.told {
+                clients.give(record, [2, 0, 0, 0, 0, 1], export.shelf, export.slot, monotonic_ns()?);
+                clients.add(record, ClientCounter::Reads, 3);
+                clients.add(record, ClientCounter::ReadBytes, 4096);
+                clients.add(record, ClientCounter::DroppedLimit, 1);
+                clients.record(record, Latency::Read, 100_000);
+                clients.in_flight(record, 2);
+            }
+        }
+        memory.told = desired.version;
         stats.add(Counter::Reads, 1);
         stats.record(Latency::Read, 1000);
         if std::env::var_os("FAKE_DEAF").is_some() {
@@ -110,6 +124,11 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+fn monotonic_ns() -> Result<u64> {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Ok(u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?)
 }
 
 /// Lets the initiators take their answers and ask for the next number.

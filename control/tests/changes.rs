@@ -608,6 +608,7 @@ async fn every_route_is_in_the_document_and_answers() {
         "DELETE /v1/volumes/{name}",
         "GET /v1/exports",
         "GET /v1/exports/{volume}",
+        "GET /v1/exports/{volume}/clients",
         "GET /v1/exports/{volume}/config-string",
         "GET /v1/exports/{volume}/masks",
         "GET /v1/exports/{volume}/policy",

@@ -582,6 +582,13 @@ fn two_nodes_share_names_addresses_and_sight() {
     let shown = one.ok("torusctl", "node show n2");
     assert!(shown.contains("native copy") && shown.contains("ask the node itself"), "{shown}");
 
+    // Whoever is asked, the node that serves answers.
+    let serving = one.json("torusctl", "volume show v")["volume"]["node"].clone();
+    for asked in [&one, &two] {
+        let list = asked.json("torusblk", "clients v");
+        assert_eq!((&list["node"], list["clients"].as_array().unwrap().len()), (&serving, 1), "{list}");
+    }
+
     // A name that is taken: the newcomer is not let in, and says so.
     let mut thief = Place::new().with(&[&url, "--name=n1"]);
     thief.start();
@@ -593,6 +600,8 @@ fn two_nodes_share_names_addresses_and_sight() {
     let (away, here) = if holder == "n1" { (&mut one, &mut two) } else { (&mut two, &mut one) };
     assert_eq!(away.end(Signal::TERM).code(), Some(0));
     wait_until("it is seen down", || here.status().is_some_and(|s| s["nodes_live"] == 1));
+    let said = here.fails("torusblk", "clients v", 1);
+    assert!(said.contains("does not answer at 127.0.0.1:") && said.contains("ask it there"), "{said}");
     here.ok("torusblk", "unexport v --no-wait");
     assert!(here.fails("torusblk", "aoe w 1.1", 1).contains("export is ending"));
     away.start_serving();
@@ -711,6 +720,13 @@ fn settings_outlive_the_node_and_are_shown() {
     assert_eq!(place.end(Signal::TERM).code(), Some(0));
     place.start_serving();
     wait_until("served again", || place.json("torusblk", "list")["exports"][0]["state"] == "serving");
+    let clients = place.ok("torusblk", "clients v");
+    let row = clients.lines().nth(1).unwrap().split_whitespace().take(10).collect::<Vec<_>>();
+    assert_eq!(row[..4], ["02:00:00:00:00:01", "3", "4", "KiB"], "{clients}");
+    let listed = place.json("torusblk", "clients 1.1");
+    let client = &listed["clients"][0];
+    assert_eq!((&client["counters"]["dropped_limit"], &client["in_flight_max"]), (&1.into(), &2.into()));
+    assert!((100_000..126_000).contains(&client["read"]["max_ns"].as_u64().unwrap()), "{client}");
     let shown = place.ok("torusblk", "show v");
     for line in [
         "interfaces             lo",

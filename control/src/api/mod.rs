@@ -4,6 +4,7 @@
 //! and answer when this node has seen them. Every route is registered together with its OpenAPI description, so that the
 //! document at `/v1/openapi.json` cannot miss one.
 
+mod clients;
 mod error;
 mod handlers;
 mod metrics;
@@ -53,6 +54,7 @@ fn parts() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
         .routes(routes!(settings::config_string, settings::set_config_string))
         .routes(routes!(settings::masks, settings::set_masks, settings::edit_masks))
         .routes(routes!(settings::reservation, settings::set_reservation))
+        .routes(routes!(clients::clients))
         .routes(routes!(settings::policy, settings::set_policy, settings::edit_policy))
         .routes(routes!(metrics::metrics))
         .split_for_parts()

@@ -199,12 +199,13 @@ pub(crate) fn exports(view: &View) -> Vec<t::Export> {
     view.exports.iter().map(|(address, e)| export(view, *address, e)).collect()
 }
 
-fn latency(histogram: &HistogramSnapshot) -> t::Latency {
+pub(crate) fn latency(histogram: &HistogramSnapshot) -> t::Latency {
     t::Latency {
         count: histogram.count(),
         mean_ns: histogram.mean(),
         p50_ns: histogram.quantile(0.5),
         p99_ns: histogram.quantile(0.99),
+        max_ns: histogram.quantile(1.0),
     }
 }
 

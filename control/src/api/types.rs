@@ -204,6 +204,8 @@ pub struct Latency {
     pub p50_ns: u64,
     /// 99th percentile in nanoseconds.
     pub p99_ns: u64,
+    /// Longest in nanoseconds.
+    pub max_ns: u64,
 }
 
 /// What one core of the data plane counted since the map was made.
@@ -488,4 +490,36 @@ pub struct ExportAnswer {
     pub metadata: String,
     /// The export; absent once it has ended.
     pub export: Option<Export>,
+}
+
+/// An initiator, and what it asked of one export.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ExportClient {
+    /// Its MAC address.
+    pub mac: String,
+    /// Milliseconds since its newest request.
+    pub last_seen_ms_ago: u64,
+    /// Milliseconds since it was seen first.
+    pub first_seen_ms_ago: u64,
+    /// Its requests in progress.
+    pub in_flight: u64,
+    /// The most that it had in progress at one time: the window that it uses.
+    pub in_flight_max: u64,
+    /// Counters by name.
+    pub counters: BTreeMap<String, u64>,
+    /// From a read's arrival to its reply being queued; up to 25 % too long.
+    pub read: Latency,
+    /// From a write's arrival to its reply being queued; up to 25 % too long.
+    pub write: Latency,
+}
+
+/// The initiators that use an export.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ClientList {
+    /// Name of the node that serves the export and counted.
+    pub node: String,
+    /// `SHELF.SLOT`.
+    pub address: String,
+    /// The initiators, those first that were seen last.
+    pub clients: Vec<ExportClient>,
 }

@@ -86,6 +86,17 @@ Examples:
         /// Name or id of the volume, or SHELF.SLOT
         name: String,
     },
+    /// Show the initiators that use an export: requests, bytes, losses, window and latencies of each
+    #[command(after_help = "\
+Examples:
+  torusblk clients data
+  torusblk clients data --json
+
+WINDOW is the requests in progress now and at most; DROPPED those left unanswered, which the initiator sends again.")]
+    Clients {
+        /// Name or id of the volume, or SHELF.SLOT
+        name: String,
+    },
     /// Show or set an export's config string, which initiators can read and test
     #[command(
         after_help = "Examples:\n  torusblk config data\n  torusblk config data --set \"rack 7\"\n  torusblk config data --set-hex 00ff10"
@@ -215,6 +226,7 @@ async fn run(blk: Blk) -> Done {
         Command::Unexport { name, no_wait } => unexport(&client, json, &name, no_wait).await,
         Command::List => list(&client, json).await,
         Command::Show { name } => show(&client, json, &name).await,
+        Command::Clients { name } => clients(&client, json, &name).await,
         Command::Config { name, set, set_hex, clear } => {
             let string = match (set, set_hex) {
                 (Some(text), _) => Some(ConfigString::new(text.into_bytes()).map_err(usage)?),
@@ -448,6 +460,76 @@ async fn show(client: &Client, json: bool, name: &str) -> Done {
     print(&fields(&lines))
 }
 
+/// How long ago something was, to the unit that matters.
+fn ago(ms: u64) -> String {
+    match ms / 1000 {
+        0 => format!("{ms} ms ago"),
+        s @ 1..120 => format!("{s} s ago"),
+        s @ 120..7200 => format!("{} min ago", s / 60),
+        s => format!("{} h ago", s / 3600),
+    }
+}
+
+async fn clients(client: &Client, json: bool, name: &str) -> Done {
+    let list: t::ClientList = Resource::new(name, "clients").get(client).await?;
+    if json {
+        return print_json(&list);
+    }
+    if list.clients.is_empty() {
+        let address = &list.address;
+        return print(&format!(
+            "no initiator has read or written {address} since node {} serves it\n",
+            list.node
+        ));
+    }
+    let latency = |l: &t::Latency| match l.count {
+        0 => "-".to_owned(),
+        _ => format!("{}/{}/{}", us(l.p50_ns), us(l.p99_ns), us(l.max_ns)),
+    };
+    let row = |c: &t::ExportClient| {
+        let count = |name: &str| c.counters.get(name).copied().unwrap_or(0);
+        let dropped: u64 =
+            c.counters.iter().filter(|(name, _)| name.starts_with("dropped")).map(|(_, n)| n).sum();
+        vec![
+            c.mac.clone(),
+            count("reads").to_string(),
+            human(count("read_bytes")),
+            count("writes").to_string(),
+            human(count("write_bytes")),
+            count("flushes").to_string(),
+            count("duplicates").to_string(),
+            dropped.to_string(),
+            count("ata_errors").to_string(),
+            format!("{}/{}", c.in_flight, c.in_flight_max),
+            latency(&c.read),
+            latency(&c.write),
+            ago(c.last_seen_ms_ago),
+        ]
+    };
+    let header = [
+        "client",
+        "reads",
+        "read",
+        "writes",
+        "written",
+        "flushes",
+        "duplicates",
+        "dropped",
+        "errors",
+        "window",
+        "read us p50/p99/max",
+        "write us p50/p99/max",
+        "last seen",
+    ];
+    let right: Vec<_> = (1..12).collect();
+    print(&table(&header, &right, list.clients.iter().map(row).collect()))
+}
+
+/// Microseconds, whole.
+fn us(ns: u64) -> u64 {
+    ns.div_ceil(1000)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -480,6 +562,19 @@ mod tests {
             assert!(Blk::try_parse_from(["torusblk", "policy", "v", bad]).is_err());
         }
         assert!(Blk::try_parse_from(["torusblk", "config", "v", "--set", "x", "--clear"]).is_err());
+    }
+
+    #[test]
+    fn times_are_told_in_the_unit_that_matters() {
+        for (ms, text) in [
+            (5, "5 ms ago"),
+            (1999, "1 s ago"),
+            (119_000, "119 s ago"),
+            (120_000, "2 min ago"),
+            (7_200_000, "2 h ago"),
+        ] {
+            assert_eq!(ago(ms), text);
+        }
     }
 
     #[test]
