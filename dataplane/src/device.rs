@@ -231,7 +231,8 @@ impl Device {
     /// syncs at the end. Multiples of 4096. Whether it went to the end. Zeros are written, not promised: the first write
     /// to a block that a file system has only reserved costs several times one that overwrites.
     ///
-    /// On a block device each piece is synced by itself: a sync of many would hold up every durable write beside it.
+    /// On a block device each piece is synced by itself: a sync of many would hold up every durable write beside it. In
+    /// memory what a sparse file has never held is skipped: it reads as zeros, and takes no memory before it is written.
     ///
     /// # Errors
     /// When they cannot be written.
@@ -249,6 +250,14 @@ impl Device {
         let zeros = AlignedBuffer::new(FILL_PIECE_BYTES);
         let mut done = 0;
         while done < len_bytes {
+            let hole = self.hole_at(offset_bytes + done).min(len_bytes - done);
+            if hole > 0 {
+                done += hole;
+                if !progress(done) {
+                    return Ok(false);
+                }
+                continue;
+            }
             let left = usize::try_from(len_bytes - done).unwrap_or(FILL_PIECE_BYTES);
             let piece = [IoSlice::new(&zeros.bytes()[..left.min(FILL_PIECE_BYTES)])];
             match rustix::io::pwritev2(&self.file, &piece, offset_bytes + done, flags) {
@@ -263,6 +272,19 @@ impl Device {
         }
         self.file.sync_data().map_err(|source| self.io_error("sync it", source))?;
         Ok(true)
+    }
+
+    /// Bytes from `offset_bytes` on that a file in memory has never held; 0 elsewhere.
+    fn hole_at(&self, offset_bytes: u64) -> u64 {
+        if self.durability != Durability::Memory {
+            return 0;
+        }
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(offset_bytes)) {
+            Ok(data) => data.saturating_sub(offset_bytes),
+            // No data up to the end.
+            Err(rustix::io::Errno::NXIO) => self.len_bytes.saturating_sub(offset_bytes),
+            Err(_) => 0,
+        }
     }
 
     fn io_error(&self, what: &'static str, source: io::Error) -> DeviceError {
@@ -457,6 +479,29 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         assert!(bytes[..4096].iter().all(|&b| b == 9) && bytes[4096..8192].iter().all(|&b| b == 0));
         assert_eq!(bytes[3 << 20], 9);
+    }
+
+    #[test]
+    fn a_sparse_file_in_memory_stays_sparse_and_what_it_held_becomes_zeros() {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let folder = tempfile::tempdir_in("/dev/shm").expect("/dev/shm is a tmpfs on every Linux system");
+        let path = folder.path().join("store");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(64 * MIB).unwrap();
+        file.write_all_at(&[9; 8192], 16 * MIB).unwrap();
+        let device = Device::open(&path, 0, MIB).unwrap();
+        let mut last = 0;
+        let to_the_end = device.fill_with_zeros(0, 64 * MIB, |done| {
+            assert!(done > last);
+            last = done;
+            true
+        });
+        assert!(to_the_end.unwrap());
+        assert_eq!(last, 64 * MIB);
+        let mut bytes = [7; 16384];
+        file.read_exact_at(&mut bytes, 16 * MIB - 4096).unwrap();
+        assert!(bytes.iter().all(|&b| b == 0));
+        assert!(file.metadata().unwrap().blocks() * 512 < 2 * MIB, "{}", file.metadata().unwrap().blocks());
     }
 
     #[test]

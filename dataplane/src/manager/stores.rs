@@ -27,6 +27,9 @@ use crate::store::{BLOCK_BYTES, EXTENT_BYTES, SECTOR_BYTES};
 /// How long a store that could not be opened is left alone before it is tried again.
 const RETRY: Duration = Duration::from_secs(10);
 
+/// Volumes of one store that are filled at a time: each has a thread and a descriptor. The rest wait for their turn.
+const FILLS_MAX: usize = 64;
+
 /// A zero-fill in progress.
 struct Fill {
     size_sectors: u64,
@@ -183,11 +186,10 @@ impl Stores {
             if store.removed {
                 continue;
             }
-            for wish in &desired.volumes {
-                if wish.store == store.catalog.id() && wish.state == VolumeIntent::Active {
-                    store.allocate(wish, !desired.exports.is_empty());
-                }
-            }
+            let id = store.catalog.id();
+            let own = desired.volumes.iter().filter(|wish| wish.store == id);
+            let active = own.filter(|wish| wish.state == VolumeIntent::Active);
+            store.allocate(active, !desired.exports.is_empty());
         }
     }
 
@@ -284,51 +286,83 @@ impl Stores {
 }
 
 impl OpenStore {
+    /// Takes in what has been filled, all in one change of the table.
     fn finish_fills(&mut self) {
         let finished: Vec<VolumeId> =
             self.fills.iter().filter(|(_, fill)| fill.thread.is_finished()).map(|(id, _)| *id).collect();
+        let mut allocation = self.catalog.allocation().clone();
+        let mut filled = Vec::new();
         for id in finished {
             let fill = self.fills.remove(&id).expect("just listed");
             let failure = match fill.thread.join() {
-                Ok(Ok(true)) => self.commit_fill(id, fill.size_sectors).err().map(|error| error.to_string()),
-                Ok(Ok(false)) => None,
-                Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some("the zero-fill crashed".to_owned()),
+                Ok(Ok(true)) if allocation.get(id).is_some() => {
+                    allocation.commit(id, fill.size_sectors);
+                    filled.push((id, fill.size_sectors));
+                    continue;
+                }
+                Ok(Ok(_)) => continue,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "the zero-fill crashed".to_owned(),
             };
-            if let Some(failure) = failure {
-                self.failures.insert(id, (fill.size_sectors, failure));
+            self.failures.insert(id, (fill.size_sectors, failure));
+        }
+        if !filled.is_empty()
+            && let Err(error) = self.catalog.commit(allocation)
+        {
+            self.failures.extend(filled.into_iter().map(|(id, size)| (id, (size, error.to_string()))));
+        }
+    }
+
+    /// Begins to make volumes as large as they are wanted, gently if the node is `serving` others.
+    fn allocate<'w>(&mut self, wishes: impl Iterator<Item = &'w DesiredVolume>, serving: bool) {
+        let room = FILLS_MAX.saturating_sub(self.fills.len());
+        let due: Vec<&DesiredVolume> = wishes.filter(|wish| self.is_due(wish)).take(room).collect();
+        for wish in self.reserve(&due) {
+            if let Err(error) = self.begin_fill(wish, serving) {
+                self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
             }
         }
     }
 
-    fn commit_fill(&mut self, id: VolumeId, size_sectors: u64) -> Result<(), CatalogError> {
-        let mut allocation = self.catalog.allocation().clone();
-        if allocation.get(id).is_some() {
-            allocation.commit(id, size_sectors);
-            self.catalog.commit(allocation)?;
-        }
-        Ok(())
-    }
-
-    /// Begins to make a volume as large as it is wanted, gently if the node is `serving` others.
-    fn allocate(&mut self, wish: &DesiredVolume, serving: bool) {
+    /// Whether a volume is smaller than it is wanted, and nothing is being done about it.
+    fn is_due(&self, wish: &DesiredVolume) -> bool {
         let committed = self.catalog.allocation().get(wish.id).map_or(0, |entry| entry.committed_sectors);
         let tried = self.failures.get(&wish.id).is_some_and(|(size, _)| *size == wish.size_sectors);
-        if committed >= wish.size_sectors && committed > 0 || self.fills.contains_key(&wish.id) || tried {
-            return;
+        (committed < wish.size_sectors || committed == 0) && !self.fills.contains_key(&wish.id) && !tried
+    }
+
+    /// Reserves extents for volumes, all in one change of the table; gives those that have theirs.
+    fn reserve<'w>(&mut self, wishes: &[&'w DesiredVolume]) -> Vec<&'w DesiredVolume> {
+        let mut allocation = self.catalog.allocation().clone();
+        let mut reserved = Vec::new();
+        for wish in wishes {
+            self.failures.remove(&wish.id);
+            match allocation.reserve(wish.id, wish.size_sectors) {
+                Ok(()) => reserved.push(*wish),
+                Err(error) => {
+                    self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+                }
+            }
         }
-        self.failures.remove(&wish.id);
-        if let Err(error) = self.begin_fill(wish, serving) {
-            self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+        if allocation == *self.catalog.allocation() {
+            return reserved;
+        }
+        match self.catalog.commit(allocation) {
+            Ok(()) => reserved,
+            // The table may have room for some of them.
+            Err(CatalogError::Table(_)) if reserved.len() > 1 => {
+                reserved.iter().flat_map(|wish| self.reserve(&[wish])).collect()
+            }
+            Err(error) => {
+                let failed = |wish: &DesiredVolume| (wish.id, (wish.size_sectors, error.to_string()));
+                self.failures.extend(reserved.into_iter().map(failed));
+                Vec::new()
+            }
         }
     }
 
+    /// Begins to fill what a volume has reserved.
     fn begin_fill(&mut self, wish: &DesiredVolume, serving: bool) -> anyhow::Result<()> {
-        let mut allocation = self.catalog.allocation().clone();
-        allocation.reserve(wish.id, wish.size_sectors)?;
-        if allocation != *self.catalog.allocation() {
-            self.catalog.commit(allocation)?;
-        }
         let entry = self.catalog.allocation().get(wish.id).expect("just reserved");
         let ranges = unfilled_ranges(entry);
         let device = self.catalog.device().try_clone()?;

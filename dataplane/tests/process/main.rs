@@ -1,0 +1,8 @@
+//! The data plane as a process, with a test as its control process.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod changes;
+mod many_exports;
+#[path = "../../../aoe-xdp/tests/link/netns.rs"]
+mod netns;
+mod node;

@@ -1,0 +1,182 @@
+//! One `torus-dataplane` process on interface `a0`, with the test as its control process, and a station on `b0`.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use af_xdp::nic::Nic;
+use af_xdp::raw::RawSocket;
+use aoe_xdp::wire::{ETHERTYPE, FRAME_LEN_MIN};
+use cluster_map::{
+    ChangeAnswer, ClusterId, ControlMap, Desired, DesiredExport, DesiredStore, DesiredVolume, ExportState,
+    Geometry, NodeId, Observed, VolumeId, VolumeIntent,
+};
+
+/// Only a process that hangs takes longer.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) const VOLUME_SECTORS: u64 = 8192;
+
+pub(crate) struct Node {
+    pub(crate) control: ControlMap,
+    pub(crate) desired: Desired,
+    child: Child,
+    _folder: tempfile::TempDir,
+}
+
+impl Node {
+    /// Starts the process on a sparse store in memory with room for `volumes` of [`VOLUME_SECTORS`], and makes them.
+    pub(crate) fn start(volumes: u16) -> Node {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let store_path = path("store");
+        File::create(&store_path).unwrap().set_len((u64::from(volumes) * 4 + 64) << 20).unwrap();
+        let (cluster, node) = (ClusterId([1; 16]), NodeId([2; 16]));
+        let mut control = ControlMap::create(path("map"), &Geometry::new(1, cluster, node)).unwrap();
+        let mut desired = Desired {
+            cluster,
+            node,
+            cores: vec![0],
+            interfaces: vec!["a0".into()],
+            stores: vec![DesiredStore { path: text(&store_path), size_bytes: 0, id: None }],
+            ..Desired::default()
+        };
+        control.publish(&mut desired).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_torus-dataplane"))
+            .args(["run", "--map", &text(&path("map")), "--lock", &text(&path("lock"))])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut node = Node { control, desired, child, _folder: folder };
+        let observed =
+            node.wait("the store opens", |seen| seen.stores.first().is_some_and(|s| s.id.is_some()));
+        let store = observed.stores[0].id.unwrap();
+        let volume = |n| DesiredVolume {
+            id: volume_id(n),
+            store,
+            size_sectors: VOLUME_SECTORS,
+            state: VolumeIntent::Active,
+        };
+        node.desired.volumes = (0..volumes).map(volume).collect();
+        node.publish();
+        node.wait("the volumes are made", |seen| {
+            seen.volumes.len() == usize::from(volumes)
+                && seen.volumes.iter().all(|volume| volume.size_sectors == VOLUME_SECTORS)
+        });
+        node
+    }
+
+    /// Exports volumes, and waits until they are served.
+    pub(crate) fn export(&mut self, exports: Vec<DesiredExport>) {
+        self.desired.exports = exports;
+        self.publish();
+        let count = self.desired.exports.len();
+        self.wait("the exports are served", |seen| {
+            seen.exports.len() == count && seen.exports.iter().all(|e| e.state == ExportState::Serving)
+        });
+    }
+
+    pub(crate) fn publish(&mut self) {
+        self.control.publish(&mut self.desired).unwrap();
+    }
+
+    /// Publishes answers with the desired state as it is now.
+    pub(crate) fn answer(&mut self, answers: Vec<ChangeAnswer>) {
+        self.desired.answers = answers;
+        self.publish();
+    }
+
+    /// Waits until what is observed, of the newest desired state, is as asked.
+    pub(crate) fn wait(&mut self, what: &str, done: impl Fn(&Observed) -> bool) -> Observed {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let seen = self.control.reader().observed().unwrap_or_default();
+            if seen.applied == self.desired.version && done(&seen) {
+                return seen;
+            }
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+            assert!(self.child.try_wait().unwrap().is_none(), "the process has ended: {what}");
+            let version = seen.version;
+            self.control.reader().wait_observed(version, Duration::from_millis(100)).unwrap();
+        }
+    }
+
+    /// Asks the process to end, and waits for it.
+    pub(crate) fn stop(mut self) {
+        self.desired.drain = true;
+        self.publish();
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        panic!("it does not drain");
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+pub(crate) fn volume_id(n: u16) -> VolumeId {
+    let mut id = [7; 16];
+    id[..2].copy_from_slice(&n.to_be_bytes());
+    VolumeId(id)
+}
+
+/// Volume `n` at shelf n / 250 + 1, slot n % 250.
+pub(crate) fn export(n: u16) -> DesiredExport {
+    let slot = u8::try_from(n % 250).unwrap();
+    let [high, low] = n.to_be_bytes();
+    DesiredExport {
+        volume: volume_id(n),
+        shelf: n / 250 + 1,
+        slot,
+        mac: [0x02, 0xaa, 0, high, low, 0x10],
+        ..DesiredExport::default()
+    }
+}
+
+/// Where an initiator stands: a plain socket with the buffers of the system.
+pub(crate) struct Station {
+    socket: RawSocket,
+}
+
+impl Station {
+    pub(crate) fn open() -> Station {
+        Station { socket: RawSocket::open(Nic::open("b0").unwrap().index(), ETHERTYPE).unwrap() }
+    }
+
+    pub(crate) fn send(&mut self, frame: &[u8]) {
+        self.socket.send(frame).unwrap();
+    }
+
+    /// The next frame with this tag, unless none comes in time.
+    pub(crate) fn receive(&mut self, tag: u32, within: Duration) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + within;
+        let mut buffer = [0; 10_000];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let got = self.socket.receive(&mut buffer, left).unwrap();
+            if let Some(len) = got.filter(|len| *len >= FRAME_LEN_MIN)
+                && buffer[20..24] == tag.to_be_bytes()
+            {
+                return Some(buffer[..len].to_vec());
+            }
+            if left.is_zero() {
+                return None;
+            }
+        }
+    }
+}
