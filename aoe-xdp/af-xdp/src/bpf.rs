@@ -9,6 +9,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::error::{Capability, Error};
+use crate::frame_filter::FrameFilter;
 use crate::program::Program;
 
 // Commands, types and flags of include/uapi/linux/bpf.h and if_link.h.
@@ -166,13 +167,13 @@ pub struct LoadedProgram {
 }
 
 impl LoadedProgram {
-    /// Loads the program that sends frames of `ethertype` to the sockets in `map`.
+    /// Loads the program that sends the frames which `filter` wants to the sockets in `map`.
     ///
     /// # Errors
     ///
     /// [`Error::Privilege`] naming `CAP_BPF`, or [`Error::Verifier`] with the verifier's log.
-    pub fn load(ethertype: u16, map: &XskMap) -> Result<Self, Error> {
-        let program = Program::redirect_by_queue(ethertype, map.fd.as_raw_fd());
+    pub fn load(filter: &FrameFilter, map: &XskMap) -> Result<Self, Error> {
+        let program = Program::redirect_by_queue(filter, map.fd.as_raw_fd());
         match load(&program, &mut []) {
             Ok(fd) => Ok(Self { fd }),
             Err(source) if matches!(source.raw_os_error(), Some(libc::EPERM)) => {

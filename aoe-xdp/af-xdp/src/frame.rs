@@ -3,6 +3,7 @@
 //! Everything is inline, so that moving a frame never allocates. A dropped frame leaks its chunks: take
 //! it apart and release them.
 
+use crate::frame_filter::{TAG_BYTES, TAG_PROTOCOL, VLAN_ID_MASK};
 use crate::region::{CHUNK_BYTES, Chunk, HEADER_BYTES, Header, Pool, Region};
 
 /// Slices that one frame may have beside its header slot: 16 sectors need three when received.
@@ -105,12 +106,61 @@ impl IntoIterator for Segments {
 #[must_use = "a dropped frame leaks its chunks: release them"]
 pub struct RxFrame {
     segments: Segments,
+    vlan_id: u16,
+    interface: u8,
 }
+
+/// Where a tag stands in a frame: after the two addresses.
+const TAG_AT: usize = 12;
+const TAG_LEN: usize = TAG_BYTES as usize;
 
 impl RxFrame {
     /// A frame of slices that the kernel filled, or a test.
     pub fn new(segments: Segments) -> Self {
-        Self { segments }
+        Self { segments, vlan_id: 0, interface: 0 }
+    }
+
+    /// The same frame, whose tag of that VLAN the kernel has taken out.
+    pub(crate) fn with_vlan_id(self, vlan_id: u16) -> Self {
+        Self { vlan_id, ..self }
+    }
+
+    /// The VLAN of the tag that was taken out; 0 where there was none, or one of no VLAN.
+    pub fn vlan_id(&self) -> u16 {
+        self.vlan_id
+    }
+
+    /// Which of the opener's interfaces the frame came by; 0 until it is set.
+    pub fn interface(&self) -> u8 {
+        self.interface
+    }
+
+    /// Notes by which interface the frame came.
+    pub fn set_interface(&mut self, interface: u8) {
+        self.interface = interface;
+    }
+
+    /// Takes an 802.1Q tag out of the frame, where there is one: the addresses move four bytes towards it.
+    ///
+    /// # Panics
+    ///
+    /// For chunks of another core's range.
+    pub fn take_tag_out(&mut self, pool: &mut Pool) {
+        let Some(first) = self.segments.slots[0].as_mut() else { return };
+        let start = usize::from(first.offset);
+        let bytes = &mut pool.bytes_mut(&mut first.chunk)[start..start + usize::from(first.len)];
+        let Some(&[protocol_high, protocol_low, control_high, control_low]) =
+            bytes.get(TAG_AT..TAG_AT + TAG_LEN)
+        else {
+            return;
+        };
+        if u16::from_be_bytes([protocol_high, protocol_low]) != TAG_PROTOCOL {
+            return;
+        }
+        bytes.copy_within(..TAG_AT, TAG_LEN);
+        first.offset += u16::from(TAG_BYTES);
+        first.len -= u16::from(TAG_BYTES);
+        self.vlan_id = u16::from_be_bytes([control_high, control_low]) & VLAN_ID_MASK;
     }
 
     /// The slices in order.
@@ -158,6 +208,33 @@ pub struct TxFrame {
 }
 
 impl TxFrame {
+    /// Puts an 802.1Q tag of priority 0 into the header.
+    ///
+    /// # Errors
+    ///
+    /// The frame as it was, where its header is shorter than two addresses or fills its slot.
+    pub fn put_tag_in(mut self, vlan_id: u16, pool: &mut Pool) -> Result<Self, Self> {
+        let len = usize::from(self.header_len);
+        if !(TAG_AT..=HEADER_BYTES - TAG_LEN).contains(&len) {
+            return Err(self);
+        }
+        let bytes = pool.header_bytes_mut(&mut self.header);
+        bytes.copy_within(TAG_AT..len, TAG_AT + TAG_LEN);
+        bytes[TAG_AT..TAG_AT + 2].copy_from_slice(&TAG_PROTOCOL.to_be_bytes());
+        bytes[TAG_AT + 2..TAG_AT + TAG_LEN].copy_from_slice(&(vlan_id & VLAN_ID_MASK).to_be_bytes());
+        self.header_len += TAG_BYTES;
+        Ok(self)
+    }
+
+    /// Takes out again what [`TxFrame::put_tag_in`] put in.
+    #[must_use]
+    pub fn without_tag(mut self, pool: &mut Pool) -> Self {
+        let len = usize::from(self.header_len);
+        pool.header_bytes_mut(&mut self.header).copy_within(TAG_AT + TAG_LEN..len, TAG_AT);
+        self.header_len -= TAG_BYTES;
+        self
+    }
+
     /// The frame's length, bytes.
     #[expect(clippy::len_without_is_empty, reason = "a frame always has a header")]
     pub fn len(&self) -> usize {

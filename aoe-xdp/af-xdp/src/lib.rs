@@ -22,9 +22,13 @@ mod error;
 #[cfg(not(loom))]
 pub mod frame;
 #[cfg(not(loom))]
+pub mod frame_filter;
+#[cfg(not(loom))]
 mod netdev;
 #[cfg(not(loom))]
 pub mod nic;
+#[cfg(not(loom))]
+pub mod offload;
 #[cfg(not(loom))]
 pub mod packet;
 #[cfg(not(loom))]

@@ -12,7 +12,7 @@ use crate::sys;
 
 pub use crate::netdev::Features;
 
-/// An interface of the network namespace the value was made in, by index: a rename does not lose it.
+/// An interface of the network namespace the value was made in, found by name.
 #[derive(Debug)]
 pub struct Nic {
     name: [u8; libc::IFNAMSIZ],
@@ -23,6 +23,9 @@ pub struct Nic {
 /// What changes while an interface is in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NicState {
+    /// The index of the interface that has the name now: another one than [`Nic::index`] once the interface was
+    /// deleted and made again, or its driver loaded again.
+    pub index: u32,
     /// Administratively up (`IFF_UP`).
     pub up: bool,
     /// Up with carrier (`IFF_RUNNING`).
@@ -40,15 +43,6 @@ pub struct Queues {
     pub receive: u16,
     /// Queues that transmit.
     pub transmit: u16,
-}
-
-/// VLAN offloads, which move 802.1Q tags out of the frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VlanOffloads {
-    /// Received tags are stripped, so that a tagged frame looks untagged to an XDP program.
-    pub receive: bool,
-    /// Tags to send are kept beside the frame, and stay there on a virtual link.
-    pub transmit: bool,
 }
 
 impl Nic {
@@ -73,14 +67,19 @@ impl Nic {
             Capability::NetRaw,
         )?;
         let mut nic = Self { name: padded, index: 0, socket };
-        let index = match nic.request(libc::SIOCGIFINDEX, "looking the interface up") {
-            // SAFETY: the kernel filled the index in.
-            Ok(reply) => unsafe { reply.ifr_ifru.ifru_ifindex },
+        nic.index = match nic.index_now() {
             Err(error) if error.errno() == Some(libc::ENODEV) => return Err(unknown()),
-            Err(error) => return Err(error),
+            result => result?,
         };
-        nic.index = u32::try_from(index).map_err(|_| Error::Malformed { what: "interface index" })?;
         Ok(nic)
+    }
+
+    /// The index of the interface that has the name now.
+    fn index_now(&self) -> Result<u32, Error> {
+        let reply = self.request(libc::SIOCGIFINDEX, "looking the interface up")?;
+        // SAFETY: the kernel filled the index in.
+        let index = unsafe { reply.ifr_ifru.ifru_ifindex };
+        u32::try_from(index).map_err(|_| Error::Malformed { what: "interface index" })
     }
 
     /// The kernel's index of the interface.
@@ -108,6 +107,7 @@ impl Nic {
             *byte = from.to_ne_bytes()[0];
         }
         Ok(NicState {
+            index: self.index_now()?,
             up: flags & libc::IFF_UP != 0,
             running: flags & libc::IFF_UP != 0 && flags & libc::IFF_RUNNING != 0,
             mtu_bytes: u32::try_from(mtu).map_err(|_| Error::Malformed { what: "interface MTU" })?,
@@ -133,15 +133,6 @@ impl Nic {
         }
     }
 
-    /// The VLAN offloads that are on; none where the driver does not say.
-    pub fn vlan_offloads(&self) -> VlanOffloads {
-        let mut reply = [0; 8];
-        match self.ethtool(sys::ETHTOOL_GFLAGS, &mut reply) {
-            Ok(()) => parse_flags(&reply),
-            Err(_) => VlanOffloads { receive: false, transmit: false },
-        }
-    }
-
     /// What XDP can do here, as the driver declares it (netdev generic netlink, Linux 6.3); `None` where
     /// the kernel does not say.
     pub fn features(&self) -> Option<Features> {
@@ -156,7 +147,7 @@ impl Nic {
     }
 
     /// One ethtool request: `reply` starts with the command and is filled in by the kernel.
-    fn ethtool(&self, command: u32, reply: &mut [u8]) -> Result<(), Error> {
+    pub(crate) fn ethtool(&self, command: u32, reply: &mut [u8]) -> Result<(), Error> {
         reply[..4].copy_from_slice(&command.to_ne_bytes());
         let mut request = self.empty_request();
         request.ifr_ifru.ifru_data = reply.as_mut_ptr().cast();
@@ -200,13 +191,7 @@ fn parse_driver(reply: &[u8]) -> String {
     String::from_utf8_lossy(&name[..end]).into_owned()
 }
 
-/// `struct ethtool_value` of `ETHTOOL_GFLAGS`.
-fn parse_flags(reply: &[u8]) -> VlanOffloads {
-    let flags = word_at(reply, 4).unwrap_or(0);
-    VlanOffloads { receive: flags & sys::ETH_FLAG_RXVLAN != 0, transmit: flags & sys::ETH_FLAG_TXVLAN != 0 }
-}
-
-fn word_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn word_at(bytes: &[u8], at: usize) -> Option<u32> {
     let word = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_ne_bytes(word.try_into().ok()?))
 }
@@ -236,13 +221,6 @@ mod tests {
     }
 
     #[test]
-    fn vlan_flags_are_told_apart() {
-        let mut reply = [0u8; 8];
-        reply[4..].copy_from_slice(&(1u32 << 8).to_ne_bytes());
-        assert_eq!(parse_flags(&reply), VlanOffloads { receive: true, transmit: false });
-    }
-
-    #[test]
     fn impossible_names_are_unknown_interfaces() {
         for name in ["", "a-name-that-is-too-long-for-linux", "nul\0inside", "no-such-if0"] {
             assert!(matches!(Nic::open(name), Err(Error::UnknownInterface { .. })), "{name:?}");
@@ -253,7 +231,7 @@ mod tests {
     fn loopback_is_described() {
         let nic = Nic::open("lo").expect("every namespace has a loopback interface");
         let state = nic.state().expect("the loopback's state is readable");
-        assert_eq!(state.mac, [0; 6]);
+        assert_eq!((state.index, state.mac), (nic.index(), [0; 6]));
         assert!(state.mtu_bytes >= 1500);
         assert_eq!(nic.queues(), Queues { receive: 1, transmit: 1 });
     }
@@ -264,7 +242,6 @@ mod tests {
             let queues = parse_channels(&bytes);
             prop_assert!(queues.receive >= 1 && queues.transmit >= 1);
             prop_assert!(parse_driver(&bytes).chars().count() <= 32);
-            parse_flags(&bytes);
         }
     }
 }

@@ -1,5 +1,8 @@
-//! The AF_PACKET twin: a raw socket for untagged frames of one EtherType, moved in batches straight between chunks and
-//! the kernel (recvmmsg and sendmmsg over I/O vectors: no copy in user space), and [`MacFilter`].
+//! The AF_PACKET twin: a raw socket for the frames of a [`FrameFilter`], moved in batches straight between chunks and the
+//! kernel (recvmmsg and sendmmsg over I/O vectors: no copy in user space), and [`MacFilter`].
+//!
+//! The kernel takes 802.1Q tags out of received frames and tells them beside (`PACKET_AUXDATA`); a tag to send is part of
+//! the frame.
 //!
 //! Invariants: the chunks posted for receiving are held by the socket alone; a frame's header and chunks
 //! are held until sendmmsg has taken the frame. Nothing is allocated after the socket is opened.
@@ -11,6 +14,7 @@ use std::sync::Arc;
 
 use crate::error::{Capability, Error};
 use crate::frame::{MAX_SEGMENTS, RxFrame, Segment, Segments, TxFrame};
+use crate::frame_filter::{FrameFilter, TAG_PROTOCOL, VLAN_ID_MASK};
 use crate::region::{CHUNK_BYTES, Chunk, HEADER_BYTES, Pool, Region};
 use crate::sys;
 
@@ -47,13 +51,23 @@ pub struct PacketSocket {
     send: Box<Vectors<{ MAX_SEGMENTS + 1 }>>,
     statistics: PacketStatistics,
     receive_buffer_forced: bool,
+    /// The kernel tells the tags of received frames.
+    tells_tags: bool,
 }
 
 /// The I/O vectors and message headers of one batch, made once.
 struct Vectors<const N: usize> {
     slices: [[libc::iovec; N]; BATCH],
     messages: [libc::mmsghdr; BATCH],
+    /// What the kernel tells beside each received frame: one `cmsghdr` and a `tpacket_auxdata`.
+    beside: [[u64; BESIDE_WORDS]; BATCH],
 }
+
+/// Room for one control message with a `tpacket_auxdata`, in words of its alignment.
+const BESIDE_WORDS: usize = 5;
+const BESIDE_BYTES: usize = BESIDE_WORDS * 8;
+const _: () =
+    assert!(mem::size_of::<libc::cmsghdr>() + mem::size_of::<libc::tpacket_auxdata>() <= BESIDE_BYTES);
 
 impl<const N: usize> std::fmt::Debug for Vectors<N> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -72,19 +86,22 @@ impl<const N: usize> Vectors<N> {
 }
 
 impl PacketSocket {
-    /// Opens a socket for frames of `ethertype` on the interface `index`.
+    /// Opens a socket for the frames that `filter` wants on the interface `index`.
     ///
     /// # Errors
     ///
     /// [`Error::Privilege`] naming `CAP_NET_RAW`, or the failed call.
-    pub fn open(index: u32, ethertype: u16, region: &Arc<Region>) -> Result<Self, Error> {
+    pub fn open(index: u32, filter: &FrameFilter, region: &Arc<Region>) -> Result<Self, Error> {
         // Protocol 0 receives nothing until bind names the interface: no frame of another one slips in.
         let fd = open_raw("opening an AF_PACKET socket")?;
         let set = |level, name, value: i32, action| {
             sys::set_option(fd.as_fd(), level, name, &value).map_err(|source| Error::Os { action, source })
         };
         set(libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1, "ignoring outgoing frames (Linux 4.20)")?;
-        accept_only(fd.as_fd(), ethertype)?;
+        if !filter.vlans.is_empty() {
+            set(libc::SOL_PACKET, libc::PACKET_AUXDATA, 1, "asking for 802.1Q tags")?;
+        }
+        accept_only(fd.as_fd(), filter)?;
         let receive_buffer_forced = enlarge_buffers(fd.as_fd());
         // All protocols: a tap bound to one sees frames only after the kernel has cleared their VLAN tags.
         bind(fd.as_fd(), index, u16::try_from(libc::ETH_P_ALL).expect("protocols are 16 bits"))?;
@@ -94,6 +111,7 @@ impl PacketSocket {
             posted: (0..BATCH).map(|_| [const { None }; RECEIVE_CHUNKS]).collect(),
             receive: Vectors::new(),
             send: Vectors::new(),
+            tells_tags: !filter.vlans.is_empty(),
             statistics: PacketStatistics::default(),
             receive_buffer_forced,
         })
@@ -224,6 +242,10 @@ impl PacketSocket {
             message.msg_hdr.msg_iov = vectors.slices[index].as_mut_ptr();
             message.msg_hdr.msg_iovlen = RECEIVE_CHUNKS as _;
             message.msg_hdr.msg_flags = 0;
+            if self.tells_tags {
+                message.msg_hdr.msg_control = vectors.beside[index].as_mut_ptr().cast();
+                message.msg_hdr.msg_controllen = BESIDE_BYTES;
+            }
         }
         wanted
     }
@@ -266,7 +288,19 @@ impl PacketSocket {
                 .push(Segment { chunk, offset, len })
                 .expect("fewer chunks are posted than a frame holds");
         }
-        (!segments.is_empty()).then(|| RxFrame::new(segments))
+        let vlan_id = if self.tells_tags { self.vlan_id_beside(index) } else { 0 };
+        (!segments.is_empty()).then(|| RxFrame::new(segments).with_vlan_id(vlan_id))
+    }
+
+    /// The VLAN of the tag that the kernel took out of frame `index`; 0 where there was none.
+    fn vlan_id_beside(&self, index: usize) -> u16 {
+        let filled = self.receive.messages[index].msg_hdr.msg_controllen;
+        let words = &self.receive.beside[index];
+        let mut bytes = [0; BESIDE_BYTES];
+        for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        vlan_id_of(&bytes[..BESIDE_BYTES.min(filled)])
     }
 
     fn fill_send(&mut self, index: usize, frame: &TxFrame) {
@@ -382,29 +416,69 @@ fn enlarge_buffers(fd: BorrowedFd<'_>) -> bool {
     ask(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF) && send_forced
 }
 
-/// Makes the kernel drop, before it queues them, all frames but untagged ones of `ethertype`.
-fn accept_only(fd: BorrowedFd<'_>, ethertype: u16) -> Result<(), Error> {
-    // Ancillary loads of classic BPF (include/uapi/linux/filter.h): whether a tag was taken out.
-    const VLAN_TAG_PRESENT: u32 = (-4096_i32 + 48).cast_unsigned();
-    const LOAD_HALF: u16 = 0x28;
-    const JUMP_EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    const WHOLE_FRAME: u32 = 0x4_0000;
-    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    let mut program = [
-        op(LOAD_HALF, 0, 0, VLAN_TAG_PRESENT),
-        op(JUMP_EQUAL, 0, 3, 0),
-        op(LOAD_HALF, 0, 0, 12),
-        op(JUMP_EQUAL, 0, 1, u32::from(ethertype)),
-        op(RETURN, 0, 0, WHOLE_FRAME),
-        op(RETURN, 0, 0, 0),
-    ];
+/// The VLAN in a control message of type `PACKET_AUXDATA`; 0 where there is none.
+fn vlan_id_of(message: &[u8]) -> u16 {
+    const STATUS_AT: usize =
+        mem::size_of::<libc::cmsghdr>() + mem::offset_of!(libc::tpacket_auxdata, tp_status);
+    const TAG_AT: usize =
+        mem::size_of::<libc::cmsghdr>() + mem::offset_of!(libc::tpacket_auxdata, tp_vlan_tci);
+    let word = |at: usize| Some(u32::from_ne_bytes(message.get(at..at + 4)?.try_into().ok()?));
+    let half = |at: usize| Some(u16::from_ne_bytes(message.get(at..at + 2)?.try_into().ok()?));
+    let is_tagged = word(STATUS_AT).is_some_and(|status| status & libc::TP_STATUS_VLAN_VALID != 0);
+    half(TAG_AT).filter(|_| is_tagged).map_or(0, |control| control & VLAN_ID_MASK)
+}
+
+/// Makes the kernel drop, before it queues them, all frames that `filter` does not want.
+fn accept_only(fd: BorrowedFd<'_>, filter: &FrameFilter) -> Result<(), Error> {
+    let mut program = classic_program(filter);
     let filter = libc::sock_fprog {
         len: libc::c_ushort::try_from(program.len()).expect("the filter is short"),
         filter: program.as_mut_ptr(),
     };
     sys::set_option(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter)
         .map_err(|source| Error::Os { action: "filtering an AF_PACKET socket", source })
+}
+
+/// The filter as classic BPF, for frames whose tag was taken out.
+fn classic_program(filter: &FrameFilter) -> Vec<libc::sock_filter> {
+    // Ancillary loads (include/uapi/linux/filter.h): the tag that was taken out, whether there was one, its protocol.
+    const VLAN_TAG: u32 = (-4096_i32 + 44).cast_unsigned();
+    const VLAN_TAG_PRESENT: u32 = (-4096_i32 + 48).cast_unsigned();
+    const VLAN_TAG_PROTOCOL: u32 = (-4096_i32 + 60).cast_unsigned();
+    const LOAD_HALF: u16 = 0x28;
+    const LOAD_BYTE: u16 = 0x30;
+    const AND: u16 = 0x54;
+    const JUMP_EQUAL: u16 = 0x15;
+    const JUMP_ANY_BIT: u16 = 0x45;
+    const RETURN: u16 = 0x06;
+    const WHOLE_FRAME: u32 = 0x4_0000;
+    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // What every frame is asked in the end, then the way out for those that are wanted, and for the others.
+    let ours = [
+        op(LOAD_HALF, 0, 0, 12),
+        op(JUMP_EQUAL, 0, 3, u32::from(filter.ethertype)),
+        op(LOAD_BYTE, 0, 0, 14),
+        op(JUMP_ANY_BIT, 1, 0, u32::from(filter.rejected_flags)),
+        op(RETURN, 0, 0, WHOLE_FRAME),
+        op(RETURN, 0, 0, 0),
+    ];
+    let vlans: Vec<u16> = filter.vlan_ids().collect();
+    let vlan_count = u8::try_from(vlans.len()).expect("a few VLANs");
+    let untagged_way = if filter.untagged { 4 + vlan_count } else { 4 + vlan_count + 5 };
+    let mut program = vec![
+        op(LOAD_HALF, 0, 0, VLAN_TAG_PRESENT),
+        op(JUMP_EQUAL, untagged_way, 0, 0),
+        op(LOAD_HALF, 0, 0, VLAN_TAG_PROTOCOL),
+        op(JUMP_EQUAL, 0, 2 + vlan_count + 5, u32::from(TAG_PROTOCOL)),
+        op(LOAD_HALF, 0, 0, VLAN_TAG),
+        op(AND, 0, 0, u32::from(VLAN_ID_MASK)),
+    ];
+    for (vlan, left) in vlans.iter().zip((0..vlan_count).rev()) {
+        // The last one that does not match goes to the way out for what is not wanted.
+        program.push(op(JUMP_EQUAL, left, if left == 0 { 5 } else { 0 }, u32::from(*vlan)));
+    }
+    program.extend(ours);
+    program
 }
 
 /// Binds to an interface, for frames of `protocol` (host order).

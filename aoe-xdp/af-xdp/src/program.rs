@@ -1,9 +1,10 @@
 //! The XDP program, emitted as instructions: no compiler and no object file.
 //!
-//! What it does: a frame of our EtherType, untagged, is redirected to the AF_XDP socket of the queue it
-//! came in on; everything else, and everything on a queue without a socket, goes to the host as before.
-//! It never drops. The instruction set is that of Documentation/bpf/standardization/instruction-set.rst.
+//! What it does: a frame that the [`FrameFilter`] wants is redirected to the AF_XDP socket of the queue it came in on;
+//! everything else, and everything on a queue without a socket, goes to the host as before. It never drops. The
+//! instruction set is that of Documentation/bpf/standardization/instruction-set.rst.
 
+use crate::frame_filter::{FrameFilter, TAG_BYTES, TAG_PROTOCOL, VLAN_ID_MASK};
 use crate::sys::BpfInsn;
 
 /// `XDP_PASS` of include/uapi/linux/bpf.h.
@@ -14,9 +15,14 @@ const HELPER_REDIRECT_MAP: i32 = 51;
 const CONTEXT_DATA: i16 = 0;
 const CONTEXT_DATA_END: i16 = 4;
 const CONTEXT_RX_QUEUE: i16 = 16;
-/// Where the EtherType is in an untagged frame, and the length of the header that ends with it.
+/// What a tag moves the rest of the frame by.
+const TAG: i16 = TAG_BYTES as i16;
+/// Where the EtherType is in an untagged frame; a tag takes its place.
 const ETHERTYPE_OFFSET: i16 = 12;
-const ETHERNET_BYTES: i32 = 14;
+/// Where what follows the EtherType starts in an untagged frame.
+const PAYLOAD_OFFSET: i16 = 14;
+/// Where the tag's control information is.
+const TAG_OFFSET: i16 = 14;
 
 /// A register of the eBPF machine; `R0` is the result, `R1` to `R5` are arguments, `R6` survives calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +40,7 @@ enum Register {
 /// How many bytes a load reads.
 #[derive(Debug, Clone, Copy)]
 enum Width {
+    U8,
     U16,
     U32,
 }
@@ -43,10 +50,15 @@ mod code {
     pub(super) const MOV_REGISTER: u8 = 0xbf;
     pub(super) const MOV_IMMEDIATE: u8 = 0xb7;
     pub(super) const ADD_IMMEDIATE: u8 = 0x07;
+    pub(super) const AND_IMMEDIATE: u8 = 0x57;
     pub(super) const LOAD_U32: u8 = 0x61;
     pub(super) const LOAD_U16: u8 = 0x69;
+    pub(super) const LOAD_U8: u8 = 0x71;
     pub(super) const LOAD_IMMEDIATE_64: u8 = 0x18;
+    pub(super) const JUMP: u8 = 0x05;
+    pub(super) const JUMP_EQUAL_IMMEDIATE: u8 = 0x15;
     pub(super) const JUMP_GREATER_REGISTER: u8 = 0x2d;
+    pub(super) const JUMP_ANY_BIT_IMMEDIATE: u8 = 0x45;
     pub(super) const JUMP_NOT_EQUAL_IMMEDIATE: u8 = 0x55;
     pub(super) const CALL: u8 = 0x85;
     pub(super) const EXIT: u8 = 0x95;
@@ -54,12 +66,21 @@ mod code {
 /// Source register value of `LOAD_IMMEDIATE_64` that makes the immediate a map's descriptor.
 const PSEUDO_MAP_FD: u8 = 1;
 
-/// Emits instructions, with forward jumps to one label.
+/// Where jumps go. All are forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Label {
+    Untagged,
+    Tagged,
+    Redirect,
+    Pass,
+}
+
+/// Emits instructions, with forward jumps to labels.
 #[derive(Debug, Default)]
 struct Assembler {
     instructions: Vec<BpfInsn>,
-    /// Jumps to the label that is bound later.
-    open_jumps: Vec<usize>,
+    /// Jumps to labels that are bound later.
+    open_jumps: Vec<(usize, Label)>,
 }
 
 impl Assembler {
@@ -80,8 +101,13 @@ impl Assembler {
         self.emit(code::ADD_IMMEDIATE, target, 0, 0, value);
     }
 
+    fn and(&mut self, target: Register, value: i32) {
+        self.emit(code::AND_IMMEDIATE, target, 0, 0, value);
+    }
+
     fn load(&mut self, width: Width, target: Register, source: Register, offset: i16) {
         let code = match width {
+            Width::U8 => code::LOAD_U8,
             Width::U16 => code::LOAD_U16,
             Width::U32 => code::LOAD_U32,
         };
@@ -93,20 +119,27 @@ impl Assembler {
         self.emit(0, Register::R0, 0, 0, 0);
     }
 
-    fn jump_if_greater(&mut self, left: Register, right: Register) {
-        self.open_jumps.push(self.instructions.len());
-        self.emit(code::JUMP_GREATER_REGISTER, left, right as u8, 0, 0);
+    fn jump(&mut self, label: Label) {
+        self.jump_if(code::JUMP, Register::R0, 0, 0, label);
     }
 
-    fn jump_unless_equal(&mut self, left: Register, value: i32) {
-        self.open_jumps.push(self.instructions.len());
-        self.emit(code::JUMP_NOT_EQUAL_IMMEDIATE, left, 0, 0, value);
+    fn jump_if(&mut self, code: u8, left: Register, source: u8, value: i32, label: Label) {
+        self.open_jumps.push((self.instructions.len(), label));
+        self.emit(code, left, source, 0, value);
     }
 
-    /// Makes all open jumps go to the next instruction.
-    fn bind(&mut self) {
+    /// Goes to [`Label::Pass`] where the frame has not that many bytes.
+    fn require_bytes(&mut self, bytes: i16) {
+        use Register::{R2, R3, R4};
+        self.copy(R4, R2);
+        self.add(R4, i32::from(bytes));
+        self.jump_if(code::JUMP_GREATER_REGISTER, R4, R3 as u8, 0, Label::Pass);
+    }
+
+    /// Makes the open jumps to `label` go to the next instruction.
+    fn bind(&mut self, label: Label) {
         let here = self.instructions.len();
-        for jump in self.open_jumps.drain(..) {
+        for (jump, _) in self.open_jumps.extract_if(.., |(_, to)| *to == label) {
             let distance = here - jump - 1;
             self.instructions[jump].offset = i16::try_from(distance).expect("the program is short");
         }
@@ -126,6 +159,11 @@ impl Assembler {
     }
 }
 
+/// What a 16-bit load gives for a number that the wire has in network order.
+fn on_wire(number: u16) -> i32 {
+    i32::from(number.to_be())
+}
+
 /// An XDP program, not yet loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
@@ -133,27 +171,47 @@ pub struct Program {
 }
 
 impl Program {
-    /// Redirects untagged frames of `ethertype` to the socket that the map of descriptor `map_fd` holds
-    /// for their receive queue, and passes everything else.
-    pub(crate) fn redirect_by_queue(ethertype: u16, map_fd: i32) -> Self {
-        use Register::{R0, R1, R2, R3, R4, R5, R6};
+    /// Redirects the frames that `filter` wants to the socket that the map of descriptor `map_fd` holds for their
+    /// receive queue, and passes everything else.
+    pub(crate) fn redirect_by_queue(filter: &FrameFilter, map_fd: i32) -> Self {
+        use Register::{R0, R1, R2, R3, R5, R6};
         let mut asm = Assembler::default();
         asm.copy(R6, R1);
         asm.load(Width::U32, R2, R6, CONTEXT_DATA);
         asm.load(Width::U32, R3, R6, CONTEXT_DATA_END);
-        asm.copy(R4, R2);
-        asm.add(R4, ETHERNET_BYTES);
-        asm.jump_if_greater(R4, R3);
+        asm.require_bytes(PAYLOAD_OFFSET + 1);
         asm.load(Width::U16, R5, R2, ETHERTYPE_OFFSET);
-        // The load reads in host order what the wire has in network order.
-        asm.jump_unless_equal(R5, i32::from(ethertype.to_be()));
+        if filter.untagged {
+            asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R5, 0, on_wire(filter.ethertype), Label::Untagged);
+        }
+        asm.jump_if(code::JUMP_NOT_EQUAL_IMMEDIATE, R5, 0, on_wire(TAG_PROTOCOL), Label::Pass);
+        asm.require_bytes(PAYLOAD_OFFSET + TAG + 1);
+        asm.load(Width::U16, R5, R2, ETHERTYPE_OFFSET + TAG);
+        asm.jump_if(code::JUMP_NOT_EQUAL_IMMEDIATE, R5, 0, on_wire(filter.ethertype), Label::Pass);
+        asm.load(Width::U16, R5, R2, TAG_OFFSET);
+        asm.and(R5, on_wire(VLAN_ID_MASK));
+        for vlan in filter.vlan_ids() {
+            asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R5, 0, on_wire(vlan), Label::Tagged);
+        }
+        asm.jump(Label::Pass);
+        asm.bind(Label::Tagged);
+        let rejected = i32::from(filter.rejected_flags);
+        asm.load(Width::U8, R5, R2, PAYLOAD_OFFSET + TAG);
+        asm.jump_if(code::JUMP_ANY_BIT_IMMEDIATE, R5, 0, rejected, Label::Pass);
+        asm.jump(Label::Redirect);
+        if filter.untagged {
+            asm.bind(Label::Untagged);
+            asm.load(Width::U8, R5, R2, PAYLOAD_OFFSET);
+            asm.jump_if(code::JUMP_ANY_BIT_IMMEDIATE, R5, 0, rejected, Label::Pass);
+        }
+        asm.bind(Label::Redirect);
         asm.load_map(R1, map_fd);
         asm.load(Width::U32, R2, R6, CONTEXT_RX_QUEUE);
         // The lowest bits of the flags are what a missing socket gives.
         asm.set(R3, XDP_PASS);
         asm.call(HELPER_REDIRECT_MAP);
         asm.exit();
-        asm.bind();
+        asm.bind(Label::Pass);
         asm.set(R0, XDP_PASS);
         asm.exit();
         Self { instructions: asm.finish() }
@@ -168,6 +226,7 @@ impl Program {
 mod tests {
     use super::*;
     use crate::bpf::{LoadedProgram, XskMap};
+    use crate::frame_filter::tests::{aoe, tagged_frame};
     use crate::nic::Nic;
     use crate::region::{Region, RegionConfig};
     use crate::socket::SocketBuilder;
@@ -207,18 +266,24 @@ mod tests {
             let immediate = i64::from(instruction.immediate).cast_unsigned();
             let jump = at.strict_add_signed(isize::from(instruction.offset));
             match instruction.code {
+                0x05 => at = jump,
                 0xbf => registers[target] = registers[source],
                 0xb7 => registers[target] = immediate,
                 0x07 => registers[target] = registers[target].wrapping_add(immediate),
+                0x57 => registers[target] &= immediate,
                 0x61 => {
                     let offset = registers[source].strict_add_signed(instruction.offset.into()) - CONTEXT;
                     registers[target] = context(offset);
                 }
-                0x69 => {
+                code @ (0x69 | 0x71) => {
+                    let bytes = if code == 0x69 { 2 } else { 1 };
                     let start = registers[source].strict_add_signed(instruction.offset.into());
-                    assert!(start >= DATA && start + 2 <= end, "read outside the frame");
+                    assert!(start >= DATA && start + bytes <= end, "read outside the frame");
                     let at = usize::try_from(start - DATA).unwrap();
-                    registers[target] = u64::from(u16::from_ne_bytes([frame[at], frame[at + 1]]));
+                    registers[target] = match bytes {
+                        2 => u64::from(u16::from_ne_bytes([frame[at], frame[at + 1]])),
+                        _ => u64::from(frame[at]),
+                    };
                 }
                 0x18 => {
                     assert_eq!(source, 1, "a map's descriptor");
@@ -226,8 +291,10 @@ mod tests {
                     at += 1;
                 }
                 0x2d if registers[target] > registers[source] => at = jump,
+                0x15 if registers[target] == immediate => at = jump,
+                0x45 if registers[target] & immediate != 0 => at = jump,
                 0x55 if registers[target] != immediate => at = jump,
-                0x2d | 0x55 => {}
+                0x2d | 0x15 | 0x45 | 0x55 => {}
                 0x85 => {
                     assert_eq!(instruction.immediate, 51);
                     called =
@@ -240,12 +307,17 @@ mod tests {
         }
     }
 
-    fn run(frame: &[u8], queue: u32) -> Outcome {
-        interpret(Program::redirect_by_queue(AOE, MAP_FD).instructions(), frame, queue)
+    fn run(filter: &FrameFilter, frame: &[u8], queue: u32) -> Outcome {
+        interpret(Program::redirect_by_queue(filter, MAP_FD).instructions(), frame, queue)
     }
 
+    fn is_redirected(filter: &FrameFilter, frame: &[u8]) -> bool {
+        run(filter, frame, 3) == Outcome::Redirect { map: 77, key: 3, flags: 2 }
+    }
+
+    /// A request of our EtherType, or what else the type says.
     fn frame_of(ethertype: [u8; 2], len: usize) -> Vec<u8> {
-        let mut frame = vec![0xee; len];
+        let mut frame = vec![0xe0; len];
         frame[12..14].copy_from_slice(&ethertype);
         frame
     }
@@ -253,9 +325,9 @@ mod tests {
     #[test]
     fn an_aoe_frame_goes_to_the_socket_of_its_queue() {
         for queue in [0, 1, 63] {
-            for len in [14, 36, 1060, 3498] {
+            for len in [15, 36, 1060, 3498] {
                 assert_eq!(
-                    run(&frame_of([0x88, 0xa2], len), queue),
+                    run(&aoe(), &frame_of([0x88, 0xa2], len), queue),
                     Outcome::Redirect { map: 77, key: u64::from(queue), flags: 2 }
                 );
             }
@@ -265,36 +337,47 @@ mod tests {
     #[test]
     fn other_frames_pass() {
         for ethertype in [[0x08, 0x00], [0x08, 0x06], [0x86, 0xdd], [0xa2, 0x88], [0x88, 0xa1]] {
-            assert_eq!(run(&frame_of(ethertype, 60), 0), Outcome::Return(2));
+            assert_eq!(run(&aoe(), &frame_of(ethertype, 60), 0), Outcome::Return(2));
         }
-    }
-
-    #[test]
-    fn tagged_frames_pass() {
-        let mut frame = frame_of([0x81, 0x00], 64);
-        frame[16..18].copy_from_slice(&[0x88, 0xa2]);
-        assert_eq!(run(&frame, 0), Outcome::Return(2));
     }
 
     #[test]
     fn runts_pass() {
-        for len in 0..14 {
-            assert_eq!(run(&vec![0x88; len], 0), Outcome::Return(2));
+        for len in 0..15 {
+            assert_eq!(run(&aoe(), &vec![0x88; len], 0), Outcome::Return(2));
         }
+        let tagged = tagged_frame(7, 0);
+        let filter = FrameFilter { vlans: vec![7], ..aoe() };
+        for len in 15..19 {
+            assert!(!is_redirected(&filter, &tagged[..len]), "{len} bytes");
+        }
+        assert!(is_redirected(&filter, &tagged[..19]));
     }
 
     proptest! {
+        /// What the filter's own definition says, for frames that are almost or wholly ours.
         #[test]
-        fn any_bytes_pass_or_are_redirected(
+        fn the_program_does_what_the_filter_says(
             mut frame in proptest::collection::vec(any::<u8>(), 0..80),
-            ours in any::<bool>(),
+            kind in 0u8..4,
+            vid in prop_oneof![Just(0u16), Just(5), Just(100), 0u16..4096],
+            untagged: bool,
+            vlans in proptest::sample::subsequence(vec![1u16, 5, 100, 4094], 0..=4),
+            rejected_flags in prop_oneof![Just(0u8), Just(8)],
         ) {
-            if ours && frame.len() >= 14 {
+            if frame.len() >= 14 && kind == 1 {
                 frame[12..14].copy_from_slice(&[0x88, 0xa2]);
             }
-            let is_ours = frame.get(12..14) == Some(&[0x88, 0xa2]);
-            let redirected = run(&frame, 3) != Outcome::Return(2);
-            prop_assert_eq!(redirected, is_ours);
+            if frame.len() >= 18 && kind > 1 {
+                frame[12..14].copy_from_slice(&[0x81, 0x00]);
+                frame[14] = frame[14] & 0xf0 | vid.to_be_bytes()[0];
+                frame[15] = vid.to_be_bytes()[1];
+                if kind == 3 {
+                    frame[16..18].copy_from_slice(&[0x88, 0xa2]);
+                }
+            }
+            let filter = FrameFilter { ethertype: AOE, untagged, vlans, rejected_flags };
+            prop_assert_eq!(is_redirected(&filter, &frame), filter.wants(&frame));
         }
     }
 
@@ -309,11 +392,13 @@ mod tests {
                 return;
             }
         };
-        let program = LoadedProgram::load(AOE, &map).expect("the verifier accepts the program");
+        let filter = FrameFilter { vlans: vec![5, 6], rejected_flags: 8, ..aoe() };
+        let program = LoadedProgram::load(&filter, &map).expect("the verifier accepts the program");
         let cases = [
             (frame_of([0x88, 0xa2], 60), "no socket in the map: the host gets it"),
             (frame_of([0x08, 0x00], 60), "not ours"),
-            (frame_of([0x81, 0x00], 1500), "tagged"),
+            (tagged_frame(5, 0), "no socket in the map, tagged"),
+            (tagged_frame(7, 0), "another VLAN"),
         ];
         for (frame, why) in cases {
             let result = program.test_run(&frame).expect("a test run works where loading did");
@@ -332,12 +417,25 @@ mod tests {
             let index = Nic::open("a0").unwrap().index();
             let socket = SocketBuilder::new().ring_entries(64).bind(&region, index, 0).unwrap();
             let map = XskMap::new(1).unwrap();
-            let program = LoadedProgram::load(AOE, &map).unwrap();
-            let (ours, other) = (frame_of([0x88, 0xa2], 60), frame_of([0x08, 0x00], 60));
+            let filter = FrameFilter { vlans: vec![5, 6], rejected_flags: 8, ..aoe() };
+            let program = LoadedProgram::load(&filter, &map).unwrap();
+            let ours = frame_of([0x88, 0xa2], 60);
             assert_eq!(program.test_run(&ours).unwrap(), XDP_PASS.cast_unsigned());
             map.set(0, socket.as_fd()).unwrap();
-            assert_eq!(program.test_run(&ours).unwrap(), XDP_REDIRECT);
-            assert_eq!(program.test_run(&other).unwrap(), XDP_PASS.cast_unsigned());
+            let mut response = ours.clone();
+            response[14] |= 8;
+            let cases = [
+                (ours, XDP_REDIRECT),
+                (response, XDP_PASS.cast_unsigned()),
+                (frame_of([0x08, 0x00], 60), XDP_PASS.cast_unsigned()),
+                (tagged_frame(0, 0), XDP_REDIRECT),
+                (tagged_frame(6, 0), XDP_REDIRECT),
+                (tagged_frame(6, 8), XDP_PASS.cast_unsigned()),
+                (tagged_frame(7, 0), XDP_PASS.cast_unsigned()),
+            ];
+            for (frame, expected) in cases {
+                assert_eq!(program.test_run(&frame).unwrap(), expected, "{:x?}", &frame[12..20]);
+            }
         });
     }
 }

@@ -13,8 +13,8 @@ use crate::frame::{RxFrame, Segment, Segments, TxFrame};
 use crate::region::{CHUNK_BYTES, Handle, Pool, Region};
 use crate::socket::{Obtained, Socket, SocketBuilder, SocketStatistics, Umem};
 
-/// Bytes that the first slice of a received frame must hold, unless it is the whole frame.
-const HEAD_BYTES: u16 = 36;
+/// Bytes that the first slice of a received frame must hold, unless it is the whole frame: 36 of headers and a tag.
+const HEAD_BYTES: u16 = 40;
 /// Kicks of one [`Queue::flush`]: enough to send a full ring at the kernel's smallest budget.
 const KICKS_MAX: u32 = 128;
 

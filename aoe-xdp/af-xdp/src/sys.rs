@@ -12,15 +12,8 @@ pub(crate) const XDP_MAX_TX_SKB_BUDGET: i32 = 9;
 
 /// `ETHTOOL_GDRVINFO` of include/uapi/linux/ethtool.h.
 pub(crate) const ETHTOOL_GDRVINFO: u32 = 0x03;
-/// `ETHTOOL_GFLAGS` of include/uapi/linux/ethtool.h.
-pub(crate) const ETHTOOL_GFLAGS: u32 = 0x25;
 /// `ETHTOOL_GCHANNELS` of include/uapi/linux/ethtool.h.
 pub(crate) const ETHTOOL_GCHANNELS: u32 = 0x3c;
-/// `ETH_FLAG_TXVLAN` of include/uapi/linux/ethtool.h.
-pub(crate) const ETH_FLAG_TXVLAN: u32 = 1 << 7;
-/// `ETH_FLAG_RXVLAN` of include/uapi/linux/ethtool.h.
-pub(crate) const ETH_FLAG_RXVLAN: u32 = 1 << 8;
-
 /// One eBPF instruction (`struct bpf_insn`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]

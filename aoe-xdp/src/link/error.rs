@@ -11,6 +11,18 @@ pub enum LinkError {
         /// What was given.
         text: String,
     },
+    /// Not the name of a logical interface.
+    #[error("{name:?} names no interface: write eth0, or eth0@100 for its VLAN 100 (1 to 4094)")]
+    BadName {
+        /// What was given.
+        name: String,
+    },
+    /// The interface was deleted and made again, or its driver was loaded again.
+    #[error("interface {interface} is another one than was opened: it must be opened again")]
+    Replaced {
+        /// The interface.
+        interface: String,
+    },
     /// No such interface in this network namespace.
     #[error("there is no network interface {interface:?} here: choose one that `ip link` shows")]
     UnknownInterface {

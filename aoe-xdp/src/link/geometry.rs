@@ -6,6 +6,8 @@ use af_xdp::region::CHUNK_BYTES;
 pub(super) const HEADERS_BYTES: usize = 36;
 /// Bytes of an Ethernet header, which an MTU does not count.
 pub(super) const ETHERNET_BYTES: usize = 14;
+/// Bytes of an 802.1Q tag, which an MTU does not count either.
+pub(super) const TAG_BYTES: usize = af_xdp::frame_filter::TAG_BYTES as usize;
 const SECTOR_BYTES: usize = 512;
 
 /// The smallest MTU that carries two sectors by the initiator's own reckoning.
@@ -26,6 +28,26 @@ pub fn max_sectors(mtu_bytes: u32, segments: u8, receive_bytes: usize) -> Option
     };
     let limit = by_mtu.min(by_receive).min(by_send);
     [16u8, 8, 4, 2].into_iter().find(|sectors| usize::from(*sectors) <= limit)
+}
+
+/// In words, where the link carries fewer sectors in a frame than its MTU would: what limits it, with its numbers.
+pub(super) fn limit_in_words(mtu_bytes: u32, segments: u8, receive_bytes: usize) -> Option<String> {
+    let by_mtu = max_sectors(mtu_bytes, u8::MAX, usize::MAX)?;
+    let sectors = max_sectors(mtu_bytes, segments, receive_bytes).unwrap_or(0);
+    if sectors == by_mtu {
+        return None;
+    }
+    let needed = HEADERS_BYTES + usize::from(by_mtu) * SECTOR_BYTES;
+    let has = if receive_bytes < needed {
+        format!("the longest frame it receives has {receive_bytes} bytes")
+    } else {
+        format!("it sends {CHUNK_BYTES} bytes in each of {segments} buffers, headers in the first")
+    };
+    let enough = HEADERS_BYTES + usize::from(sectors) * SECTOR_BYTES;
+    Some(format!(
+        "{sectors} sectors in a frame where MTU {mtu_bytes} would carry {by_mtu} (36 + {by_mtu} x 512 = {needed} bytes, but \
+         {has}); MTU {enough} is enough"
+    ))
 }
 
 #[cfg(test)]
@@ -56,6 +78,19 @@ mod tests {
         assert_eq!(max_sectors(9000, 1, usize::MAX), Some(4));
         assert_eq!(max_sectors(9000, 5, 3620), Some(4));
         assert_eq!(max_sectors(9000, 2, usize::MAX), Some(8));
+    }
+
+    #[test]
+    fn the_limit_is_said_where_it_is_below_the_mtu() {
+        assert_eq!(limit_in_words(9000, 5, 14_480), None);
+        assert_eq!(limit_in_words(1500, 1, 3584), None);
+        let text = limit_in_words(9000, 1, 3584).unwrap();
+        assert_eq!(
+            text,
+            "4 sectors in a frame where MTU 9000 would carry 16 (36 + 16 x 512 = 8228 bytes, but the longest frame it \
+             receives has 3584 bytes); MTU 2084 is enough"
+        );
+        assert!(limit_in_words(9000, 2, 14_480).unwrap().contains("4096 bytes in each of 2 buffers"));
     }
 
     proptest! {

@@ -3,16 +3,28 @@
 use std::sync::Arc;
 
 use af_xdp::nic::{Nic, NicState};
+use af_xdp::offload::{DROPS_OTHER_VLANS, Offload, TAKES_TAGS_OUT};
 use af_xdp::packet::{MacFilter, PacketSocket, RECEIVE_BYTES};
 use af_xdp::region::{Pages, Pool, Region};
 
 use super::error::LinkError;
-use super::geometry::{MTU_MIN_BYTES, max_sectors};
+use super::geometry::{MTU_MIN_BYTES, TAG_BYTES, limit_in_words, max_sectors};
 use super::packet::PacketQueue;
+use super::ports::{Frames, Port, Ports};
 use super::queue::{Kind, Queue};
 use super::xdp::XdpInterface;
 use super::{LinkChoice, LinkInfo, LinkMode, MAX_SEGMENTS};
-use crate::wire::ETHERTYPE;
+
+/// What an interface is opened as.
+#[derive(Debug, Clone)]
+pub struct LinkOptions {
+    /// Which link.
+    pub choice: LinkChoice,
+    /// The logical interfaces to be: at least one, of different VLANs and ordinals.
+    pub ports: Vec<Port>,
+    /// Which frames to take from the host.
+    pub frames: Frames,
+}
 
 /// A NIC, opened once: its link, its queues not yet taken, the addresses it accepts.
 ///
@@ -21,9 +33,14 @@ use crate::wire::ETHERTYPE;
 pub struct Interface {
     nic: Nic,
     link: Link,
+    ports: Ports,
     filter: MacFilter,
     macs: Vec<[u8; 6]>,
     info: LinkInfo,
+    /// The longest untagged frame that can be received.
+    receive_bytes: usize,
+    /// The part of the note that does not follow the MTU.
+    note: String,
 }
 
 #[derive(Debug)]
@@ -34,14 +51,31 @@ enum Link {
 }
 
 impl Interface {
-    /// Opens an interface: finds the best link that `choice` allows, and attaches the XDP program for all
+    /// Opens an interface for all its untagged frames, as number 0.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Interface::open_as`].
+    pub fn open(name: &str, choice: LinkChoice, region: &Arc<Region>) -> Result<Self, LinkError> {
+        let ports = vec![Port { ordinal: 0, vlan: None }];
+        Self::open_as(name, &LinkOptions { choice, ports, frames: Frames::All }, region)
+    }
+
+    /// Opens an interface: finds the best link that `options` allow, and attaches the XDP program for all
     /// its queues where that is AF_XDP.
+    ///
+    /// Offloads that hide 802.1Q tags from the link are switched off, and stay so.
     ///
     /// # Errors
     ///
     /// [`LinkError`]: unknown interface, down, MTU below [`MTU_MIN_BYTES`], a missing privilege, or no
     /// AF_XDP where it was insisted on. Each names the next step.
-    pub fn open(name: &str, choice: LinkChoice, region: &Arc<Region>) -> Result<Self, LinkError> {
+    ///
+    /// # Panics
+    ///
+    /// Without a logical interface.
+    pub fn open_as(name: &str, options: &LinkOptions, region: &Arc<Region>) -> Result<Self, LinkError> {
+        assert!(!options.ports.is_empty(), "an interface is opened as something");
         let nic = Nic::open(name).map_err(|error| LinkError::system(name, error))?;
         let state = nic.state().map_err(|error| LinkError::system(name, error))?;
         if !state.up {
@@ -51,8 +85,66 @@ impl Interface {
             return Err(LinkError::MtuTooSmall { interface: name.to_owned(), mtu_bytes: state.mtu_bytes });
         }
         let filter = MacFilter::open(nic.index()).map_err(|error| LinkError::system(name, error))?;
-        let (link, info) = open_link(name, choice, region, &nic, state)?;
-        Ok(Self { nic, link, filter, macs: Vec::new(), info })
+        let ports = Ports::new(&options.ports);
+        let mut info = LinkInfo {
+            interface: name.to_owned(),
+            ifindex: nic.index(),
+            queue: 0,
+            mac: state.mac,
+            mtu: state.mtu_bytes,
+            mode: LinkMode::Packet,
+            segments: 1,
+            max_sectors: 0,
+            hugepages: region.pages() == Pages::Huge2MiB,
+            note: String::new(),
+        };
+        let (link, receive_bytes) = open_link(options, &ports, region, &nic, state, &mut info)?;
+        if ports.has_vlans() && nic.switch_off(DROPS_OTHER_VLANS) != Offload::Off {
+            let advice =
+                "the NIC drops frames of VLANs that no interface of the host is on: ip link add link";
+            add_note(&mut info.note, &format!("{advice} {name} name {name}.N type vlan id N"));
+        }
+        let receive_bytes = receive_bytes - if ports.has_vlans() { TAG_BYTES } else { 0 };
+        let note = info.note.clone();
+        let mut opened = Self { nic, link, ports, filter, macs: Vec::new(), info, receive_bytes, note };
+        opened.follow(state);
+        if opened.info.max_sectors == 0 {
+            return Err(LinkError::MtuTooSmall { interface: name.to_owned(), mtu_bytes: state.mtu_bytes });
+        }
+        Ok(opened)
+    }
+
+    /// Works out what follows from the interface's MTU and address.
+    fn follow(&mut self, state: NicState) {
+        let info = &mut self.info;
+        info.mac = state.mac;
+        info.mtu = state.mtu_bytes;
+        info.max_sectors = max_sectors(info.mtu, info.segments, self.receive_bytes).unwrap_or(0);
+        info.note.clone_from(&self.note);
+        if let Some(limit) = limit_in_words(info.mtu, info.segments, self.receive_bytes) {
+            add_note(&mut info.note, &limit);
+        }
+        if info.max_sectors == 0 {
+            let error = LinkError::MtuTooSmall { interface: info.interface.clone(), mtu_bytes: info.mtu };
+            add_note(&mut info.note, &error.to_string());
+        }
+    }
+
+    /// Looks at the interface again: [`Interface::info`] follows its MTU and address. Queues are told with
+    /// [`Queue::set_mtu`].
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Replaced`] or [`LinkError::System`] where the interface that was opened is gone.
+    pub fn look(&mut self) -> Result<NicState, LinkError> {
+        let state = self.nic.state().map_err(|error| LinkError::system(&self.info.interface, error))?;
+        if state.index != self.nic.index() {
+            return Err(LinkError::Replaced { interface: self.info.interface.clone() });
+        }
+        if (state.mtu_bytes, state.mac) != (self.info.mtu, self.info.mac) {
+            self.follow(state);
+        }
+        Ok(state)
     }
 
     /// How many queues there are to take. All of them must be taken: a frame that arrives on a queue that
@@ -85,7 +177,7 @@ impl Interface {
                 Kind::Xdp(Box::new(taken.ok_or(missing)?))
             }
         };
-        Ok(Queue::new(info, kind))
+        Ok(Queue::new(info, self.ports.clone(), kind))
     }
 
     /// Makes the NIC accept frames to an export's address. One that it accepts already is no error.
@@ -119,53 +211,34 @@ impl Interface {
     pub fn info(&self) -> &LinkInfo {
         &self.info
     }
-
-    /// Flags, MTU and address as they are now: a changed MTU needs the interface to be opened again.
-    ///
-    /// # Errors
-    ///
-    /// [`LinkError::System`] where the interface is gone.
-    pub fn state(&self) -> Result<NicState, LinkError> {
-        self.nic.state().map_err(|error| LinkError::system(&self.info.interface, error))
-    }
 }
 
-/// Opens the best link that `choice` allows.
+/// Opens the best link that `options` allow; fills in `info`. Gives the longest frame that can be received, tag included.
 fn open_link(
-    name: &str,
-    choice: LinkChoice,
+    options: &LinkOptions,
+    ports: &Ports,
     region: &Arc<Region>,
     nic: &Nic,
     state: NicState,
-) -> Result<(Link, LinkInfo), LinkError> {
-    let mut info = LinkInfo {
-        interface: name.to_owned(),
-        ifindex: nic.index(),
-        queue: 0,
-        mac: state.mac,
-        mtu: state.mtu_bytes,
-        mode: LinkMode::Packet,
-        segments: 1,
-        max_sectors: 2,
-        hugepages: region.pages() == Pages::Huge2MiB,
-        note: String::new(),
-    };
-    if choice != LinkChoice::AfPacket {
-        match XdpInterface::open(nic, state, region, &mut info) {
-            Ok(xdp) => return Ok((Link::Xdp(Box::new(xdp)), info)),
-            Err(error) if choice == LinkChoice::AfXdp => return Err(error.into_link_error(name)),
+    info: &mut LinkInfo,
+) -> Result<(Link, usize), LinkError> {
+    let name = info.interface.clone();
+    let filter = ports.filter(options.frames);
+    if options.choice != LinkChoice::AfPacket {
+        let tags = nic.switch_off(TAKES_TAGS_OUT);
+        match XdpInterface::open(nic, state, region, &filter, tags, info) {
+            Ok((xdp, receive_bytes)) => return Ok((Link::Xdp(Box::new(xdp)), receive_bytes)),
+            Err(error) if options.choice == LinkChoice::AfXdp => return Err(error.into_link_error(&name)),
             Err(error) => info.note = format!("no AF_XDP: {error}"),
         }
     }
     let socket =
-        PacketSocket::open(nic.index(), ETHERTYPE, region).map_err(|error| LinkError::system(name, error))?;
+        PacketSocket::open(nic.index(), &filter, region).map_err(|error| LinkError::system(&name, error))?;
     if !socket.receive_buffer_forced() {
         add_note(&mut info.note, "socket buffers are limited by net.core.rmem_max without CAP_NET_ADMIN");
     }
     info.segments = u8::try_from(1 + MAX_SEGMENTS).expect("a few segments");
-    info.max_sectors = max_sectors(state.mtu_bytes, info.segments, RECEIVE_BYTES)
-        .ok_or_else(|| LinkError::MtuTooSmall { interface: name.to_owned(), mtu_bytes: state.mtu_bytes })?;
-    Ok((Link::Packet(Some(Box::new(socket))), info))
+    Ok((Link::Packet(Some(Box::new(socket))), RECEIVE_BYTES))
 }
 
 /// Adds a sentence to a note.

@@ -10,12 +10,13 @@
 //!   frame handed back, never a stall.
 //! * What was obtained, and why nothing better, is in [`LinkInfo`].
 //!
-//! Frames with an 802.1Q tag are not ours: both links leave them to the host.
+//! Frames of other VLANs than the opened ones are not ours: both links leave them to the host.
 
 mod error;
 mod geometry;
 mod interface;
 mod packet;
+mod ports;
 mod queue;
 mod xdp;
 
@@ -28,7 +29,8 @@ pub use af_xdp::region::{
 };
 pub use error::LinkError;
 pub use geometry::{MTU_MIN_BYTES, max_sectors};
-pub use interface::Interface;
+pub use interface::{Interface, LinkOptions};
+pub use ports::{Frames, InterfaceName, Port, VlanId};
 pub use queue::Queue;
 
 /// Which link a user asks for.
@@ -101,13 +103,13 @@ pub struct LinkInfo {
     pub queue: u16,
     /// The interface's own hardware address.
     pub mac: [u8; 6],
-    /// MTU when the interface was opened: bytes after the Ethernet header.
+    /// Bytes after the Ethernet header, tag not counted; as it was when the interface was last looked at.
     pub mtu: u32,
     /// How frames move.
     pub mode: LinkMode,
     /// Descriptors one sent frame may have, header included; 1 is no scatter-gather.
     pub segments: u8,
-    /// Sectors that one frame may carry, to be advertised: 2, 4, 8 or 16.
+    /// Sectors that one frame may carry, to be advertised: 2, 4, 8 or 16; 0 where the MTU is too small for any.
     pub max_sectors: u8,
     /// Whether the frame memory is on 2 MiB pages.
     pub hugepages: bool,
@@ -122,9 +124,13 @@ pub struct LinkStats {
     pub rx_frames: u64,
     /// Bytes received.
     pub rx_bytes: u64,
-    /// Frames the kernel dropped: ring or buffer full, or no empty chunk.
+    /// Frames the kernel dropped for any reason: ring or buffer full, no empty chunk, too long.
     pub rx_dropped: u64,
-    /// Frames dropped here: truncated, too many segments, or a head shorter than 36 bytes.
+    /// Of these, the ones for which the receive ring (AF_PACKET: the socket's buffer) was full: the core was too slow.
+    pub rx_ring_full: u64,
+    /// Times the kernel found no empty chunk to receive into: the core was too slow, or its memory was in use.
+    pub rx_fill_empty: u64,
+    /// Frames dropped here: truncated, too many segments, a head in pieces, or of a VLAN that is not opened.
     pub rx_invalid: u64,
     /// Frames given to the kernel.
     pub tx_frames: u64,

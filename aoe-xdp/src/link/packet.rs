@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use af_xdp::frame::{RxFrame, TxFrame};
 use af_xdp::packet::{BATCH, PacketSocket};
 use af_xdp::region::{Chunk, Pool};
+use af_xdp::socket::clear_error;
 
 use super::LinkStats;
 
@@ -80,6 +81,10 @@ impl PacketQueue {
         self.socket.as_fd()
     }
 
+    pub(super) fn clear_error(&self) {
+        clear_error(self.socket.as_fd());
+    }
+
     pub(super) fn has_rx(&self) -> bool {
         self.socket.has_receivable()
     }
@@ -92,6 +97,7 @@ impl PacketQueue {
         let kernel = self.socket.statistics();
         let mut stats = self.stats;
         stats.rx_dropped = kernel.dropped_full;
+        stats.rx_ring_full = kernel.dropped_full;
         stats.rx_invalid = kernel.truncated;
         stats.tx_frames -= kernel.send_refused;
         stats.tx_dropped = kernel.send_refused;

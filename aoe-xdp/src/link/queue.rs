@@ -6,8 +6,9 @@ use std::os::fd::BorrowedFd;
 use af_xdp::frame::{RxFrame, TxFrame};
 use af_xdp::region::{CHUNK_BYTES, Chunk, Pool};
 
-use super::geometry::ETHERNET_BYTES;
+use super::geometry::{ETHERNET_BYTES, TAG_BYTES};
 use super::packet::{PacketQueue, release_frame};
+use super::ports::{Port, Ports};
 use super::xdp::XdpQueue;
 use super::{LinkInfo, LinkStats};
 
@@ -17,11 +18,13 @@ use super::{LinkInfo, LinkStats};
 #[derive(Debug)]
 pub struct Queue {
     info: LinkInfo,
+    ports: Ports,
     kind: Kind,
     longest_bytes: usize,
     /// Frames that can never be sent, until they are reaped.
     refused: VecDeque<TxFrame>,
     refused_frames: u64,
+    foreign_frames: u64,
 }
 
 /// Impossible frames that may wait to be reaped.
@@ -34,38 +37,93 @@ pub(super) enum Kind {
 }
 
 impl Queue {
-    pub(super) fn new(info: LinkInfo, kind: Kind) -> Self {
+    pub(super) fn new(info: LinkInfo, ports: Ports, kind: Kind) -> Self {
         let longest_bytes = info.mtu as usize + ETHERNET_BYTES;
         let refused = VecDeque::with_capacity(REFUSED_FRAMES);
-        Self { info, kind, longest_bytes, refused, refused_frames: 0 }
+        Self { info, ports, kind, longest_bytes, refused, refused_frames: 0, foreign_frames: 0 }
     }
 
-    /// Receives what is waiting, as far as `out` has capacity, and gives the kernel empty chunks for it.
-    /// Returns how many frames were added.
+    /// From now on nothing longer than this MTU allows is sent.
+    pub fn set_mtu(&mut self, mtu_bytes: u32) {
+        self.longest_bytes = mtu_bytes as usize + ETHERNET_BYTES;
+    }
+
+    /// The logical interfaces whose frames come by this queue.
+    pub fn ports(&self) -> &[Port] {
+        self.ports.as_slice()
+    }
+
+    /// Receives what is waiting, as far as `out` has capacity, and gives the kernel empty chunks for it. Frames are
+    /// untagged, and say by which logical interface they came. Returns how many were added.
     pub fn receive(&mut self, pool: &mut Pool, out: &mut Vec<RxFrame>) -> usize {
-        match &mut self.kind {
-            Kind::Xdp(queue) => queue.receive(pool, out),
-            Kind::Packet(queue) => queue.receive(pool, out),
+        let before = out.len();
+        let tags_are_inside = match &mut self.kind {
+            Kind::Xdp(queue) => {
+                queue.receive(pool, out);
+                true
+            }
+            Kind::Packet(queue) => {
+                queue.receive(pool, out);
+                false
+            }
+        };
+        let mut at = before;
+        while let Some(frame) = out.get_mut(at) {
+            if tags_are_inside {
+                frame.take_tag_out(pool);
+            }
+            match self.ports.ordinal_of(frame.vlan_id()) {
+                Some(ordinal) => {
+                    frame.set_interface(ordinal);
+                    at += 1;
+                }
+                None => {
+                    self.foreign_frames += 1;
+                    out.remove(at).release(pool);
+                }
+            }
         }
+        out.len() - before
     }
 
-    /// Queues a frame; [`Queue::flush`] sends it. The frame's chunks come back through [`Queue::reap`].
-    /// A frame that can never be sent (malformed, longer than the MTU) is counted, and comes back through
-    /// `reap` too.
+    /// Queues a frame for the first logical interface of this queue, else as [`Queue::transmit_by`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`Queue::transmit_by`].
+    pub fn transmit(&mut self, pool: &mut Pool, frame: TxFrame) -> Result<(), TxFrame> {
+        self.transmit_by(pool, self.ports.as_slice().first().map_or(0, |port| port.ordinal), frame)
+    }
+
+    /// Queues an untagged frame for a logical interface; [`Queue::flush`] sends it, with the tag that it needs there. The
+    /// frame's chunks come back through [`Queue::reap`].
+    /// A frame that can never be sent (malformed, longer than the MTU, for no logical interface of this queue) is counted,
+    /// and comes back through `reap` too.
     ///
     /// # Errors
     ///
     /// The frame itself where the ring, or without scatter-gather the pool, has no room: keep it, flush,
     /// reap and try again.
-    pub fn transmit(&mut self, pool: &mut Pool, frame: TxFrame) -> Result<(), TxFrame> {
-        if !self.is_sendable(&frame) {
-            if self.refused.len() == REFUSED_FRAMES {
-                return Err(frame);
-            }
-            self.refused_frames += 1;
-            self.refused.push_back(frame);
-            return Ok(());
+    pub fn transmit_by(&mut self, pool: &mut Pool, ordinal: u8, frame: TxFrame) -> Result<(), TxFrame> {
+        let port = self.ports.get(ordinal).filter(|_| self.is_sendable(&frame));
+        let Some(port) = port else { return self.refuse(frame) };
+        let Some(vlan) = port.vlan else { return self.hand_to_link(pool, frame) };
+        match frame.put_tag_in(vlan.get(), pool) {
+            Ok(tagged) => self.hand_to_link(pool, tagged).map_err(|frame| frame.without_tag(pool)),
+            Err(frame) => self.refuse(frame),
         }
+    }
+
+    fn refuse(&mut self, frame: TxFrame) -> Result<(), TxFrame> {
+        if self.refused.len() == REFUSED_FRAMES {
+            return Err(frame);
+        }
+        self.refused_frames += 1;
+        self.refused.push_back(frame);
+        Ok(())
+    }
+
+    fn hand_to_link(&mut self, pool: &mut Pool, frame: TxFrame) -> Result<(), TxFrame> {
         match &mut self.kind {
             Kind::Xdp(queue) => queue.transmit(pool, frame),
             Kind::Packet(queue) => queue.transmit(frame),
@@ -77,7 +135,7 @@ impl Queue {
         let is_gathered = frame.data.len() < usize::from(self.info.segments);
         frame.is_well_formed()
             && frame.len() <= self.longest_bytes
-            && (is_gathered || frame.len() <= CHUNK_BYTES)
+            && (is_gathered || frame.len() + TAG_BYTES <= CHUNK_BYTES)
     }
 
     /// Makes the kernel send what was queued. True when another call now would send nothing more; false
@@ -109,6 +167,15 @@ impl Queue {
         }
     }
 
+    /// Takes note of an error that the kernel holds for the queue: until then it is readable all the time. Call it when
+    /// [`Queue::poll_fd`] was readable and there is no frame.
+    pub fn clear_error(&mut self) {
+        match &self.kind {
+            Kind::Xdp(queue) => queue.clear_error(),
+            Kind::Packet(queue) => queue.clear_error(),
+        }
+    }
+
     /// Whether a frame waits to be received.
     pub fn has_rx(&self) -> bool {
         match &self.kind {
@@ -132,10 +199,11 @@ impl Queue {
             Kind::Packet(queue) => queue.stats(),
         };
         stats.tx_dropped += self.refused_frames;
+        stats.rx_invalid += self.foreign_frames;
         stats
     }
 
-    /// What this link is.
+    /// What this link was when it was opened.
     pub fn info(&self) -> &LinkInfo {
         &self.info
     }

@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 
 use af_xdp::bpf::{AttachMode, LoadedProgram, XdpLink, XskMap};
 use af_xdp::frame::{RxFrame, Segment, TxFrame};
+use af_xdp::frame_filter::FrameFilter;
 use af_xdp::nic::{Features, Nic, NicState};
+use af_xdp::offload::Offload;
 use af_xdp::queue;
 use af_xdp::region::{CHUNK_BYTES, Chunk, Handle, Pool, Region};
-use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem};
+use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem, clear_error};
 
 use super::error::LinkError;
-use super::geometry::max_sectors;
 use super::interface::add_note;
 use super::packet::{release_chunk, release_frame};
 use super::{LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
-use crate::wire::ETHERTYPE;
 
 /// Entries of each ring.
 const RING_ENTRIES: u32 = 2048;
@@ -35,6 +35,10 @@ const ZERO_COPY_GRAIN_BYTES: usize = 128;
 const ZERO_COPY_FRAME_BYTES: usize = 26;
 /// Chunks of other cores that may wait to be reaped after a frame was copied into one chunk.
 const FOREIGN_CHUNKS: usize = 4096;
+
+/// What a NIC whose tag stripping cannot be switched off means.
+const TAGS_STAY_HIDDEN: &str = "the NIC takes 802.1Q tags out of frames before XDP sees them, and its driver does not let \
+                                that be switched off: frames of all VLANs look untagged; --link af-packet tells them apart";
 
 /// How long a busy queue or hook is asked for again, after a crash of whoever had it.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
@@ -89,6 +93,23 @@ impl Attempt {
         }
     }
 
+    /// Why the bind was refused; where the kernel's own condition does not hold, with its numbers and what to change.
+    fn refusal(self, mtu_bytes: u32, features: Option<Features>, error: &af_xdp::Error) -> String {
+        let mut text = format!("{}: {error}", self.name());
+        let buffers = usize::from(self.send_segments(features));
+        let most = self.buffer_bytes() * buffers;
+        let needed = mtu_bytes as usize + ZERO_COPY_FRAME_BYTES;
+        if self.zero_copy && needed > most {
+            text += &format!(
+                " (MTU {mtu_bytes} + {ZERO_COPY_FRAME_BYTES} = {needed} bytes do not fit {buffers} x {} = {most}: zero-copy \
+                 needs an MTU of at most {}, or a driver with multi-buffer zero-copy)",
+                self.buffer_bytes(),
+                most - ZERO_COPY_FRAME_BYTES
+            );
+        }
+        text
+    }
+
     /// The longest frame that can be received.
     fn receive_bytes(self) -> usize {
         self.buffer_bytes() * if self.segments { MAX_SEGMENTS } else { 1 }
@@ -139,17 +160,23 @@ pub(super) struct XdpInterface {
 }
 
 impl XdpInterface {
-    /// Attaches the program and binds queue 0 in the best mode that is granted; fills in `info`.
+    /// Attaches the program and binds queue 0 in the best mode that is granted; fills in `info`. Gives the longest frame
+    /// that can be received. `tags` says whether the NIC takes 802.1Q tags out of frames before the program sees them.
     pub(super) fn open(
         nic: &Nic,
         state: NicState,
         region: &Arc<Region>,
+        filter: &FrameFilter,
+        tags: Offload,
         info: &mut LinkInfo,
-    ) -> Result<Self, XdpError> {
+    ) -> Result<(Self, usize), XdpError> {
+        if tags != Offload::Off && !filter.vlans.is_empty() {
+            return Err(XdpError::Refused(TAGS_STAY_HIDDEN.into()));
+        }
         let queues = nic.queues();
         let usable = queues.receive.min(queues.transmit);
         let map = XskMap::new(u32::from(queues.receive))?;
-        let program = LoadedProgram::load(ETHERTYPE, &map)?;
+        let program = LoadedProgram::load(filter, &map)?;
         let mut refusals = Vec::new();
         let link = attach(&program, nic, &mut refusals)?;
         let features = nic.features();
@@ -157,10 +184,11 @@ impl XdpInterface {
         let obtained = first.obtained();
         info.mode = mode_of(link.mode(), obtained);
         info.segments = attempt.send_segments(features);
-        info.max_sectors = max_sectors(state.mtu_bytes, info.segments, attempt.receive_bytes())
-            .ok_or_else(|| XdpError::Refused(format!("MTU {} is too small", state.mtu_bytes)))?;
         info.hugepages = obtained.hugepages;
-        info.note = note_of(nic, &info.interface, link.mode(), obtained, features, &refusals);
+        info.note = note_of(nic, link.mode(), obtained, features, &refusals);
+        if tags != Offload::Off {
+            add_note(&mut info.note, TAGS_STAY_HIDDEN);
+        }
         if queues.receive > usable {
             let advice = format!(
                 "{} receive queues have no transmit queue and are not served: ethtool -L {} rx {usable}",
@@ -169,7 +197,7 @@ impl XdpInterface {
             );
             add_note(&mut info.note, &advice);
         }
-        Ok(Self {
+        let opened = Self {
             _link: link,
             map,
             umem: first.socket().umem(),
@@ -179,7 +207,8 @@ impl XdpInterface {
             segments: info.segments,
             first: Some(first),
             taken: vec![false; usize::from(usable)],
-        })
+        };
+        Ok((opened, attempt.receive_bytes()))
     }
 
     pub(super) fn queues(&self) -> u16 {
@@ -253,7 +282,7 @@ fn bind_first(
         match while_busy(|| queue::Queue::bind(&builder, region, nic.index(), 0)) {
             Ok(first) => return Ok((first, builder, attempt)),
             Err(error) if error.missing_capability().is_some() => return Err(error.into()),
-            Err(error) => refusals.push(format!("{}: {error}", attempt.name())),
+            Err(error) => refusals.push(attempt.refusal(state.mtu_bytes, features, &error)),
         }
     }
     Err(XdpError::Refused(refusals.join("; ")))
@@ -270,7 +299,6 @@ fn mode_of(attached: AttachMode, obtained: Obtained) -> LinkMode {
 /// Why nothing better was had, and what to change.
 fn note_of(
     nic: &Nic,
-    interface: &str,
     mode: AttachMode,
     obtained: Obtained,
     features: Option<Features>,
@@ -285,10 +313,6 @@ fn note_of(
     }
     if !obtained.segments {
         add_note(&mut note, "frames to send are copied into one chunk each");
-    }
-    if nic.vlan_offloads().receive {
-        let advice = "802.1Q tags are stripped before XDP sees them: ethtool -K";
-        add_note(&mut note, &format!("{advice} {interface} rxvlan off"));
     }
     note
 }
@@ -384,6 +408,10 @@ impl XdpQueue {
         self.queue.as_fd()
     }
 
+    pub(super) fn clear_error(&self) {
+        clear_error(self.queue.as_fd());
+    }
+
     pub(super) fn has_rx(&self) -> bool {
         self.queue.has_receivable()
     }
@@ -397,6 +425,8 @@ impl XdpQueue {
         // Counters that the kernel does not give are left as they were.
         if let Ok(kernel) = self.queue.statistics() {
             stats.rx_dropped = kernel.rx_dropped + kernel.rx_ring_full;
+            stats.rx_ring_full = kernel.rx_ring_full;
+            stats.rx_fill_empty = kernel.rx_fill_ring_empty;
             stats.tx_dropped = kernel.tx_invalid_descriptors;
         }
         stats.rx_invalid = self.queue.invalid_frames();
@@ -413,6 +443,8 @@ mod netns;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::ports::{Frames, Port, Ports};
+    use crate::wire::ETHERTYPE;
     use af_xdp::region::RegionConfig;
 
     /// A link without scatter-gather, as many drivers' zero-copy is: frames are copied into one chunk, the
@@ -428,7 +460,8 @@ mod tests {
                 let mut pool = region.pool(core).unwrap();
                 let nic = Nic::open(name).unwrap();
                 let map = XskMap::new(1).unwrap();
-                let program = LoadedProgram::load(ETHERTYPE, &map).unwrap();
+                let ports = Ports::new(&[Port { ordinal: 0, vlan: None }]);
+                let program = LoadedProgram::load(&ports.filter(Frames::All), &map).unwrap();
                 let link = XdpLink::attach(&program, nic.index(), AttachMode::Native).unwrap();
                 let builder = SocketBuilder::new()
                     .headroom_bytes(HEADROOM_BYTES)
@@ -523,6 +556,19 @@ mod tests {
         let copies = ["copy with scatter-gather", "copy"];
         assert_eq!(names(&attempts(AttachMode::Native, 9000, features(false, 0))), copies);
         assert_eq!(names(&attempts(AttachMode::Generic, 9000, features(true, 8))), copies);
+    }
+
+    #[test]
+    fn a_refusal_says_which_condition_does_not_hold() {
+        let error = af_xdp::Error::Malformed { what: "bind" };
+        let single = Attempt { zero_copy: true, segments: false };
+        let text = single.refusal(9000, features(true, 1), &error);
+        assert!(text.contains("MTU 9000 + 26 = 9026 bytes do not fit 1 x 3584 = 3584"), "{text}");
+        assert!(text.contains("at most 3558"), "{text}");
+        assert!(!single.refusal(3558, features(true, 1), &error).contains("do not fit"));
+        let several = Attempt { zero_copy: true, segments: true };
+        assert!(several.refusal(9000, features(true, 2), &error).contains("2 x 3200 = 6400"));
+        assert!(!several.refusal(9000, features(true, 0), &error).contains("do not fit"));
     }
 
     #[test]

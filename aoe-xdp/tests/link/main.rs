@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure in a test's own steps is the test's failure")]
 
+mod changes;
 mod counting;
 mod netns;
 mod station;
+mod vlans;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{
-    CHUNK_BYTES, Interface, LinkChoice, Pool, Queue, Region, RegionConfig, RxFrame, Segment, Segments,
-    TxFrame,
+    CHUNK_BYTES, Frames, Interface, LinkChoice, LinkOptions, Pool, Port, Queue, Region, RegionConfig,
+    RxFrame, Segment, Segments, TxFrame, VlanId,
 };
 
 /// How long a frame may take on a virtual link.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of Ethernet, AoE and ATA headers.
 pub(crate) const HEADERS: usize = 36;
 
@@ -29,6 +29,22 @@ impl Station {
     /// Takes queue 0 of a fresh interface.
     pub(crate) fn open(name: &str, choice: LinkChoice, region: &Arc<Region>, core: u16) -> (Interface, Self) {
         let mut interface = Interface::open(name, choice, region).expect("the interface opens");
+        let station = Self::take(&mut interface, 0, region, core);
+        (interface, station)
+    }
+
+    /// Takes queue 0 of a fresh interface with logical interfaces; each is (ordinal, VLAN or 0).
+    pub(crate) fn open_as(
+        name: &str,
+        choice: LinkChoice,
+        ports: &[(u8, u16)],
+        frames: Frames,
+        region: &Arc<Region>,
+        core: u16,
+    ) -> (Interface, Self) {
+        let ports = ports.iter().map(|&(ordinal, vlan)| Port { ordinal, vlan: VlanId::new(vlan) });
+        let options = LinkOptions { choice, ports: ports.collect(), frames };
+        let mut interface = Interface::open_as(name, &options, region).expect("the interface opens");
         let station = Self::take(&mut interface, 0, region, core);
         (interface, station)
     }
@@ -54,11 +70,17 @@ impl Station {
         TxFrame { header, header_len: u8::try_from(header_len).unwrap(), data }
     }
 
-    /// Sends bytes as one frame, waiting for room.
+    /// Sends bytes as one frame by the first logical interface, waiting for room.
     pub(crate) fn send(&mut self, bytes: &[u8]) {
+        let first = self.queue.ports()[0].ordinal;
+        self.send_by(first, bytes);
+    }
+
+    /// Sends bytes as one frame by a logical interface, waiting for room.
+    pub(crate) fn send_by(&mut self, ordinal: u8, bytes: &[u8]) {
         let mut frame = self.frame(bytes);
         let until = Instant::now() + PATIENCE;
-        while let Err(back) = self.queue.transmit(&mut self.pool, frame) {
+        while let Err(back) = self.queue.transmit_by(&mut self.pool, ordinal, frame) {
             assert!(Instant::now() < until, "the ring never has room");
             frame = back;
             self.flush();
@@ -89,6 +111,11 @@ impl Station {
 
     /// Up to `count` frames that arrive within a time.
     pub(crate) fn collect_within(&mut self, count: usize, time: Duration) -> Vec<Vec<u8>> {
+        self.collect_told(count, time).into_iter().map(|(_, bytes)| bytes).collect()
+    }
+
+    /// Up to `count` frames that arrive within a time, each with its logical interface.
+    pub(crate) fn collect_told(&mut self, count: usize, time: Duration) -> Vec<(u8, Vec<u8>)> {
         let until = Instant::now() + time;
         let mut frames = Vec::new();
         loop {
@@ -97,7 +124,7 @@ impl Station {
                 let head = frame.head(&self.region);
                 assert!(head.len() >= HEADERS || head.len() == frame.len(), "the head is in one piece");
                 let bytes = frame.segments().iter().flat_map(|segment| segment.bytes(&self.region).to_vec());
-                frames.push(bytes.collect());
+                frames.push((frame.interface(), bytes.collect()));
                 frame.release(&mut self.pool);
             }
             if frames.len() >= count || Instant::now() >= until {
