@@ -69,11 +69,17 @@ pub struct Ingress {
     /// Most sectors of one message on it. Two sectors' answer is longer than every other answer, so whatever is sent fits
     /// a frame of the interface.
     pub sectors_max: u8,
+    /// Most sectors that initiators were ever told here. What fitted then may be on its way still when the MTU shrinks:
+    /// writes of that length are executed, and reads whose answer does not fit any more get silence. An error would be
+    /// passed on to whoever waits for the data, and the MTU may grow again before the initiator gives up.
+    pub sectors_told: u8,
 }
 
 /// Why a frame gets no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Silence {
+    /// A read of a length that was advertised once and does not fit the interface's MTU now.
+    TooLongNow,
     /// Too short, or of another EtherType.
     NotAoe,
     /// A response, one of our own frames, or from a source that no station has.
@@ -379,7 +385,7 @@ mod testing {
     pub(super) const CLIENT: Mac = Mac([0x52, 0x54, 0, 0, 0, 9]);
     pub(super) const NIC: Mac = Mac([0x52, 0x54, 0, 0, 0, 1]);
     pub(super) const SIZE_SECTORS: u64 = 1000;
-    pub(super) const INGRESS: Ingress = Ingress { mac: NIC, ordinal: 1, sectors_max: 16 };
+    pub(super) const INGRESS: Ingress = Ingress { mac: NIC, ordinal: 1, sectors_max: 16, sectors_told: 16 };
     pub(super) const ADDRESS: Address = Address { shelf: 1, slot: 2 };
     pub(super) const TAG: u32 = 0xdead_beef;
 

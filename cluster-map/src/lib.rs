@@ -47,8 +47,8 @@ pub use layout::{Geometry, LEVEL};
 #[cfg(not(loom))]
 pub use map::{ControlMap, CoreClients, CoreStats, DataMap, MapReader};
 pub use observed::{
-    Durability, ExportState, LinkMode, MAX_NOTE_BYTES, Observed, ObservedExport, ObservedLink, ObservedStore,
-    ObservedVolume, StoreState, VolumeObserved,
+    Durability, ExportState, LinkLosses, LinkMode, MAX_NOTE_BYTES, Observed, ObservedExport, ObservedLink,
+    ObservedStore, ObservedVolume, StoreState, VolumeObserved,
 };
 pub use stats::{
     BUCKETS, CoreSnapshot, Counter, HistogramSnapshot, LONGEST_NS, Latency, bucket_bounds, bucket_of,

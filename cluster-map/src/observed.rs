@@ -58,6 +58,25 @@ pub struct ObservedLink {
     pub mac: [u8; 6],
     /// Why a better mode was not had; empty when the best one was.
     pub note: String,
+    /// What the queue lost, from its opening on. Logical interfaces on one queue show the same numbers.
+    pub losses: LinkLosses,
+}
+
+/// Frames that a queue lost, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkLosses {
+    /// Received frames that the kernel dropped, for any reason.
+    pub rx_dropped: u64,
+    /// Of these, the ones for which the receive ring was full: the core was too slow.
+    pub rx_ring_full: u64,
+    /// Times the kernel found no empty chunk to receive into: the core was too slow, or its memory was in use.
+    pub rx_fill_empty: u64,
+    /// Received frames that were dropped as malformed: truncated, in too many pieces, of another VLAN.
+    pub rx_invalid: u64,
+    /// Answers that had to wait because the transmit ring was full.
+    pub tx_ring_full: u64,
+    /// Answers that could not be sent: longer than the MTU, or refused by the kernel.
+    pub tx_dropped: u64,
 }
 
 /// How frames pass between NIC and memory.
@@ -218,6 +237,7 @@ struct LinkRecord {
     max_sectors: u8,
     up: u8,
     note: Text,
+    losses: [U64; LinkLosses::COUNT],
 }
 
 impl Record for LinkRecord {
@@ -284,6 +304,31 @@ fn cut(note: &str) -> &str {
     &note[..note.floor_char_boundary(MAX_NOTE_BYTES)]
 }
 
+impl LinkLosses {
+    /// How many counters there are.
+    pub const COUNT: usize = 6;
+
+    /// The counters, in the order of their declaration.
+    #[must_use]
+    pub fn words(self) -> [u64; Self::COUNT] {
+        [
+            self.rx_dropped,
+            self.rx_ring_full,
+            self.rx_fill_empty,
+            self.rx_invalid,
+            self.tx_ring_full,
+            self.tx_dropped,
+        ]
+    }
+
+    /// The reverse of [`LinkLosses::words`].
+    #[must_use]
+    pub fn of_words(words: [u64; Self::COUNT]) -> LinkLosses {
+        let [rx_dropped, rx_ring_full, rx_fill_empty, rx_invalid, tx_ring_full, tx_dropped] = words;
+        LinkLosses { rx_dropped, rx_ring_full, rx_fill_empty, rx_invalid, tx_ring_full, tx_dropped }
+    }
+}
+
 impl LinkRecord {
     fn encode(out: &mut Encoder<'_>, link: &ObservedLink) -> Result<Self, MapError> {
         Ok(Self {
@@ -297,6 +342,7 @@ impl LinkRecord {
             max_sectors: link.max_sectors,
             up: link.up.into(),
             note: out.text(cut(&link.note))?,
+            losses: link.losses.words().map(U64::new),
         })
     }
 
@@ -312,6 +358,7 @@ impl LinkRecord {
             up: flag(self.up, "up")?,
             mac: self.mac,
             note: from.text(self.note)?,
+            losses: LinkLosses::of_words(self.losses.map(U64::get)),
         })
     }
 }
@@ -448,18 +495,22 @@ pub(crate) mod tests {
         use LinkMode::{Packet, XdpGeneric, XdpNativeCopy, XdpZeroCopy};
         let mode = select(vec![XdpZeroCopy, XdpNativeCopy, XdpGeneric, Packet]);
         let numbers = (any::<u16>(), any::<u16>(), any::<u8>(), any::<u32>(), any::<u8>());
-        ("[a-z0-9]{0,15}", mode, numbers, any::<bool>(), any::<[u8; 6]>(), note()).prop_map(
-            |(interface, mode, (queue, core, segments, mtu, max_sectors), up, mac, note)| ObservedLink {
-                interface,
-                queue,
-                core,
-                mode,
-                segments,
-                mtu,
-                max_sectors,
-                up,
-                mac,
-                note,
+        let losses = any::<[u64; LinkLosses::COUNT]>().prop_map(LinkLosses::of_words);
+        ("[a-z0-9@]{0,20}", mode, numbers, any::<bool>(), any::<[u8; 6]>(), note(), losses).prop_map(
+            |(interface, mode, (queue, core, segments, mtu, max_sectors), up, mac, note, losses)| {
+                ObservedLink {
+                    interface,
+                    queue,
+                    core,
+                    mode,
+                    segments,
+                    mtu,
+                    max_sectors,
+                    up,
+                    mac,
+                    note,
+                    losses,
+                }
             },
         )
     }
@@ -552,7 +603,10 @@ pub(crate) mod tests {
     /// What is left of a state in the form of [`older`].
     pub(crate) fn without_newer_fields(mut observed: Observed) -> Observed {
         observed.changes.clear();
-        observed.links.iter_mut().for_each(|link| link.note.clear());
+        for link in &mut observed.links {
+            link.note.clear();
+            link.losses = LinkLosses::default();
+        }
         observed.stores.iter_mut().for_each(|store| store.error.clear());
         observed.exports.iter_mut().for_each(|export| export.error.clear());
         for volume in &mut observed.volumes {

@@ -322,7 +322,7 @@ mod tests {
     }
 
     fn ingress() -> Vec<Ingress> {
-        (0..2).map(|ordinal| Ingress { mac: NIC, ordinal, sectors_max: 16 }).collect()
+        (0..2).map(|ordinal| Ingress { mac: NIC, ordinal, sectors_max: 16, sectors_told: 16 }).collect()
     }
 
     fn query(client: u8, tag: u32, pattern: Address) -> Vec<u8> {

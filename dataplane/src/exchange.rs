@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use aoe_xdp::link::{Chunk, RxFrame, Segments};
 use aoe_xdp::target::{ChangeOutcome, ExportTable, Ingress, ReplyHead};
-use cluster_map::Durability;
+use cluster_map::{Durability, LinkLosses};
 use crossbeam::queue::ArrayQueue;
 use rustix::event::EventfdFlags;
 use torus_uring::WakeHandle;
@@ -83,6 +83,8 @@ pub struct CoreConfig {
     pub exports: ExportTable,
     /// By interface ordinal: what frames that come in there meet. It follows the live MTU.
     pub ingress: Vec<Ingress>,
+    /// By interface ordinal: the live MTU in bytes; nothing longer is sent.
+    pub mtus: Vec<u32>,
     /// By export key.
     pub served: Vec<Option<Served>>,
     /// Keys of the exports to advertise.
@@ -91,6 +93,25 @@ pub struct CoreConfig {
     pub stores: Vec<Option<StoreAccess>>,
     /// Take no more requests, finish, and end.
     pub drain: bool,
+}
+
+/// What one queue has lost so far, for everybody to read: written by the core that owns the queue.
+#[derive(Debug, Default)]
+pub struct Losses([AtomicU64; LinkLosses::COUNT]);
+
+impl Losses {
+    /// The owner tells the counters as they are now.
+    pub fn store(&self, now: LinkLosses) {
+        for (cell, word) in self.0.iter().zip(now.words()) {
+            cell.store(word, Ordering::Relaxed);
+        }
+    }
+
+    /// The counters; each is exact, together they need not be of one instant.
+    #[must_use]
+    pub fn load(&self) -> LinkLosses {
+        LinkLosses::of_words(self.0.each_ref().map(|cell| cell.load(Ordering::Relaxed)))
+    }
 }
 
 /// A core's letter box.

@@ -10,6 +10,7 @@
 //! * What is observed of an export or a volume is published after it has become true.
 
 mod changes;
+mod links;
 mod start;
 mod stores;
 
@@ -19,16 +20,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use aoe_xdp::link::{Interface, LinkInfo, LinkMode};
-use aoe_xdp::target::{Allow, AoePolicy, ChangeOutcome, Export, ExportTable, Ingress};
+use aoe_xdp::target::{Allow, AoePolicy, ChangeOutcome, Export, ExportTable};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
-    DataMap, Desired, DesiredExport, ExportState, MapError, MapReader, Observed, ObservedExport,
-    ObservedLink, VolumeId,
+    DataMap, Desired, DesiredExport, ExportState, MapError, MapReader, Observed, ObservedExport, VolumeId,
 };
 use rustix::time::{ClockId, clock_gettime};
 
 use changes::Changes;
+use links::{Links, NodeInterface};
 pub use start::{StartError, start};
 use stores::Stores;
 
@@ -45,21 +45,6 @@ const WATCH: Duration = Duration::from_secs(60);
 /// takes longer has its requests finished whenever it does; nothing is freed before.
 const SETTLE_WARNING: Duration = Duration::from_secs(10);
 
-/// One opened interface and the cores that own its queues.
-pub(crate) struct OpenInterface {
-    interface: Interface,
-    /// (what it is, the CPU that owns it), by queue
-    queues: Vec<(LinkInfo, u16)>,
-    ordinal: u8,
-}
-
-impl OpenInterface {
-    fn ingress(&self) -> Ingress {
-        let info = self.interface.info();
-        Ingress { mac: Mac(info.mac), ordinal: self.ordinal, sectors_max: info.max_sectors }
-    }
-}
-
 /// What is known of an export that cores serve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct KeyedExport {
@@ -68,10 +53,21 @@ struct KeyedExport {
     size_sectors: u64,
 }
 
+/// Why cores get a configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// To serve what it has; what is new is advertised.
+    Serve,
+    /// To advertise everything, because an interface has changed.
+    Reannounce,
+    /// To finish and end.
+    Drain,
+}
+
 /// The manager of one process.
 pub struct Manager {
     map: DataMap,
-    interfaces: Vec<OpenInterface>,
+    links: Links,
     stores: Stores,
     mailboxes: Arc<[Mailbox]>,
     threads: Vec<JoinHandle<std::io::Result<()>>>,
@@ -89,7 +85,7 @@ pub struct Manager {
 impl Manager {
     fn new(
         map: DataMap,
-        interfaces: Vec<OpenInterface>,
+        interfaces: Vec<NodeInterface>,
         stores: Stores,
         mailboxes: Arc<[Mailbox]>,
         threads: Vec<JoinHandle<std::io::Result<()>>>,
@@ -97,7 +93,7 @@ impl Manager {
     ) -> Manager {
         Manager {
             map,
-            interfaces,
+            links: Links::new(interfaces),
             stores,
             mailboxes,
             threads,
@@ -125,13 +121,21 @@ impl Manager {
                 return self.drain(&desired);
             }
             // A node at rest looks at its interfaces and at nothing else, however many volumes it has.
+            match self.links.look() {
+                Ok(true) if self.version > 0 => self.configure(self.exports.clone(), Purpose::Reannounce)?,
+                Ok(_) => {}
+                Err(returned) => {
+                    self.end_cores()?;
+                    return Err(returned.into());
+                }
+            }
             let is_new = self.published.as_ref().is_none_or(|published| published.applied != desired.version);
             if is_new || self.stores.have_work() {
                 self.converge(&desired)?;
             }
             self.take_changes(&desired);
             if self.published.as_ref().is_some_and(|published| {
-                published.links != self.observe_links() || published.changes != self.changes.observe()
+                published.links != self.links.observe() || published.changes != self.changes.observe()
             }) {
                 self.publish(&desired)?;
             }
@@ -157,13 +161,13 @@ impl Manager {
         self.stores.allocate(desired);
         let wanted = self.wanted_exports(desired);
         if wanted != self.exports || self.stores.access_changed() {
-            self.configure(wanted, false)?;
+            self.configure(wanted, Purpose::Serve)?;
         }
         // From here on no core has a request on what is not served.
         let served: BTreeSet<VolumeId> = self.exports.keys().copied().collect();
         self.stores.release(desired, &served);
         if self.stores.close_removed() {
-            self.configure(self.exports.clone(), false)?;
+            self.configure(self.exports.clone(), Purpose::Serve)?;
             self.stores.drop_closed();
         }
         self.publish(desired)
@@ -216,7 +220,11 @@ impl Manager {
     }
 
     /// Puts a set of exports in force on all cores, and waits until no request of the former set is left.
-    fn configure(&mut self, exports: BTreeMap<VolumeId, KeyedExport>, drain: bool) -> anyhow::Result<()> {
+    fn configure(
+        &mut self,
+        exports: BTreeMap<VolumeId, KeyedExport>,
+        purpose: Purpose,
+    ) -> anyhow::Result<()> {
         self.version += 1;
         let cores = u32::try_from(self.mailboxes.len()).expect("a core's index has 16 bits");
         let mut served: Vec<Option<Served>> = vec![None; self.keys_next as usize];
@@ -228,24 +236,26 @@ impl Manager {
             let owner = u16::try_from(export.key % cores).expect("below the number of cores");
             served[export.key as usize] = Some(Served { store, placement, owner });
             table.push(wire_export(export));
-            if self.exports.get(volume) != Some(export) {
+            if purpose == Purpose::Reannounce || self.exports.get(volume) != Some(export) {
                 announce.push(export.key);
             }
         }
         self.accept_macs(&exports)?;
+        let (ingress, mtus) = self.links.ingress();
         let config = Arc::new(CoreConfig {
             version: self.version,
             exports: ExportTable::new(table)?,
-            ingress: self.interfaces.iter().map(OpenInterface::ingress).collect(),
+            ingress,
+            mtus,
             served,
             announce,
             stores: self.stores.access(),
-            drain,
+            drain: purpose == Purpose::Drain,
         });
         for mailbox in &*self.mailboxes {
             mailbox.configure(Arc::clone(&config));
         }
-        if !drain {
+        if purpose != Purpose::Drain {
             self.await_settled()?;
         }
         for (volume, export) in &self.exports {
@@ -276,18 +286,12 @@ impl Manager {
 
     /// Lets the interfaces take frames for the exports' MACs, and no longer for those that are gone.
     fn accept_macs(&mut self, exports: &BTreeMap<VolumeId, KeyedExport>) -> anyhow::Result<()> {
-        for open in &mut self.interfaces {
-            let mac_of = |export: &KeyedExport| wire_export(export).mac_on(open.ordinal).0;
-            let wanted: BTreeSet<[u8; 6]> = exports.values().map(mac_of).collect();
-            let present: BTreeSet<[u8; 6]> = self.exports.values().map(mac_of).collect();
-            for mac in wanted.difference(&present) {
-                open.interface.add_mac(*mac)?;
-            }
-            for mac in present.difference(&wanted) {
-                open.interface.remove_mac(*mac)?;
-            }
-        }
-        Ok(())
+        let macs = |exports: &BTreeMap<VolumeId, KeyedExport>, ordinal: u8| {
+            let here = exports.values().map(wire_export).filter(|export| export.is_on(ordinal));
+            here.map(|export| export.mac_on(ordinal).0).collect()
+        };
+        let present = &self.exports;
+        self.links.accept_macs(|ordinal| macs(exports, ordinal), |ordinal| macs(present, ordinal))
     }
 
     /// A core that has ended without being told to is a crash.
@@ -301,12 +305,18 @@ impl Manager {
     }
 
     fn drain(mut self, desired: &Desired) -> anyhow::Result<()> {
-        self.configure(self.exports.clone(), true)?;
+        self.end_cores()?;
+        self.exports.clear();
+        self.publish(desired)
+    }
+
+    /// Lets the cores finish what they have taken, and end.
+    fn end_cores(&mut self) -> anyhow::Result<()> {
+        self.configure(self.exports.clone(), Purpose::Drain)?;
         for thread in self.threads.drain(..) {
             thread.join().map_err(|_| anyhow::anyhow!("a core panicked while draining"))??;
         }
-        self.exports.clear();
-        self.publish(desired)
+        Ok(())
     }
 
     /// Writes down what is true now, if it has changed.
@@ -315,7 +325,7 @@ impl Manager {
             version: 0,
             applied: desired.version,
             pid: std::process::id(),
-            links: self.observe_links(),
+            links: self.links.observe(),
             stores: self.stores.observe(desired),
             volumes: self.stores.observe_volumes(desired),
             exports: self.observe_exports(desired),
@@ -327,38 +337,6 @@ impl Manager {
         self.published = Some(observed.clone());
         self.map.publish_observed(&mut observed)?;
         Ok(())
-    }
-
-    fn observe_links(&self) -> Vec<ObservedLink> {
-        let mut links = Vec::new();
-        for open in &self.interfaces {
-            let state = open.interface.state();
-            for (info, cpu) in &open.queues {
-                let up = state.as_ref().is_ok_and(|state| state.up && state.running);
-                let mtu = state.as_ref().map_or(info.mtu, |state| state.mtu_bytes);
-                let note = if mtu == info.mtu {
-                    info.note.clone()
-                } else {
-                    format!(
-                        "the MTU was {} when the link was opened: restart the node to use {mtu}",
-                        info.mtu
-                    )
-                };
-                links.push(ObservedLink {
-                    interface: info.interface.clone(),
-                    queue: info.queue,
-                    core: *cpu,
-                    mode: observed_mode(info.mode),
-                    segments: info.segments,
-                    mtu,
-                    max_sectors: info.max_sectors,
-                    up,
-                    mac: info.mac,
-                    note,
-                });
-            }
-        }
-        links
     }
 
     fn observe_exports(&self, desired: &Desired) -> Vec<ObservedExport> {
@@ -435,15 +413,6 @@ fn watch_desired(map: MapReader, manager: &Arc<ChangeQueue>) {
     let named = std::thread::Builder::new().name("map-watch".to_owned());
     // Without it changes take a second longer: the manager looks for itself.
     let _started = named.spawn(watch);
-}
-
-fn observed_mode(mode: LinkMode) -> cluster_map::LinkMode {
-    match mode {
-        LinkMode::XdpZeroCopy => cluster_map::LinkMode::XdpZeroCopy,
-        LinkMode::XdpNativeCopy => cluster_map::LinkMode::XdpNativeCopy,
-        LinkMode::XdpGeneric => cluster_map::LinkMode::XdpGeneric,
-        LinkMode::Packet => cluster_map::LinkMode::Packet,
-    }
 }
 
 /// Nanoseconds of the clock that goes on during suspend, by which grants and signs of life are counted.

@@ -31,7 +31,7 @@ use self::devices::{InlineEnd, OwnDevice};
 use crate::changes::ChangeQueue;
 use crate::clients::Clients;
 use crate::discovery::Discovery;
-use crate::exchange::{CoreConfig, Mailbox, Served};
+use crate::exchange::{CoreConfig, Losses, Mailbox, Served};
 use crate::fairness::DEVICES_MAX;
 use crate::serving::Serving;
 
@@ -45,8 +45,8 @@ const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
 /// Frames taken from one queue in one go: large enough to spread the cost of a system call, small enough that a batch's
 /// first answer leaves soon.
 const RX_BATCH: usize = 64;
-/// Answers that wait for room in a transmit ring.
-const BACKLOG_MAX: usize = 2 * REQUESTS_MAX as usize;
+/// Answers that wait for room in one transmit ring.
+const BACKLOG_MAX: usize = REQUESTS_MAX as usize;
 /// Shortest spin: a look at every source of work.
 const SPIN_NS_MIN: u64 = 2_000;
 /// How often the kernel's counters are read.
@@ -62,6 +62,8 @@ pub enum Egress {
     Own(usize),
     /// By the queue of another core.
     Other(u16),
+    /// Not at all: the interface is not there.
+    Nowhere,
 }
 
 /// What a reactor is made of.
@@ -70,8 +72,8 @@ pub struct Parts {
     pub core: u16,
     /// Its part of the frame memory.
     pub pool: Pool,
-    /// Its queues, each with the ordinal of its interface.
-    pub queues: Vec<(u8, Queue)>,
+    /// Its queues.
+    pub queues: Vec<OwnedQueue>,
     /// By interface ordinal.
     pub egress: Vec<Egress>,
     /// The letter boxes of all cores, its own among them.
@@ -84,11 +86,33 @@ pub struct Parts {
     pub changes: Arc<ChangeQueue>,
 }
 
+/// A queue for a core to own.
+pub struct OwnedQueue {
+    queue: Queue,
+    losses: Arc<Losses>,
+}
+
+impl OwnedQueue {
+    /// For that queue.
+    #[must_use]
+    pub fn new(queue: Queue) -> OwnedQueue {
+        OwnedQueue { queue, losses: Arc::default() }
+    }
+
+    /// What the queue has lost, kept up to date by its owner.
+    #[must_use]
+    pub fn losses(&self) -> Arc<Losses> {
+        Arc::clone(&self.losses)
+    }
+}
+
 struct OwnQueue {
-    interface: u8,
     queue: Queue,
     armed: bool,
     seen: LinkStats,
+    losses: Arc<Losses>,
+    /// Answers that wait for room, each with its interface. A link that is stuck delays no other.
+    backlog: VecDeque<(u8, TxFrame)>,
 }
 
 /// A core at work.
@@ -109,7 +133,6 @@ pub struct Reactor {
     devices: Vec<Option<OwnDevice>>,
     inline_ends: VecDeque<InlineEnd>,
     received: Vec<RxFrame>,
-    backlog: VecDeque<(usize, TxFrame)>,
     /// Always there, but while it is at work.
     discovery: Option<Discovery>,
     /// Ordinals of the interfaces that this core advertises on: those whose first queue it owns.
@@ -136,13 +159,14 @@ impl Reactor {
         let ring = Ring::new(RingConfig { requests_max: DISK_REQUESTS_MAX }, &region, like)?;
         let own = &parts.mailboxes[usize::from(parts.core)];
         own.set_wake_handle(ring.wake_handle().map_err(RingError::Setup)?);
-        let firsts = parts.queues.iter().filter(|(_, queue)| queue.info().queue == 0);
-        let advertise_on = firsts.map(|(interface, _)| *interface).collect();
-        let queues = parts.queues.into_iter().map(|(interface, queue)| OwnQueue {
-            interface,
-            queue,
+        let firsts = parts.queues.iter().map(|owned| &owned.queue).filter(|queue| queue.info().queue == 0);
+        let advertise_on = firsts.flat_map(Queue::ports).map(|port| port.ordinal).collect();
+        let queues = parts.queues.into_iter().map(|owned| OwnQueue {
+            queue: owned.queue,
             armed: false,
             seen: LinkStats::default(),
+            losses: owned.losses,
+            backlog: VecDeque::with_capacity(BACKLOG_MAX),
         });
         Ok(Reactor {
             core: parts.core,
@@ -159,7 +183,6 @@ impl Reactor {
             devices: Vec::with_capacity(DEVICES_MAX),
             inline_ends: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
             received: Vec::with_capacity(RX_BATCH),
-            backlog: VecDeque::with_capacity(BACKLOG_MAX),
             discovery: Some(Discovery::default()),
             advertise_on,
             changes: WaitingChanges::new(),

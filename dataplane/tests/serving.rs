@@ -17,7 +17,7 @@ use cluster_map::{ClusterId, ControlMap, Counter, DataMap, Geometry, NodeId, Sto
 use torus_dataplane::changes::ChangeQueue;
 use torus_dataplane::device::Device;
 use torus_dataplane::exchange::{CoreConfig, Mailbox, Served, StoreAccess};
-use torus_dataplane::reactor::{Egress, Parts, Reactor};
+use torus_dataplane::reactor::{Egress, OwnedQueue, Parts, Reactor};
 use torus_dataplane::store::linear::Placement;
 use torus_dataplane::store::linear::catalog::Catalog;
 use torus_dataplane::store::linear::format::DATA_OFFSET_BYTES;
@@ -99,7 +99,13 @@ impl Node {
         let config = CoreConfig {
             version: 1,
             exports: ExportTable::new((0..EXPORTS).map(export).collect()).unwrap(),
-            ingress: vec![Ingress { mac: Mac(info.mac), ordinal: 0, sectors_max: info.max_sectors }],
+            ingress: vec![Ingress {
+                mac: Mac(info.mac),
+                ordinal: 0,
+                sectors_max: info.max_sectors,
+                sectors_told: 0,
+            }],
+            mtus: vec![info.mtu],
             served: served.collect(),
             announce: Vec::new(),
             stores: vec![Some(access)],
@@ -119,7 +125,7 @@ impl Node {
             let parts = Parts {
                 core,
                 pool,
-                queues: queue.take().map(|queue| (0, queue)).into_iter().collect(),
+                queues: queue.take().map(OwnedQueue::new).into_iter().collect(),
                 egress: vec![if core == 0 { Egress::Own(0) } else { Egress::Other(0) }],
                 mailboxes: Arc::clone(&node.mailboxes),
                 stats: map.core_stats(core).unwrap(),

@@ -140,8 +140,11 @@ fn respond_transfer(
     }
     let data_len = usize::from(io.sectors) * SECTOR_LEN;
     let short = is_write && request.frame_len < ATA_DATA_OFFSET + data_len;
-    if io.sectors > ingress.sectors_max || short || (is_write && export.read_only) {
+    if io.sectors > ingress.sectors_told.max(ingress.sectors_max) || short || (is_write && export.read_only) {
         return aborted(io.response);
+    }
+    if io.sectors > ingress.sectors_max && !is_write {
+        return Action::Silent(Silence::TooLongNow);
     }
     // `lba` is below 2^48 and the count below 2^8: no overflow.
     if io.lba + u64::from(io.sectors) > export.size_sectors {

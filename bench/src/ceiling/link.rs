@@ -96,8 +96,12 @@ pub(crate) fn serve(
     if let Some(core) = core {
         pin(core)?;
     }
-    let ingress =
-        Ingress { mac: Mac(station.info().mac), ordinal: 0, sectors_max: station.info().max_sectors };
+    let ingress = Ingress {
+        mac: Mac(station.info().mac),
+        ordinal: 0,
+        sectors_max: station.info().max_sectors,
+        sectors_told: 0,
+    };
     let region = Arc::clone(&station.region);
     let mut served = Served::default();
     let mut from: Option<(u64, CoreTicks)> = None;

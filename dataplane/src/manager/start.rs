@@ -10,16 +10,18 @@ use std::time::Duration;
 
 use af_xdp::nic::Nic;
 use aoe_xdp::link::{
-    Interface, LinkChoice, LinkError, LinkInfo, Pool, Queue, Region, RegionConfig, RegionError,
+    Frames, Interface, InterfaceName, LinkChoice, LinkError, LinkOptions, Pool, Port, Region, RegionConfig,
+    RegionError,
 };
 use cluster_map::{DataMap, Desired, MapError};
 use rustix::fs::FlockOperation;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::{Manager, OpenInterface, ProcessLock, Stores};
+use super::links::{NodeInterface, OpenQueue};
+use super::{Manager, ProcessLock, Stores};
 use crate::changes::ChangeQueue;
 use crate::exchange::Mailbox;
-use crate::reactor::{Egress, Parts, Reactor};
+use crate::reactor::{Egress, OwnedQueue, Parts, Reactor};
 use crate::store::linear::catalog::CatalogError;
 
 /// Interfaces of a node: their ordinals are four bits of an export's MAC.
@@ -156,13 +158,26 @@ fn link_choice(choice: cluster_map::LinkChoice) -> LinkChoice {
     }
 }
 
+/// The network interfaces to open, each with the logical interfaces on it, whose ordinals are their places in the list.
+fn netdevs(names: &[String]) -> Result<Vec<(String, Vec<Port>)>, StartError> {
+    let mut netdevs: Vec<(String, Vec<Port>)> = Vec::new();
+    for (ordinal, name) in (0u8..).zip(names) {
+        let InterfaceName { netdev, vlan } = name.parse()?;
+        let port = Port { ordinal, vlan };
+        match netdevs.iter_mut().find(|(known, _)| *known == netdev) {
+            Some((_, ports)) => ports.push(port),
+            None => netdevs.push((netdev, vec![port])),
+        }
+    }
+    Ok(netdevs)
+}
+
 /// Queues that each core will own at most; the interfaces themselves are opened later, with the memory sized by this.
-fn queues_per_core(desired: &Desired) -> Result<u32, StartError> {
-    // An interface that cannot be asked is refused with its reason when it is opened.
+fn queues_per_core(netdevs: &[(String, Vec<Port>)], cores: u16) -> Result<u32, StartError> {
+    // An interface that cannot be asked is waited for, or refused with its reason when it is opened.
     let queues = |name: &String| Nic::open(name).map_or(1, |nic| u32::from(nic.queues().receive));
-    let total: u32 = desired.interfaces.iter().map(queues).sum();
-    let cores = u32::try_from(desired.cores.len()).expect("each core number has 16 bits and is named once");
-    let per_core = total.div_ceil(cores);
+    let total: u32 = netdevs.iter().map(|(name, _)| queues(name)).sum();
+    let per_core = total.div_ceil(u32::from(cores));
     if per_core > QUEUES_PER_CORE_MAX {
         return Err(StartError::Configuration(format!(
             "{total} receive queues are too many for {cores} cores: give them {QUEUES_PER_CORE_MAX} each at most \
@@ -174,62 +189,80 @@ fn queues_per_core(desired: &Desired) -> Result<u32, StartError> {
 
 /// Interfaces, pools and the queues of each core.
 struct Paths {
-    interfaces: Vec<OpenInterface>,
+    interfaces: Vec<NodeInterface>,
     pools: Vec<Pool>,
-    queues: Vec<Vec<(u8, Queue)>>,
+    queues: Vec<Vec<OwnedQueue>>,
     egress: Vec<Vec<Egress>>,
 }
 
 fn open_paths(desired: &Desired) -> Result<Paths, StartError> {
     let cores = u16::try_from(desired.cores.len()).expect("each core number has 16 bits and is named once");
-    let queues_per_core = queues_per_core(desired)?;
+    let netdevs = netdevs(&desired.interfaces)?;
+    let queues_per_core = queues_per_core(&netdevs, cores)?;
     let region = Region::new(RegionConfig {
         cores,
         chunks_per_core: CHUNKS_PER_CORE + queues_per_core * CHUNKS_PER_QUEUE,
         headers_per_core: HEADERS_PER_CORE,
     })?;
-    let mut pools = (0..cores).map(|core| region.pool(core)).collect::<Result<Vec<_>, _>>()?;
     let mut paths = Paths {
         interfaces: Vec::new(),
-        pools: Vec::new(),
+        pools: (0..cores).map(|core| region.pool(core)).collect::<Result<Vec<_>, _>>()?,
         queues: (0..cores).map(|_| Vec::new()).collect(),
-        egress: vec![Vec::new(); usize::from(cores)],
+        egress: vec![vec![Egress::Nowhere; desired.interfaces.len()]; usize::from(cores)],
     };
-    for (ordinal, name) in (0u8..).zip(&desired.interfaces) {
-        open_path(&mut paths, &mut pools, ordinal, name, desired, &region)?;
+    for (netdev, ports) in netdevs {
+        open_path(&mut paths, netdev, ports, desired, &region)?;
     }
-    paths.pools = pools;
     Ok(paths)
 }
 
-/// Opens one interface; its queues go round the cores, starting where the interface before ended.
+/// Opens one interface; its queues go round the cores, starting where the interface before ended. One that is missing,
+/// down or of too small an MTU is waited for.
 fn open_path(
     paths: &mut Paths,
-    pools: &mut [Pool],
-    ordinal: u8,
-    name: &str,
+    netdev: String,
+    ports: Vec<Port>,
     desired: &Desired,
     region: &Arc<Region>,
 ) -> Result<(), StartError> {
-    let mut interface = Interface::open(name, link_choice(desired.link), region)?;
+    let options =
+        LinkOptions { choice: link_choice(desired.link), ports: ports.clone(), frames: Frames::Requests };
+    let mut interface = match Interface::open_as(&netdev, &options, region) {
+        Ok(interface) => interface,
+        Err(
+            error @ (LinkError::UnknownInterface { .. }
+            | LinkError::Down { .. }
+            | LinkError::MtuTooSmall { .. }),
+        ) => {
+            eprintln!("torus-dataplane: {error}; it is served on once it is there");
+            paths.interfaces.push(NodeInterface::waiting(netdev, ports, error.to_string()));
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
     let taken: usize = paths.queues.iter().map(Vec::len).sum();
-    let mut queues: Vec<(LinkInfo, u16)> = Vec::new();
+    let mut queues = Vec::new();
     let mut owners = Vec::new();
     for queue in 0..interface.queues() {
-        let core = (taken + usize::from(queue)) % pools.len();
-        let opened = interface.take_queue(queue, &mut pools[core])?;
-        queues.push((opened.info().clone(), desired.cores[core]));
+        let core = (taken + usize::from(queue)) % paths.pools.len();
+        let opened = interface.take_queue(queue, &mut paths.pools[core])?;
+        let info = opened.info().clone();
+        let owned = OwnedQueue::new(opened);
+        queues.push(OpenQueue { info, cpu: desired.cores[core], losses: owned.losses() });
         owners.push((core, paths.queues[core].len()));
-        paths.queues[core].push((ordinal, opened));
+        paths.queues[core].push(owned);
     }
     let Some(&(first_core, _)) = owners.first() else {
-        return Err(StartError::Configuration(format!("interface {name} has no queue")));
+        return Err(StartError::Configuration(format!("interface {netdev} has no queue")));
     };
     for (core, egress) in paths.egress.iter_mut().enumerate() {
         let own = owners.iter().find(|(owner, _)| *owner == core).map(|(_, at)| Egress::Own(*at));
-        egress.push(own.unwrap_or(Egress::Other(u16::try_from(first_core).expect("a core's index"))));
+        let way = own.unwrap_or(Egress::Other(u16::try_from(first_core).expect("a core's index")));
+        for port in &ports {
+            egress[usize::from(port.ordinal)] = way;
+        }
     }
-    paths.interfaces.push(OpenInterface { interface, queues, ordinal });
+    paths.interfaces.push(NodeInterface::open(netdev, ports, interface, queues));
     Ok(())
 }
 

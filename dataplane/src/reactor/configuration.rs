@@ -37,6 +37,12 @@ impl Reactor {
         let exports = &config.exports;
         let kept = |key, address| exports.find(address).is_some_and(|export| export.key == key);
         self.serving.clients_mut().keep_only(kept);
+        for own in &mut self.queues {
+            let port = own.queue.ports().first().map_or(0, |port| usize::from(port.ordinal));
+            if let Some(mtu_bytes) = config.mtus.get(port) {
+                own.queue.set_mtu(*mtu_bytes);
+            }
+        }
         let old = std::mem::replace(&mut self.config, config);
         self.mailboxes[usize::from(self.core)].retire(old);
         self.serving.begin_configuration();

@@ -17,7 +17,13 @@ impl Reactor {
             &config.exports,
             &config.ingress,
             &advertise_on,
-            |interface, export, answer, request| self.answer(interface, export, answer, request),
+            |interface, export, answer, request| {
+                // Where the MTU is too small for any answer, nothing is served.
+                let ingress = config.ingress.get(usize::from(interface));
+                if ingress.is_some_and(|ingress| ingress.sectors_max > 0) {
+                    self.answer(interface, export, answer, request);
+                }
+            },
         );
         self.discovery = Some(discovery);
         worked

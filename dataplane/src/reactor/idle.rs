@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cluster_map::Counter;
+use cluster_map::{Counter, LinkLosses};
 
 use super::{DOORBELL, Reactor, SPIN_NS_MIN, now_ns};
 
@@ -66,6 +66,14 @@ impl Reactor {
             let seen = std::mem::replace(&mut own.seen, now);
             self.stats.add(Counter::RxDropped, now.rx_dropped.saturating_sub(seen.rx_dropped));
             self.stats.add(Counter::RxInvalid, now.rx_invalid.saturating_sub(seen.rx_invalid));
+            own.losses.store(LinkLosses {
+                rx_dropped: now.rx_dropped,
+                rx_ring_full: now.rx_ring_full,
+                rx_fill_empty: now.rx_fill_empty,
+                rx_invalid: now.rx_invalid,
+                tx_ring_full: now.tx_ring_full,
+                tx_dropped: now.tx_dropped,
+            });
         }
         let copied = self.pool.bytes_copied();
         self.stats.add(Counter::BytesCopied, copied - std::mem::replace(&mut self.bytes_copied_seen, copied));

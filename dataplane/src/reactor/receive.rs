@@ -16,14 +16,12 @@ impl Reactor {
         let mut frames = std::mem::take(&mut self.received);
         let mut worked = false;
         for at in 0..self.queues.len() {
-            let own = &mut self.queues[at];
-            let interface = own.interface;
-            own.queue.receive(&mut self.pool, &mut frames);
+            self.queues[at].queue.receive(&mut self.pool, &mut frames);
             worked |= !frames.is_empty();
             for frame in frames.drain(..) {
                 self.stats.add(Counter::RxFrames, 1);
                 self.stats.add(Counter::RxBytes, frame.len() as u64);
-                self.dispatch(&config, &region, interface, frame);
+                self.dispatch(&config, &region, frame.interface(), frame);
             }
         }
         self.received = frames;
@@ -32,8 +30,9 @@ impl Reactor {
 
     /// Finds out whose a frame is.
     pub(super) fn dispatch(&mut self, config: &CoreConfig, region: &Region, interface: u8, frame: RxFrame) {
-        // Before the first configuration nothing is served.
-        let Some(ingress) = config.ingress.get(usize::from(interface)) else {
+        // Before the first configuration nothing is served, nor where the MTU is too small for any answer.
+        let ingress = config.ingress.get(usize::from(interface)).filter(|ingress| ingress.sectors_max > 0);
+        let Some(ingress) = ingress else {
             self.give_back(frame.into_segments());
             return;
         };

@@ -26,12 +26,13 @@ impl Reactor {
     /// Queues an answer on the way out of its interface.
     pub(super) fn send(&mut self, interface: u8, head: &ReplyHead, data: Segments) {
         match self.egress[usize::from(interface)] {
-            Egress::Own(at) => self.transmit(at, head, data),
+            Egress::Own(at) => self.transmit(at, interface, head, data),
             Egress::Other(core) => self.hand_over(core, Message::Send { interface, head: *head, data }),
+            Egress::Nowhere => self.give_back(data),
         }
     }
 
-    pub(super) fn transmit(&mut self, at: usize, head: &ReplyHead, data: Segments) {
+    pub(super) fn transmit(&mut self, at: usize, interface: u8, head: &ReplyHead, data: Segments) {
         let Some(mut header) = self.pool.take_header() else {
             self.stats.add(Counter::MemoryExhausted, 1);
             self.give_back(data);
@@ -42,15 +43,16 @@ impl Reactor {
         self.stats.add(Counter::TxFrames, 1);
         self.stats.add(Counter::TxBytes, frame.len() as u64);
         // Answers keep their order: behind one that waits, all wait.
-        let waiting = if self.backlog.is_empty() {
-            self.queues[at].queue.transmit(&mut self.pool, frame).err()
+        let own = &mut self.queues[at];
+        let waiting = if own.backlog.is_empty() {
+            own.queue.transmit_by(&mut self.pool, interface, frame).err()
         } else {
             Some(frame)
         };
         let Some(frame) = waiting else { return };
         self.stats.add(Counter::TxRingFull, 1);
-        if self.backlog.len() < BACKLOG_MAX {
-            self.backlog.push_back((at, frame));
+        if own.backlog.len() < BACKLOG_MAX {
+            own.backlog.push_back((interface, frame));
         } else {
             self.pool.release_header(frame.header);
             self.give_back(frame.data);
@@ -67,13 +69,13 @@ impl Reactor {
             self.unsent |= !own.queue.flush();
             worked |= pending && !own.queue.tx_pending();
             own.queue.reap(pool, &mut |chunk| send_home(mailboxes, region, ring, chunk));
-        }
-        while let Some((at, frame)) = self.backlog.pop_front() {
-            match self.queues[at].queue.transmit(&mut self.pool, frame) {
-                Ok(()) => worked = true,
-                Err(frame) => {
-                    self.backlog.push_front((at, frame));
-                    break;
+            while let Some((interface, frame)) = own.backlog.pop_front() {
+                match own.queue.transmit_by(pool, interface, frame) {
+                    Ok(()) => worked = true,
+                    Err(frame) => {
+                        own.backlog.push_front((interface, frame));
+                        break;
+                    }
                 }
             }
         }

@@ -243,7 +243,12 @@ impl Node {
         }
         let frame = RxFrame::new(segments);
         let region = Arc::clone(self.senders.region());
-        let ingress = Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: asked.interface, sectors_max: 16 };
+        let ingress = Ingress {
+            mac: Mac([2, 0, 0, 0, 0, 9]),
+            ordinal: asked.interface,
+            sectors_max: 16,
+            sectors_told: 16,
+        };
         let Route::One(_) = route(&self.exports, &ingress, frame.head(&region)) else {
             panic!("{asked:?} is for nobody")
         };
