@@ -199,7 +199,7 @@ impl Node {
             devices: TestDevices {
                 pool: region.pool(0).unwrap(),
                 image: vec![0; usize::try_from(image_bytes).unwrap()],
-                pending: Vec::new(),
+                pending: Vec::with_capacity(2 * requests_max as usize),
                 reads: 0,
                 writes: 0,
             },
@@ -222,7 +222,10 @@ impl Node {
             stats: &self.stats,
             now_ns: self.now_ns,
         };
-        step(&mut self.serving, &mut around)
+        let mut result = None;
+        let measured = allocation_counter::measure(|| result = Some(step(&mut self.serving, &mut around)));
+        assert_eq!(measured.count_total, 0, "a step allocates");
+        result.unwrap()
     }
 
     /// A frame arrives.
@@ -262,7 +265,8 @@ impl Node {
             stats: &self.stats,
             now_ns: self.now_ns,
         };
-        self.serving.admit(arrival, &mut around);
+        let measured = allocation_counter::measure(|| self.serving.admit(arrival, &mut around));
+        assert_eq!(measured.count_total, 0, "a step allocates");
         for segment in frame.into_segments() {
             self.senders.release(segment.chunk);
         }
