@@ -2,7 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod changes;
+mod links;
 mod many_exports;
 #[path = "../../../aoe-xdp/tests/link/netns.rs"]
 mod netns;
 mod node;
+#[path = "../../../aoe-xdp/tests/link/station.rs"]
+#[allow(dead_code, reason = "a part is used here")]
+mod station;

@@ -1,4 +1,4 @@
-//! One `torus-dataplane` process on interface `a0`, with the test as its control process, and a station on `b0`.
+//! One `torus-dataplane` process on interface `a0` or others, with the test as its control process, and a station on `b0`.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,7 +10,7 @@ use af_xdp::raw::RawSocket;
 use aoe_xdp::wire::{ETHERTYPE, FRAME_LEN_MIN};
 use cluster_map::{
     ChangeAnswer, ClusterId, ControlMap, Desired, DesiredExport, DesiredStore, DesiredVolume, ExportState,
-    Geometry, NodeId, Observed, VolumeId, VolumeIntent,
+    Geometry, LinkChoice, NodeId, Observed, VolumeId, VolumeIntent,
 };
 
 /// Only a process that hangs takes longer.
@@ -22,33 +22,43 @@ pub(crate) struct Node {
     pub(crate) control: ControlMap,
     pub(crate) desired: Desired,
     child: Child,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
+}
+
+fn spawn(folder: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_torus-dataplane"))
+        .args(["run", "--map", &text(&folder.join("map")), "--lock", &text(&folder.join("lock"))])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 impl Node {
     /// Starts the process on a sparse store in memory with room for `volumes` of [`VOLUME_SECTORS`], and makes them.
     pub(crate) fn start(volumes: u16) -> Node {
+        Node::start_on(&["a0"], LinkChoice::Auto, 1, volumes)
+    }
+
+    /// The same on other interfaces, and on that many cores.
+    pub(crate) fn start_on(interfaces: &[&str], link: LinkChoice, cores: u16, volumes: u16) -> Node {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = |name: &str| folder.path().join(name);
         let store_path = path("store");
         File::create(&store_path).unwrap().set_len((u64::from(volumes) * 4 + 64) << 20).unwrap();
         let (cluster, node) = (ClusterId([1; 16]), NodeId([2; 16]));
-        let mut control = ControlMap::create(path("map"), &Geometry::new(1, cluster, node)).unwrap();
+        let mut control = ControlMap::create(path("map"), &Geometry::new(cores, cluster, node)).unwrap();
         let mut desired = Desired {
             cluster,
             node,
-            cores: vec![0],
-            interfaces: vec!["a0".into()],
+            cores: (0..cores).collect(),
+            link,
+            interfaces: interfaces.iter().map(ToString::to_string).collect(),
             stores: vec![DesiredStore { path: text(&store_path), size_bytes: 0, id: None }],
             ..Desired::default()
         };
         control.publish(&mut desired).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_torus-dataplane"))
-            .args(["run", "--map", &text(&path("map")), "--lock", &text(&path("lock"))])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut node = Node { control, desired, child, _folder: folder };
+        let child = spawn(folder.path());
+        let mut node = Node { control, desired, child, folder };
         let observed =
             node.wait("the store opens", |seen| seen.stores.first().is_some_and(|s| s.id.is_some()));
         let store = observed.stores[0].id.unwrap();
@@ -100,6 +110,24 @@ impl Node {
             let version = seen.version;
             self.control.reader().wait_observed(version, Duration::from_millis(100)).unwrap();
         }
+    }
+
+    /// Waits until the process ends by itself, and starts another one.
+    pub(crate) fn restart(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        assert_eq!(status.code(), Some(1), "not refused, not drained: to be started again");
+        self.child = spawn(self.folder.path());
+        let old = self.control.reader().observed().unwrap().pid;
+        self.wait("the new process serves", |seen| {
+            seen.pid != old && seen.exports.iter().all(|e| e.state == ExportState::Serving)
+        });
     }
 
     /// Asks the process to end, and waits for it.
