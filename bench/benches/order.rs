@@ -142,7 +142,7 @@ impl Core {
             segments.push(Segment { chunk, offset: 0, len: u16::try_from(part.len()).unwrap() }).unwrap();
         }
         let frame = RxFrame::new(segments);
-        let ingress = Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: 0, sectors_max: 16 };
+        let ingress = Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: 0, sectors_max: 16, sectors_told: 16 };
         match respond(&self.export, &ingress, frame.head(self.senders.region()), frame.len()) {
             Action::Io(io) => (io, frame),
             other => panic!("{other:?}"),
