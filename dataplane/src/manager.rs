@@ -226,14 +226,14 @@ impl Manager {
         purpose: Purpose,
     ) -> anyhow::Result<()> {
         self.version += 1;
-        let cores = u32::try_from(self.mailboxes.len()).expect("a core's index has 16 bits");
+        let cores = self.mailboxes.len();
         let mut served: Vec<Option<Served>> = vec![None; self.keys_next as usize];
         let mut table = Vec::new();
         let mut announce = Vec::new();
         let mut placements = self.stores.placements();
         for (volume, export) in &exports {
             let Some((store, placement)) = placements.remove(volume) else { continue };
-            let owner = u16::try_from(export.key % cores).expect("below the number of cores");
+            let owner = owner_of(export, cores);
             served[export.key as usize] = Some(Served { store, placement, owner });
             table.push(wire_export(export));
             if purpose == Purpose::Reannounce || self.exports.get(volume) != Some(export) {
@@ -291,7 +291,14 @@ impl Manager {
             here.map(|export| export.mac_on(ordinal).0).collect()
         };
         let present = &self.exports;
-        self.links.accept_macs(|ordinal| macs(exports, ordinal), |ordinal| macs(present, ordinal))
+        self.links.accept_macs(|ordinal| macs(exports, ordinal), |ordinal| macs(present, ordinal))?;
+        let cores = self.mailboxes.len();
+        self.links.steer(|ordinal| {
+            let owned = exports.values().map(|export| (wire_export(export), owner_of(export, cores)));
+            let here = owned.filter(|(export, _)| export.is_on(ordinal));
+            here.map(|(export, owner)| (export.mac_on(ordinal).0, owner)).collect()
+        });
+        Ok(())
     }
 
     /// A core that has ended without being told to is a crash.
@@ -360,6 +367,11 @@ impl Manager {
             error,
         }
     }
+}
+
+/// The core that serves an export, by whatever interface and queue its frames come in.
+fn owner_of(export: &KeyedExport, cores: usize) -> u16 {
+    u16::try_from(export.key as usize % cores).expect("a core's index has 16 bits")
 }
 
 fn wire_export(export: &KeyedExport) -> Export {

@@ -42,6 +42,8 @@ pub mod region;
 #[cfg(not(loom))]
 pub mod socket;
 #[cfg(not(loom))]
+pub mod steering;
+#[cfg(not(loom))]
 mod sys;
 
 #[cfg(not(loom))]

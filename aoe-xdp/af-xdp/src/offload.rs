@@ -1,4 +1,4 @@
-//! What a NIC does to frames on its own, by the kernel's names (`ethtool -k` shows others for some): read and switched off.
+//! What a NIC does to frames on its own, by the kernel's names (`ethtool -k` shows others for some): read and switched.
 //!
 //! Replies are parsed totally: a short or odd one is an absence, never a panic.
 
@@ -10,6 +10,8 @@ use crate::nic::{Nic, word_at};
 pub const TAKES_TAGS_OUT: &str = "rx-vlan-hw-parse";
 /// The NIC drops frames of VLANs that no interface of the host is on (`ethtool -K … rx-vlan-filter`).
 pub const DROPS_OTHER_VLANS: &str = "rx-vlan-filter";
+/// The NIC takes receive rules (`ethtool -K … ntuple`).
+pub const TAKES_RULES: &str = "rx-ntuple-filter";
 
 // Commands and sets of include/uapi/linux/ethtool.h.
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
@@ -38,11 +40,14 @@ impl Nic {
         self.try_offload(name).map_or(Offload::Off, |(_, _, state)| state)
     }
 
-    /// Switches the offload of that name off; says how it stands then. It stays so when this process ends.
-    pub fn switch_off(&self, name: &str) -> Offload {
-        if let Some((number, offloads, Offload::On)) = self.try_offload(name) {
-            let mut request = switch_off_request(number, offloads);
-            // What the driver kept on is read back below.
+    /// Switches the offload of that name on or off; says how it stands then. It stays so when this process ends.
+    pub fn switch(&self, name: &str, on: bool) -> Offload {
+        let unwanted = if on { Offload::Off } else { Offload::On };
+        if let Some((number, offloads, state)) = self.try_offload(name)
+            && state == unwanted
+        {
+            let mut request = switch_request(number, offloads, on);
+            // What the driver made of it is read back below.
             let _refused = self.ethtool(ETHTOOL_SFEATURES, &mut request);
         }
         self.offload(name)
@@ -106,14 +111,18 @@ fn parse_state(reply: &[u8], number: usize) -> Option<Offload> {
     })
 }
 
-/// `struct ethtool_sfeatures` that switches one of that many offloads off: command, count, then blocks of valid,
+/// `struct ethtool_sfeatures` that switches one of that many offloads: command, count, then blocks of valid,
 /// requested. The kernel takes it with all blocks only.
-fn switch_off_request(number: usize, offloads: usize) -> Vec<u8> {
+fn switch_request(number: usize, offloads: usize, on: bool) -> Vec<u8> {
     let blocks = offloads.div_ceil(32);
     let mut request = vec![0; 8 + blocks * 8];
     request[4..8].copy_from_slice(&u32::try_from(blocks).expect("a few offloads").to_ne_bytes());
     let valid = 8 + number / 32 * 8;
-    request[valid..valid + 4].copy_from_slice(&(1u32 << (number % 32)).to_ne_bytes());
+    let bit = (1u32 << (number % 32)).to_ne_bytes();
+    request[valid..valid + 4].copy_from_slice(&bit);
+    if on {
+        request[valid + 4..valid + 8].copy_from_slice(&bit);
+    }
     request
 }
 
@@ -152,24 +161,27 @@ mod tests {
     }
 
     #[test]
-    fn one_offload_is_asked_to_be_off() {
+    fn one_offload_is_asked_for() {
         let mut expected = vec![0; 24];
         expected[4..8].copy_from_slice(&2u32.to_ne_bytes());
         expected[16..20].copy_from_slice(&(1u32 << 3).to_ne_bytes());
-        assert_eq!(switch_off_request(35, 64), expected);
+        assert_eq!(switch_request(35, 64, false), expected);
+        expected[20..24].copy_from_slice(&(1u32 << 3).to_ne_bytes());
+        assert_eq!(switch_request(35, 64, true), expected);
     }
 
     #[test]
-    fn an_offload_of_a_virtual_interface_is_switched_off() {
-        let test = "offload::tests::an_offload_of_a_virtual_interface_is_switched_off";
+    fn an_offload_of_a_virtual_interface_is_switched() {
+        let test = "offload::tests::an_offload_of_a_virtual_interface_is_switched";
         crate::netns::isolated(test, || {
             crate::netns::veth_pair(1500, 1);
             let nic = Nic::open("a0").unwrap();
             assert_eq!(nic.offload(TAKES_TAGS_OUT), Offload::On);
-            assert_eq!(nic.switch_off(TAKES_TAGS_OUT), Offload::Off);
-            assert_eq!(nic.switch_off(TAKES_TAGS_OUT), Offload::Off);
+            assert_eq!(nic.switch(TAKES_TAGS_OUT, false), Offload::Off);
+            assert_eq!(nic.switch(TAKES_TAGS_OUT, false), Offload::Off);
             assert_eq!(Nic::open("b0").unwrap().offload(TAKES_TAGS_OUT), Offload::On);
-            assert_eq!(nic.switch_off("no-such-offload"), Offload::Off);
+            assert_eq!(nic.switch(TAKES_TAGS_OUT, true), Offload::On);
+            assert_eq!(nic.switch("no-such-offload", true), Offload::Off);
         });
     }
 

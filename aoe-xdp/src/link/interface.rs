@@ -1,5 +1,6 @@
 //! Opening an interface: checks, the choice of the link, the addresses it accepts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use af_xdp::nic::{Nic, NicState};
@@ -12,6 +13,7 @@ use super::geometry::{MTU_MIN_BYTES, TAG_BYTES, limit_in_words, max_sectors};
 use super::packet::PacketQueue;
 use super::ports::{Frames, Port, Ports};
 use super::queue::{Kind, Queue};
+use super::steered::Steered;
 use super::xdp::XdpInterface;
 use super::{LinkChoice, LinkInfo, LinkMode, MAX_SEGMENTS};
 
@@ -39,8 +41,10 @@ pub struct Interface {
     info: LinkInfo,
     /// The longest untagged frame that can be received.
     receive_bytes: usize,
-    /// The part of the note that does not follow the MTU.
+    /// The part of the note that follows neither the MTU nor the addresses.
     note: String,
+    /// The NIC's own choice of queues, where there are several and it was asked for.
+    steered: Option<Steered>,
 }
 
 #[derive(Debug)]
@@ -99,14 +103,15 @@ impl Interface {
             note: String::new(),
         };
         let (link, receive_bytes) = open_link(options, &ports, region, &nic, state, &mut info)?;
-        if ports.has_vlans() && nic.switch_off(DROPS_OTHER_VLANS) != Offload::Off {
+        if ports.has_vlans() && nic.switch(DROPS_OTHER_VLANS, false) != Offload::Off {
             let advice =
                 "the NIC drops frames of VLANs that no interface of the host is on: ip link add link";
             add_note(&mut info.note, &format!("{advice} {name} name {name}.N type vlan id N"));
         }
         let receive_bytes = receive_bytes - if ports.has_vlans() { TAG_BYTES } else { 0 };
         let note = info.note.clone();
-        let mut opened = Self { nic, link, ports, filter, macs: Vec::new(), info, receive_bytes, note };
+        let mut opened =
+            Self { nic, link, ports, filter, macs: Vec::new(), info, receive_bytes, note, steered: None };
         opened.follow(state);
         if opened.info.max_sectors == 0 {
             return Err(LinkError::MtuTooSmall { interface: name.to_owned(), mtu_bytes: state.mtu_bytes });
@@ -116,13 +121,21 @@ impl Interface {
 
     /// Works out what follows from the interface's MTU and address.
     fn follow(&mut self, state: NicState) {
+        self.info.mac = state.mac;
+        self.info.mtu = state.mtu_bytes;
+        self.work_out();
+    }
+
+    /// Works out what is advertised and what there is to say.
+    fn work_out(&mut self) {
         let info = &mut self.info;
-        info.mac = state.mac;
-        info.mtu = state.mtu_bytes;
         info.max_sectors = max_sectors(info.mtu, info.segments, self.receive_bytes).unwrap_or(0);
         info.note.clone_from(&self.note);
         if let Some(limit) = limit_in_words(info.mtu, info.segments, self.receive_bytes) {
             add_note(&mut info.note, &limit);
+        }
+        if let Some(steered) = &self.steered {
+            add_note(&mut info.note, &steered.in_words());
         }
         if info.max_sectors == 0 {
             let error = LinkError::MtuTooSmall { interface: info.interface.clone(), mtu_bytes: info.mtu };
@@ -207,9 +220,29 @@ impl Interface {
         Ok(())
     }
 
+    /// Makes the NIC bring frames to these addresses in by these queues, where it can and where there are several queues;
+    /// the note says how far it does. Rules of addresses that are left out go. Rules that a process before this one left
+    /// behind go the first time.
+    pub fn steer(&mut self, queue_of: &BTreeMap<[u8; 6], u16>) {
+        if self.queues() < 2 {
+            return;
+        }
+        let nic = &self.nic;
+        self.steered.get_or_insert_with(|| Steered::open(nic)).set(nic, queue_of);
+        self.work_out();
+    }
+
     /// What the link is; `queue` is 0.
     pub fn info(&self) -> &LinkInfo {
         &self.info
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        if let Some(steered) = &mut self.steered {
+            steered.clear(&self.nic);
+        }
     }
 }
 
@@ -225,7 +258,7 @@ fn open_link(
     let name = info.interface.clone();
     let filter = ports.filter(options.frames);
     if options.choice != LinkChoice::AfPacket {
-        let tags = nic.switch_off(TAKES_TAGS_OUT);
+        let tags = nic.switch(TAKES_TAGS_OUT, false);
         match XdpInterface::open(nic, state, region, &filter, tags, info) {
             Ok((xdp, receive_bytes)) => return Ok((Link::Xdp(Box::new(xdp)), receive_bytes)),
             Err(error) if options.choice == LinkChoice::AfXdp => return Err(error.into_link_error(&name)),

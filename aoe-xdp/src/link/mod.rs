@@ -18,6 +18,7 @@ mod interface;
 mod packet;
 mod ports;
 mod queue;
+mod steered;
 mod xdp;
 
 use std::fmt;

@@ -4,7 +4,7 @@
 //! * An interface that is not there, or down at the start, or gone, is waited for while the others serve on. Once it is
 //!   there (again) the process has to be started anew to open it: [`Links::look`] says so.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use af_xdp::nic::Nic;
@@ -39,7 +39,9 @@ enum State {
 pub(super) struct OpenQueue {
     /// What it is.
     pub(super) info: LinkInfo,
-    /// The CPU that owns it.
+    /// The core that owns it.
+    pub(super) core: u16,
+    /// The CPU of that core.
     pub(super) cpu: u16,
     /// What it has lost.
     pub(super) losses: Arc<Losses>,
@@ -204,6 +206,23 @@ impl Links {
             }
         }
         Ok(())
+    }
+
+    /// Lets NICs bring frames to the addresses that `owners_on` gives for an ordinal in by a queue of the core that owns the
+    /// export.
+    pub(super) fn steer(&mut self, owners_on: impl Fn(u8) -> Vec<([u8; 6], u16)>) {
+        for node in &mut self.interfaces {
+            let State::Open { interface, queues, gone: None, .. } = &mut node.state else { continue };
+            if queues.len() < 2 {
+                continue;
+            }
+            let queue_of_core = |core| queues.iter().find(|queue| queue.core == core);
+            let mut queue_of = BTreeMap::new();
+            for (mac, owner) in node.ports.iter().flat_map(|port| owners_on(port.ordinal)) {
+                queue_of.extend(queue_of_core(owner).map(|queue| (mac, queue.info.queue)));
+            }
+            interface.steer(&queue_of);
+        }
     }
 
     pub(super) fn observe(&self) -> Vec<ObservedLink> {

@@ -248,7 +248,12 @@ fn open_path(
         let opened = interface.take_queue(queue, &mut paths.pools[core])?;
         let info = opened.info().clone();
         let owned = OwnedQueue::new(opened);
-        queues.push(OpenQueue { info, cpu: desired.cores[core], losses: owned.losses() });
+        queues.push(OpenQueue {
+            info,
+            core: u16::try_from(core).expect("a core's index"),
+            cpu: desired.cores[core],
+            losses: owned.losses(),
+        });
         owners.push((core, paths.queues[core].len()));
         paths.queues[core].push(owned);
     }

@@ -287,3 +287,48 @@ fn case_60_copies_by_a_second_interface_are_in_the_same_order() {
         node.stop();
     });
 }
+
+/// Two queues on two cores: every export answers what comes in by either queue, from its own core's queue.
+#[test]
+fn every_export_is_served_by_every_queue() {
+    isolated("links::every_export_is_served_by_every_queue", || {
+        veth_pair(1500, 2);
+        let mut node = Node::start_on(&["a0"], LinkChoice::AfXdp, 2, 2);
+        node.export(vec![export(0), export(1)]);
+        let seen = node.wait("the link is up", |seen| seen.links.iter().all(|link| link.up));
+        let queues: Vec<_> = seen.links.iter().map(|link| (link.queue, link.core)).collect();
+        assert_eq!(queues, [(0, 0), (1, 1)]);
+        let note = &seen.links[0].note;
+        assert!(
+            note.contains("the NIC steers 0 of 2 addresses") && note.contains("hand over the rest"),
+            "{note}"
+        );
+
+        let region = region(2);
+        let mut interface = Interface::open("b0", Choice::AfXdp, &region).unwrap();
+        let mut client: Vec<_> = (0..2).map(|q| Station::take(&mut interface, q, &region, q)).collect();
+        for (number, exported) in [export(0), export(1)].iter().enumerate() {
+            for queue in 0..2 {
+                let at = aoe_xdp::wire::Address { shelf: exported.shelf, slot: exported.slot };
+                let from = Mac([0x02, 0, 0, 0, 0xc1, 9]);
+                let header = Header::request(mac_on(exported, 0), from, at, command::ATA, 7);
+                let head = AtaHead { header, arg: AtaArg::read_write_ext(0, 2, false) };
+                let mut frame = head.as_bytes().to_vec();
+                frame.resize(60, 0);
+                client[queue].collect_within(1000, Duration::from_millis(20));
+                client[queue].send(&frame);
+                let until = std::time::Instant::now() + SOON;
+                let answer = loop {
+                    let got = client[number].collect_within(1, Duration::from_millis(20));
+                    let mut got = got.into_iter().filter(|frame| frame[20..24] == [0, 0, 0, 7]);
+                    if let Some(answer) = got.next() {
+                        break answer;
+                    }
+                    assert!(std::time::Instant::now() < until, "export {number} by queue {queue}");
+                };
+                assert_eq!(answer.len(), ATA_DATA_OFFSET + 1024);
+            }
+        }
+        node.stop();
+    });
+}
