@@ -10,6 +10,8 @@
 //! | [`link`] | how frames get in and out: AF_XDP, or AF_PACKET where that cannot be had |
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod identify;
 pub mod link;
 pub mod order;

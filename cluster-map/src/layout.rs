@@ -273,7 +273,7 @@ fn small(number: usize) -> U32 {
 }
 
 /// Puts the checksum into a header page.
-fn seal(page: &mut [u8; PAGE]) {
+pub(crate) fn seal(page: &mut [u8; PAGE]) {
     let field = std::mem::offset_of!(Header, crc);
     let crc = header_crc(page);
     page[field..field + 4].copy_from_slice(&crc.to_le_bytes());

@@ -20,6 +20,8 @@ mod change;
 mod clients;
 mod desired;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod ids;
 mod layout;
 #[cfg(not(loom))]

@@ -1,0 +1,85 @@
+//! What fuzzing gives to whatever reads the map. Built for the targets in `fuzz/` only.
+//!
+//! The first byte says what the rest is: a header page, which gets a checksum that fits, a desired or an observed state.
+//! Whatever can be decoded must be the same when it is encoded and decoded again.
+
+use crate::desired::Desired;
+use crate::layout::{self, Geometry, Layout, PAGE};
+use crate::observed::Observed;
+use crate::{ClusterId, NodeId};
+
+const VERSION: u64 = 7;
+
+/// Reads bytes as the map's readers do.
+///
+/// # Panics
+/// If a state changes on its way through encoding.
+pub fn read(bytes: &[u8]) {
+    match bytes.split_first() {
+        Some((0, rest)) => {
+            let mut page = [0; PAGE];
+            let len = rest.len().min(PAGE);
+            page[..len].copy_from_slice(&rest[..len]);
+            layout::seal(&mut page);
+            let _ = Layout::parse(&page, layout::file_len(&page));
+        }
+        Some((1, rest)) => {
+            if let Ok(desired) = Desired::decode(rest, VERSION) {
+                let mut again = Vec::new();
+                if desired.encode(&mut again).is_ok() {
+                    assert!(Desired::decode(&again, VERSION).is_ok_and(|same| same == desired));
+                }
+            }
+        }
+        Some((_, rest)) => {
+            if let Ok(observed) = Observed::decode(rest, VERSION) {
+                let mut again = Vec::new();
+                if observed.encode(&mut again).is_ok() {
+                    assert!(Observed::decode(&again, VERSION).is_ok_and(|same| same == observed));
+                }
+            }
+        }
+        None => {}
+    }
+}
+
+/// A header and states as they are written, for [`read`] to begin with.
+///
+/// # Panics
+/// Never: all of them can be written.
+#[must_use]
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    use crate::{DesiredExport, DesiredStore, DesiredVolume, ObservedExport, ObservedStore, ObservedVolume};
+    let geometry = Geometry::new(2, ClusterId([7; 16]), NodeId([9; 16]));
+    let page = layout::plan(&geometry, [5; 16]).expect("a usual geometry");
+    let header = page.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    let mut desired = Vec::new();
+    let store = DesiredStore { path: "/dev/nvme0n1".into(), ..DesiredStore::default() };
+    let export =
+        DesiredExport { config_string: b"disk".to_vec(), masks: vec![[2; 6]], ..DesiredExport::default() };
+    Desired {
+        cores: vec![2, 3],
+        interfaces: vec!["eth0@100".into()],
+        stores: vec![store],
+        volumes: vec![DesiredVolume::default()],
+        exports: vec![export],
+        ..Desired::default()
+    }
+    .encode(&mut desired)
+    .expect("a usual state");
+    let mut observed = Vec::new();
+    Observed {
+        stores: vec![ObservedStore::default()],
+        volumes: vec![ObservedVolume::default()],
+        exports: vec![ObservedExport::default()],
+        ..Observed::default()
+    }
+    .encode(&mut observed)
+    .expect("a usual state");
+    let seed = |kind: u8, bytes: &[u8]| [&[kind], bytes].concat();
+    vec![
+        ("header", seed(0, &page[..header])),
+        ("desired", seed(1, &desired)),
+        ("observed", seed(2, &observed)),
+    ]
+}
