@@ -10,5 +10,6 @@
 pub mod cases;
 pub mod frames;
 pub mod model;
+pub mod node;
 
 pub mod world;

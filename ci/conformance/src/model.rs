@@ -13,7 +13,12 @@ use aoe_xdp::wire::{Address, Mac as WireMac};
 use crate::frames::Mac;
 use crate::world::{Carrier, EXPORTS, SECTORS_MAX, World};
 
-const INGRESS: Ingress = Ingress { mac: WireMac([2, 0, 0, 0, 0, 1]), ordinal: 0, sectors_max: SECTORS_MAX };
+const INGRESS: Ingress = Ingress {
+    mac: WireMac([2, 0, 0, 0, 0, 1]),
+    ordinal: 0,
+    sectors_max: SECTORS_MAX,
+    sectors_told: SECTORS_MAX,
+};
 
 /// A target without I/O.
 #[derive(Debug)]
