@@ -40,6 +40,12 @@ impl Port {
         Ok(Self { region, pool, queue, batch: Vec::with_capacity(BATCH), interface })
     }
 
+    /// The interface's MTU.
+    #[must_use]
+    pub fn mtu(&self) -> u32 {
+        self.interface.info().mtu
+    }
+
     /// The interface's address.
     #[must_use]
     pub fn mac(&self) -> [u8; 6] {
@@ -57,11 +63,21 @@ impl Port {
         }
     }
 
-    /// Sends a frame of at least 36 bytes; one that the interface has no room for is lost, as on a wire.
+    /// Sends a frame at once.
     ///
     /// # Errors
-    /// If the frame is longer than any link's.
+    /// As [`Port::queue`].
     pub fn send(&mut self, frame: &[u8]) -> Result<()> {
+        self.queue(frame)?;
+        self.flush();
+        Ok(())
+    }
+
+    /// Queues a frame, to be sent by [`Port::flush`]. What the kernel does not take then is lost, as on a wire.
+    ///
+    /// # Errors
+    /// If the frame is longer than any link's, or more were queued than there is memory for.
+    pub fn queue(&mut self, frame: &[u8]) -> Result<()> {
         let (head, rest) = frame.split_at(frame.len().min(HEAD_BYTES));
         let mut header = self.pool.take_header().context("out of header slots")?;
         self.pool.header_bytes_mut(&mut header)[..head.len()].copy_from_slice(head);
@@ -73,9 +89,12 @@ impl Port {
             data.push(segment).map_err(|_| anyhow!("a frame of {} bytes is too long", frame.len()))?;
         }
         let frame = TxFrame { header, header_len: u8::try_from(head.len())?, data };
-        self.queue.transmit(&mut self.pool, frame).map_err(|_| anyhow!("the transmit queue is full"))?;
+        self.queue.transmit(&mut self.pool, frame).map_err(|_| anyhow!("the transmit queue is full"))
+    }
+
+    /// Sends what is queued.
+    pub fn flush(&mut self) {
         while !self.queue.flush() {}
         self.queue.reap(&mut self.pool, &mut |_| unreachable!("a port sends chunks of its own only"));
-        Ok(())
     }
 }

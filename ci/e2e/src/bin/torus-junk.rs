@@ -8,32 +8,13 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use aoe_xdp::link::{Interface, LinkChoice, MAX_SEGMENTS, Region, RegionConfig, Segment, Segments, TxFrame};
+use torus_e2e::port::Port;
+use torus_e2e::random::Random;
 
 /// Longest frame: what an MTU of 9000 takes.
 const FRAME_MAX: usize = 9014;
 /// Frames between two pauses, so that the receiver's ring is not simply full all the time.
 const BURST: u64 = 32;
-
-/// SplitMix64: the same seed sends the same frames.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % u64::try_from(bound).expect("fits")).expect("below a usize")
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.next().to_le_bytes()[0]
-    }
-}
 
 struct Aim {
     destination: [u8; 6],
@@ -53,12 +34,12 @@ fn template(random: &mut Random, aim: &Aim) -> Vec<u8> {
     frame.push(aim.slot);
     let command = [0, 0, 0, 0, 1, 2, 3, 4][random.below(8)];
     frame.push(command);
-    frame.extend_from_slice(&random.next().to_le_bytes()[..4]);
+    frame.extend_from_slice(&random.next_u64().to_le_bytes()[..4]);
     if command == 0 {
         let ata = [0x20, 0x24, 0x30, 0x34, 0xec, 0xe7, 0xea, 0xe5][random.below(8)];
         let sectors = u8::try_from(random.below(18)).expect("small");
         let write = u8::from(ata == 0x30 || ata == 0x34);
-        let lba = (random.next() >> random.below(64)).to_le_bytes();
+        let lba = (random.next_u64() >> random.below(64)).to_le_bytes();
         frame.extend_from_slice(&[0x40 | write, random.byte() & 1, sectors, ata]);
         frame.extend_from_slice(&lba[..6]);
         frame.extend_from_slice(&[0, 0]);
@@ -119,55 +100,32 @@ fn main() -> Result<()> {
         destination.split(':').map(|part| u8::from_str_radix(part, 16)).collect::<Result<Vec<_>, _>>();
     let destination = bytes.context("the second argument is a MAC address")?.try_into();
     let (shelf, slot) = address.split_once('.').context("the third argument is SHELF.SLOT")?;
-    let (frames, mut random) = (frames.parse::<u64>()?, Random(seed.parse()?));
+    let (frames, mut random) = (frames.parse::<u64>()?, Random::new(seed.parse()?));
 
-    let region = Region::new(RegionConfig { cores: 1, chunks_per_core: 2048, headers_per_core: 512 })?;
-    let mut pool = region.pool(0)?;
-    let mut link = Interface::open(interface, LinkChoice::AfPacket, &region)?;
-    let mut queue = link.take_queue(0, &mut pool)?;
+    let mut port = Port::open(interface)?;
     let aim = Aim {
         destination: destination.ok().context("a MAC address has six bytes")?,
-        source: link.info().mac,
+        source: port.mac(),
         shelf: shelf.parse()?,
         slot: slot.parse()?,
     };
-    let longest = usize::try_from(link.info().mtu)? + 14;
+    let longest = usize::try_from(port.mtu())? + 14;
 
-    let (mut sent, mut received) = (0, Vec::with_capacity(256));
+    let mut sent = 0;
     while sent < frames {
         let mut frame = template(&mut random, &aim);
         spoil(&mut random, &mut frame);
         confine(&mut frame, &aim);
         frame.truncate(longest);
-        queue_frame(&frame, &mut pool, &mut queue)?;
+        port.queue(&frame)?;
         sent += 1;
         if sent % BURST == 0 || sent == frames {
-            while !queue.flush() {}
-            queue.reap(&mut pool, &mut |_| {});
+            port.flush();
             // The answers are of no interest, but they need not fill the socket.
-            queue.receive(&mut pool, &mut received);
-            for frame in received.drain(..) {
-                frame.release(&mut pool);
-            }
+            port.receive(|_| {});
             sleep(Duration::from_micros(500));
         }
     }
     println!("{sent} frames sent");
     Ok(())
-}
-
-/// Queues one frame: its first bytes in a header slot, the rest in chunks.
-fn queue_frame(frame: &[u8], pool: &mut aoe_xdp::link::Pool, queue: &mut aoe_xdp::link::Queue) -> Result<()> {
-    let mut header = pool.take_header().context("out of header slots")?;
-    let first = frame.len().min(36);
-    pool.header_bytes_mut(&mut header)[..first].copy_from_slice(&frame[..first]);
-    let mut data = Segments::new();
-    for part in frame[first..].chunks(4096).take(MAX_SEGMENTS - 1) {
-        let mut chunk = pool.take_chunk().context("out of chunks")?;
-        pool.bytes_mut(&mut chunk)[..part.len()].copy_from_slice(part);
-        let segment = Segment { chunk, offset: 0, len: u16::try_from(part.len())? };
-        data.push(segment).map_err(|_| anyhow::anyhow!("too many segments"))?;
-    }
-    let frame = TxFrame { header, header_len: u8::try_from(first)?, data };
-    queue.transmit(pool, frame).map_err(|_| anyhow::anyhow!("the transmit ring is full"))
 }
