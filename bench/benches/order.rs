@@ -21,6 +21,7 @@ use cluster_map::{ClusterId, ControlMap, CoreStats, DataMap, Geometry, NodeId};
 use rustix::time::{ClockId, clock_gettime};
 use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::Served;
+use torus_dataplane::fairness::Limits;
 use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
 use torus_dataplane::store::Disk;
 use torus_dataplane::store::linear::{Placement, Run};
@@ -28,6 +29,7 @@ use torus_uring::Blocks;
 use zerocopy::IntoBytes;
 
 const REQUESTS_MAX: u32 = 1024;
+const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: REQUESTS_MAX, device_depth: 128 };
 /// Requests of one batch: a window of a Linux initiator.
 const BATCH: usize = 32;
 const BATCHES: usize = 4_000;
@@ -97,7 +99,7 @@ impl Core {
         let region = Region::new(config).unwrap();
         let placement = Placement::new(&[Run { first_extent: 0, extents: 16 }], 0);
         let clients = Clients::new(REQUESTS_MAX, map.core_clients(0).unwrap());
-        let mut serving = Serving::new(REQUESTS_MAX, REQUESTS_MAX, clients);
+        let mut serving = Serving::new(LIMITS, clients);
         serving.open_store(0);
         Core {
             serving,

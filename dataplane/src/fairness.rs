@@ -2,8 +2,7 @@
 //!
 //! * **Memory.** A client may have as many requests in progress as there is room for others ([`may_take`]). So one client
 //!   alone gets half of the table, two busy ones a third each, and whatever they do, a newcomer finds a place.
-//! * **Turns.** A device gets at most [`DEVICE_DEPTH`] requests at a time from one core. As long as it has fewer, a request
-//!   that may start does; beyond it requests wait in one line for each client, and clients take turns, one request each.
+//! * **Turns.** A device gets a bounded number of requests at a time from one core. As long as it has fewer, a request that may start does; beyond it requests wait in one line for each client, and clients take turns, one request each.
 //!   So a client with few requests waits for the device and for one request of every other client, never for another's
 //!   whole line.
 //!
@@ -14,11 +13,19 @@ use aoe_xdp::order::RequestId;
 
 use crate::clients::ClientId;
 
-/// Requests that one core gives a device at a time: enough to keep an NVMe disk busy, few enough that a newcomer's first
-/// request is not far behind.
-pub const DEVICE_DEPTH: u32 = 128;
 /// Devices of one core: a bit each.
 pub const DEVICES_MAX: usize = 64;
+
+/// Sizes of one core's tables, and how much a device gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests in progress.
+    pub requests: u32,
+    /// Clients known, at least as many as can have a request in progress.
+    pub clients: u32,
+    /// Requests that a device is given at a time.
+    pub device_depth: u32,
+}
 
 const NONE: u32 = u32::MAX;
 
@@ -58,19 +65,25 @@ pub struct Turns {
     waited_for: u64,
     /// Devices, by bit, that take another request.
     open: u64,
+    device_depth: u32,
 }
 
 impl Turns {
-    /// No lines. Requests and clients have numbers below these.
+    /// No lines.
+    ///
+    /// # Panics
+    /// If devices may be given nothing.
     #[must_use]
-    pub fn new(requests_max: u32, clients_max: u32) -> Turns {
+    pub fn new(limits: Limits) -> Turns {
+        assert!(limits.device_depth > 0, "a device takes one request at least");
         let line = Line { head: NONE, tail: NONE, next_client: NONE };
         Turns {
-            lines: vec![line; clients_max as usize].into(),
-            behind: vec![NONE; requests_max as usize].into(),
+            lines: vec![line; limits.clients as usize].into(),
+            behind: vec![NONE; limits.requests as usize].into(),
             rounds: vec![Round { last: NONE, in_flight: 0 }; DEVICES_MAX].into(),
             waited_for: 0,
             open: u64::MAX,
+            device_depth: limits.device_depth,
         }
     }
 
@@ -123,7 +136,7 @@ impl Turns {
             round.last = client;
         }
         round.in_flight += 1;
-        if round.in_flight >= DEVICE_DEPTH {
+        if round.in_flight >= self.device_depth {
             self.open &= !(1 << device);
         }
         Some((device, RequestId(request)))
@@ -156,6 +169,8 @@ mod tests {
 
     const GREEDY: ClientId = ClientId(3);
     const MODEST: ClientId = ClientId(5);
+    const DEVICE_DEPTH: u32 = 128;
+    const LIMITS: Limits = Limits { requests: 1024, clients: 8, device_depth: DEVICE_DEPTH };
 
     fn drain(turns: &mut Turns) -> Vec<u32> {
         std::iter::from_fn(|| turns.take_next()).map(|(_, id)| id.0).collect()
@@ -163,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_device_with_room_takes_everything_in_order() {
-        let mut turns = Turns::new(512, 8);
+        let mut turns = Turns::new(LIMITS);
         (0..DEVICE_DEPTH).for_each(|id| turns.wait(0, GREEDY, RequestId(id)));
         assert_eq!(drain(&mut turns), (0..DEVICE_DEPTH).collect::<Vec<_>>());
         assert!(turns.is_busy(0) && !turns.is_busy(1));
@@ -178,7 +193,7 @@ mod tests {
     /// One client keeps 256 requests outstanding and another one 4. Counted in ends of requests, not in time.
     #[test]
     fn a_client_with_four_requests_gets_its_share_beside_one_with_256() {
-        let mut turns = Turns::new(512, 8);
+        let mut turns = Turns::new(LIMITS);
         let mut in_flight = VecDeque::new();
         // (client, admitted at which end, started at which end), by request.
         let mut admitted = vec![(GREEDY, 0usize); 260];
@@ -214,7 +229,7 @@ mod tests {
 
     #[test]
     fn equal_clients_share_equally() {
-        let mut turns = Turns::new(1024, 8);
+        let mut turns = Turns::new(LIMITS);
         (0..DEVICE_DEPTH).for_each(|id| turns.wait(0, ClientId(7), RequestId(id)));
         let _busy = drain(&mut turns);
         for id in 0..300 {
@@ -255,7 +270,7 @@ mod tests {
         fn turns_agree_with_the_model(
             steps in proptest::collection::vec((0u32..6, any::<bool>()), 1..600)
         ) {
-            let mut turns = Turns::new(1024, 8);
+            let mut turns = Turns::new(LIMITS);
             let mut waiting: Vec<VecDeque<u32>> = vec![VecDeque::new(); 6];
             let mut round: VecDeque<u32> = VecDeque::new();
             let mut in_flight = 0;

@@ -32,7 +32,7 @@ use crate::changes::ChangeQueue;
 use crate::clients::Clients;
 use crate::discovery::Discovery;
 use crate::exchange::{CoreConfig, Losses, Mailbox, Served};
-use crate::fairness::DEVICES_MAX;
+use crate::fairness::{DEVICES_MAX, Limits};
 use crate::serving::Serving;
 
 /// Requests in progress on one core. Linux keeps 64 in flight for each target MAC, so this serves 16 busy exports at their
@@ -40,6 +40,9 @@ use crate::serving::Serving;
 pub const REQUESTS_MAX: u32 = 1024;
 /// Clients that one core remembers: at least as many as can have a request in progress.
 const CLIENTS_MAX: u32 = REQUESTS_MAX;
+/// What one core takes on. A device gets enough to keep an NVMe disk busy, and little enough that a newcomer's first request
+/// is not far behind.
+const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: CLIENTS_MAX, device_depth: 128 };
 /// Disk requests in flight: a request has at most two at a time.
 const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
 /// Frames taken from one queue in one go: large enough to spread the cost of a system call, small enough that a batch's
@@ -179,7 +182,7 @@ impl Reactor {
             stats: parts.stats,
             config: Arc::new(CoreConfig::default()),
             settling: false,
-            serving: Serving::new(REQUESTS_MAX, CLIENTS_MAX, Clients::new(CLIENTS_MAX, parts.clients)),
+            serving: Serving::new(LIMITS, Clients::new(CLIENTS_MAX, parts.clients)),
             devices: Vec::with_capacity(DEVICES_MAX),
             inline_ends: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
             received: Vec::with_capacity(RX_BATCH),

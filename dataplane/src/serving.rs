@@ -32,7 +32,7 @@ use torus_uring::{BLOCKS_MAX, Blocks, IoError};
 
 use crate::clients::{ClientId, Clients, Dropped};
 use crate::exchange::Served;
-use crate::fairness::{DEVICES_MAX, Turns, may_take};
+use crate::fairness::{DEVICES_MAX, Limits, Turns, may_take};
 use crate::request::{
     RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload, share_blocks,
     take_blocks,
@@ -106,15 +106,16 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Serves at most `requests_max` requests of the clients in a table of `clients_max` places.
+    /// Nothing in progress, no store open. `clients` has as many places as the limits say.
     #[must_use]
-    pub fn new(requests_max: u32, clients_max: u32, clients: Clients) -> Serving {
+    pub fn new(limits: Limits, clients: Clients) -> Serving {
+        let requests_max = limits.requests;
         let riders_max = requests_max * RIDERS_PER_REQUEST;
         Serving {
             order: RangeOrder::new(requests_max),
             requests: Requests::new(requests_max, riders_max),
             clients,
-            turns: Turns::new(requests_max, clients_max),
+            turns: Turns::new(limits),
             stores: Vec::with_capacity(DEVICES_MAX),
             outcomes: Vec::with_capacity(requests_max as usize),
             answers: VecDeque::with_capacity(riders_max as usize),

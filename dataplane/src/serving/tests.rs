@@ -12,7 +12,6 @@ use cluster_map::{ClientCounter, ClusterId, ControlMap, DataMap, Geometry, NodeI
 use zerocopy::IntoBytes;
 
 use super::*;
-use crate::fairness::DEVICE_DEPTH;
 use crate::store::linear::{Placement, Run};
 use crate::store::{BLOCK_SECTORS, EXTENT_BYTES, EXTENT_SECTORS};
 
@@ -22,6 +21,7 @@ const ERROR: IoError = IoError::Errno(5);
 /// Requests are made around the border between two extents, so that some go to the device in two pieces.
 const BASE: u64 = EXTENT_SECTORS - 6 * BLOCK_SECTORS;
 const SECTOR: usize = 512;
+const DEVICE_DEPTH: u32 = 128;
 
 /// xorshift: the same numbers for the same seed, everywhere.
 struct Random(u64);
@@ -163,7 +163,11 @@ fn client(number: u8) -> Mac {
 }
 
 impl Node {
-    fn new(requests_max: u32, chunks: u32) -> Node {
+    fn new(requests: u32, chunks: u32) -> Node {
+        Node::with_limits(Limits { requests, clients: requests, device_depth: DEVICE_DEPTH }, chunks)
+    }
+
+    fn with_limits(limits: Limits, chunks: u32) -> Node {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = folder.path().join("map");
         let geometry = Geometry::new(1, ClusterId([1; 16]), NodeId([2; 16]));
@@ -190,8 +194,8 @@ impl Node {
             reserved_for: Vec::new(),
             allow: AoePolicy::default(),
         };
-        let clients = Clients::new(requests_max, map.core_clients(0).unwrap());
-        let mut serving = Serving::new(requests_max, requests_max, clients);
+        let clients = Clients::new(limits.clients, map.core_clients(0).unwrap());
+        let mut serving = Serving::new(limits, clients);
         serving.open_store(0);
         let image_bytes = DATA_OFFSET + u64::from(EXPORTS) * 2 * EXTENT_BYTES;
         Node {
@@ -199,7 +203,7 @@ impl Node {
             devices: TestDevices {
                 pool: region.pool(0).unwrap(),
                 image: vec![0; usize::try_from(image_bytes).unwrap()],
-                pending: Vec::with_capacity(2 * requests_max as usize),
+                pending: Vec::with_capacity(2 * limits.requests as usize),
                 reads: 0,
                 writes: 0,
             },
@@ -888,8 +892,8 @@ impl History {
 
 /// Runs `count` requests with this seed and holds what was answered against the arrival order. Gives the counts of
 /// duplicates and merges.
-fn against_the_arrival_order(seed: u64, count: usize, requests_max: u32, chunks: u32) -> (u64, u64) {
-    let mut node = Node::new(requests_max, chunks);
+fn against_the_arrival_order(seed: u64, count: usize, limits: Limits, chunks: u32) -> (u64, u64) {
+    let mut node = Node::with_limits(limits, chunks);
     let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut history = History { asked: Vec::new(), random, next_write: 0 };
     while history.asked.len() < count {
@@ -898,6 +902,9 @@ fn against_the_arrival_order(seed: u64, count: usize, requests_max: u32, chunks:
             node.receive(&asked);
         }
         node.work();
+        if node.serving.is_settled() && history.random.percent(5) {
+            node.serving.begin_configuration();
+        }
         for _ in 0..history.random.below(10).min(node.devices.pending.len()) {
             let pick = history.random.below(node.devices.pending.len().max(1));
             let end = match history.random.below(100) {
@@ -971,7 +978,10 @@ fn against_the_arrival_order(seed: u64, count: usize, requests_max: u32, chunks:
 fn case_58_a_hundred_thousand_overlapping_requests_agree_with_their_order_of_arrival() {
     let (mut duplicates, mut merged) = (0, 0);
     for seed in 1..=50 {
-        let (again, together) = against_the_arrival_order(seed, 2_000, 256, 1024);
+        // Every other device takes so little that requests wait for it, and are joined there.
+        let device_depth = if seed % 2 == 0 { 3 } else { DEVICE_DEPTH };
+        let limits = Limits { requests: 256, clients: 256, device_depth };
+        let (again, together) = against_the_arrival_order(seed, 2_000, limits, 1024);
         duplicates += again;
         merged += together;
     }
@@ -980,7 +990,8 @@ fn case_58_a_hundred_thousand_overlapping_requests_agree_with_their_order_of_arr
 
 #[test]
 fn with_little_room_and_memory_requests_are_dropped_but_the_rest_agrees_with_its_order() {
+    let limits = Limits { requests: 24, clients: 24, device_depth: 8 };
     for seed in 1..=20 {
-        against_the_arrival_order(1_000 + seed, 1_000, 24, 40);
+        against_the_arrival_order(1_000 + seed, 1_000, limits, 40);
     }
 }
