@@ -29,6 +29,9 @@ mod netns;
 #[allow(dead_code, reason = "a part is used here")]
 mod station;
 
+#[path = "serving/trouble.rs"]
+mod trouble;
+
 use station::Station;
 
 const MTU: u32 = 9000;
@@ -65,6 +68,13 @@ struct Totals {
     disk_writes: u64,
 }
 
+/// What a node is made of, where it matters.
+struct Setup {
+    cores: u16,
+    link: LinkChoice,
+    chunks_per_core: u32,
+}
+
 struct Node {
     mailboxes: Arc<[Mailbox]>,
     config: CoreConfig,
@@ -78,6 +88,11 @@ impl Node {
     /// Serves two volumes from a store in `folder` by interface `a0`, whose one queue belongs to core 0; export `n` belongs
     /// to core `n % cores`.
     fn start(folder: &Path, cores: u16) -> Node {
+        Node::start_as(folder, &Setup { cores, link: LinkChoice::AfXdp, chunks_per_core: 8192 })
+    }
+
+    fn start_as(folder: &Path, setup: &Setup) -> Node {
+        let Setup { cores, link, chunks_per_core } = *setup;
         let folder = tempfile::tempdir_in(folder).unwrap();
         let (access, placements) = make_store(&folder.path().join("store"));
         let map_folder = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -87,9 +102,8 @@ impl Node {
                 .unwrap();
         let map = DataMap::attach(&map_path).unwrap();
 
-        let region =
-            Region::new(RegionConfig { cores, chunks_per_core: 8192, headers_per_core: 4096 }).unwrap();
-        let mut interface = Interface::open("a0", LinkChoice::AfXdp, &region).unwrap();
+        let region = Region::new(RegionConfig { cores, chunks_per_core, headers_per_core: 4096 }).unwrap();
+        let mut interface = Interface::open("a0", link, &region).unwrap();
         let mut pools: Vec<_> = (0..cores).map(|core| region.pool(core).unwrap()).collect();
         let mut queue = Some(interface.take_queue(0, &mut pools[0]).unwrap());
         let info = queue.as_ref().unwrap().info().clone();
@@ -163,6 +177,11 @@ impl Node {
         }
     }
 
+    /// What all cores have counted.
+    fn count(&self, counter: Counter) -> u64 {
+        self.control.stats().iter().map(|core| core.get(counter)).sum()
+    }
+
     /// Drains and stops.
     fn stop(mut self) -> Totals {
         // Counters of the memory are written once a second, and while a core is awake.
@@ -170,7 +189,7 @@ impl Node {
         let version = self.config.version + 1;
         self.configure(CoreConfig { version, drain: true, stores: vec![None], ..CoreConfig::default() });
         let allocations = self.cores.drain(..).map(|core| core.join().unwrap()).sum();
-        let total = |counter| self.control.stats().iter().map(|core| core.get(counter)).sum();
+        let total = |counter| self.count(counter);
         Totals {
             allocations,
             bytes_copied: total(Counter::BytesCopied),
