@@ -16,9 +16,10 @@ use std::time::Duration;
 use cluster_map::{ChangeAnswer, ChangeOutcome, ChangeRequest, VolumeId};
 use tokio::task::{AbortHandle, JoinSet};
 
+use crate::known::Known;
 use crate::meta::{Compare, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{ExportRecord, Mac, ModelError, decode, encode, keys};
-use crate::node::{Known, Node};
+use crate::node::Node;
 use crate::settings::{ChangeId, ExportSettings};
 
 /// Most requests that are carried out at a time.

@@ -12,6 +12,7 @@ pub mod checks;
 pub mod cli;
 pub mod client;
 pub mod daemon;
+pub mod known;
 pub mod meta;
 pub mod model;
 pub mod node;

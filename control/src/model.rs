@@ -18,7 +18,7 @@
 //! | `macs/<mac>` | [`MacRecord`], makes export MACs unique |
 //! | `tombstones/<volume>` | [`TombstoneRecord`] |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fmt;
 use std::str::FromStr;
 
@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::meta::{KeyValue, Revision};
+use crate::meta::{Event, KeyValue, Revision};
 use crate::settings::ExportSettings;
 
 /// The format number that this version writes and the only one it reads.
@@ -118,6 +118,21 @@ mod text_option {
         D: Deserializer<'de>,
     {
         Option::<String>::deserialize(d)?.map(|text| text.parse().map_err(D::Error::custom)).transpose()
+    }
+}
+
+/// Serde adapter for sets of addresses.
+mod address_set {
+    use super::{Address, BTreeSet, Deserialize};
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(all: &BTreeSet<Address>, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(all.iter().map(ToString::to_string))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeSet<Address>, D::Error> {
+        let texts = Vec::<String>::deserialize(d)?;
+        texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
     }
 }
 
@@ -358,7 +373,8 @@ pub struct StatusRecord {
     /// Volumes in progress or in trouble, and orphans.
     pub volumes: Vec<VolumeStatus>,
     /// Addresses of the exports that are served.
-    pub serving: Vec<String>,
+    #[serde(with = "address_set")]
+    pub serving: BTreeSet<Address>,
     /// The other exports.
     pub exports: Vec<ExportStatus>,
 }
@@ -578,6 +594,17 @@ pub struct View {
     pub macs: BTreeMap<Mac, VolumeId>,
     /// Deleted volumes.
     pub tombstones: BTreeMap<VolumeId, TombstoneRecord>,
+    /// What the volumes of each store come to.
+    placed: BTreeMap<StoreId, Placed>,
+}
+
+/// What volumes come to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// How many.
+    pub volumes: u64,
+    /// Their bytes.
+    pub bytes: u64,
 }
 
 impl View {
@@ -593,29 +620,24 @@ impl View {
         Ok(view)
     }
 
-    /// Follows from `before` to `after`, reading only what has changed; `self` must be the view of `before`.
+    /// Follows one change.
     ///
     /// # Errors
-    /// As [`View::read`]; the view is then of neither.
-    pub fn advance(
-        &mut self,
-        before: &BTreeMap<String, KeyValue>,
-        after: &BTreeMap<String, KeyValue>,
-    ) -> Result<(), ModelError> {
-        for key in before.keys().filter(|key| !after.contains_key(*key)) {
-            self.remove(key)?;
+    /// The record, or the key, cannot be read; then there is no such record in the view.
+    pub fn follow(&mut self, event: &Event) -> Result<(), ModelError> {
+        // An informative record that cannot be read counts as absent, not as what it was.
+        self.remove(event.key())?;
+        match event {
+            Event::Put(kv) => self.add(kv),
+            Event::Delete { .. } => Ok(()),
         }
-        for (key, kv) in after {
-            if before.get(key).is_none_or(|old| old.mod_revision != kv.mod_revision) {
-                // An informative record that cannot be read counts as absent, not as what it was.
-                self.remove(key)?;
-                self.add(kv)?;
-            }
-        }
-        Ok(())
     }
 
-    fn add(&mut self, kv: &KeyValue) -> Result<(), ModelError> {
+    /// Reads one more entry.
+    ///
+    /// # Errors
+    /// As [`View::read`].
+    pub fn add(&mut self, kv: &KeyValue) -> Result<(), ModelError> {
         let key = kv.key.as_str();
         if key == keys::CLUSTER {
             self.cluster = Some(entry(kv)?);
@@ -639,7 +661,13 @@ impl View {
             }
             "stores" => drop(self.stores.insert(part(key, rest)?, entry(kv)?)),
             "names" => drop(self.names.insert(rest.to_owned(), entry(kv)?)),
-            "volumes" => drop(self.volumes.insert(part(key, rest)?, entry(kv)?)),
+            "volumes" => {
+                let volume = entry::<VolumeRecord>(kv)?;
+                let placed = self.placed.entry(volume.record.store).or_default();
+                placed.volumes += 1;
+                placed.bytes = placed.bytes.saturating_add(volume.record.size);
+                self.volumes.insert(part(key, rest)?, volume);
+            }
             "exports" => drop(self.exports.insert(part(key, rest)?, entry(kv)?)),
             "macs" => {
                 self.macs.insert(part(key, rest)?, entry::<MacRecord>(kv)?.record.volume);
@@ -666,7 +694,17 @@ impl View {
             "status" => drop(part(key, rest).map(|node| self.status.remove(&node))),
             "stores" => drop(self.stores.remove(&part(key, rest)?)),
             "names" => drop(self.names.remove(rest)),
-            "volumes" => drop(self.volumes.remove(&part(key, rest)?)),
+            "volumes" => {
+                if let Some(volume) = self.volumes.remove(&part(key, rest)?)
+                    && let btree_map::Entry::Occupied(mut placed) = self.placed.entry(volume.record.store)
+                {
+                    placed.get_mut().volumes -= 1;
+                    placed.get_mut().bytes = placed.get().bytes.saturating_sub(volume.record.size);
+                    if placed.get().volumes == 0 {
+                        placed.remove();
+                    }
+                }
+            }
             "exports" => drop(self.exports.remove(&part(key, rest)?)),
             "macs" => drop(self.macs.remove(&part(key, rest)?)),
             "tombstones" => drop(self.tombstones.remove(&part(key, rest)?)),
@@ -719,6 +757,12 @@ impl View {
         self.live.get(&volume.node)?;
         let reports = &self.status.get(&volume.node)?.volumes;
         reports.iter().find(|report| report.id == id && report.wanted == wanted)
+    }
+
+    /// What the volumes on a store come to.
+    #[must_use]
+    pub fn placed(&self, store: StoreId) -> Placed {
+        self.placed.get(&store).copied().unwrap_or_default()
     }
 
     /// What the node of a store last said about it.
@@ -870,7 +914,10 @@ mod tests {
             ),
             5 => (keys::store(store), encode(&StoreRecord { node, path: name, size: 1 })),
             6 => (keys::name(&n.to_string()), encode(&NameRecord { volume: VolumeId([change; 16]) })),
-            7 => (keys::volume(id), encode(&VolumeRecord { name, ..volume() })),
+            7 => {
+                let (size, store) = (u64::from(change), StoreId([change; 16]));
+                (keys::volume(id), encode(&VolumeRecord { name, size, store, ..volume() }))
+            }
             8 => (
                 keys::export(address),
                 encode(&ExportRecord {
@@ -895,20 +942,20 @@ mod tests {
         }
 
         #[test]
-        fn advancing_is_the_same_as_reading_anew(
+        fn following_is_the_same_as_reading_anew(
             steps in proptest::collection::vec((0u8..10, 0u8..3, 0u8..4), 1..40),
         ) {
             let (mut entries, mut view) = (BTreeMap::new(), View::default());
-            for (revision, (kind, n, change)) in (1..).zip(steps) {
-                let before = entries.clone();
+            for (revision, (kind, n, change)) in (1..).map(Revision).zip(steps) {
                 let (key, value) = sample(kind, n, change);
                 if change == 0 {
                     entries.remove(&key);
+                    view.follow(&Event::Delete { key, revision }).unwrap();
                 } else {
-                    let mod_revision = Revision(revision);
-                    entries.insert(key.clone(), KeyValue { key, value, mod_revision, lease: None });
+                    let kv = KeyValue { key: key.clone(), value, mod_revision: revision, lease: None };
+                    view.follow(&Event::Put(kv.clone())).unwrap();
+                    entries.insert(key, kv);
                 }
-                view.advance(&before, &entries).unwrap();
                 prop_assert_eq!(&view, &View::read(entries.values()).unwrap());
             }
         }

@@ -16,8 +16,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::aoe_changes::AoeChanges;
-use crate::meta::reflector::{self, Reflector};
-use crate::meta::{KeyValue, LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
+use crate::known::{Knowledge, Known};
+use crate::meta::reflector::{Backoff, Reflector};
+use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
 use crate::ops::{self, Plan, Refusal, RefusalKind};
 use crate::reconcile::{self, Settings};
@@ -33,6 +34,10 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(300);
 const RETRY: Duration = Duration::from_millis(500);
 /// How long an answer waits for the node to see what it has just changed.
 const CATCH_UP: Duration = Duration::from_secs(3);
+/// How often a change is planned on what is known before the store is listed.
+const PLANS_ON_KNOWN: usize = 16;
+/// How long what a change conflicted with may take to be known.
+const CONFLICT_SEEN: Duration = Duration::from_millis(100);
 /// A data plane that has not looked at the map for this long is reported.
 const SILENT_AFTER: Duration = Duration::from_secs(5);
 /// How long a restarted node waits for the metadata before it goes on with the state in the map.
@@ -67,55 +72,6 @@ pub fn rfc3339(unix_s: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// The cluster as this node knows it.
-#[derive(Debug, Clone)]
-pub struct Known {
-    /// The last view that could be read.
-    pub view: Arc<View>,
-    /// Its revision; 0 before the first.
-    pub revision: Revision,
-    /// Whether changes are being followed.
-    pub connected: bool,
-    /// Since when they are, or are not.
-    pub since_unix_s: u64,
-    /// Why the node acts on nothing new; empty if it does.
-    pub problem: String,
-}
-
-impl Known {
-    fn nothing() -> Self {
-        Self {
-            view: Arc::default(),
-            revision: Revision(0),
-            connected: false,
-            since_unix_s: unix_s(SystemTime::now()),
-            problem: String::new(),
-        }
-    }
-
-    /// Whether there is a view at all.
-    #[must_use]
-    pub fn listed(&self) -> bool {
-        self.revision > Revision(0)
-    }
-
-    /// Whether it may be acted on.
-    #[must_use]
-    pub fn usable(&self) -> bool {
-        self.listed() && self.problem.is_empty()
-    }
-
-    /// `connected` or `disconnected since …`.
-    #[must_use]
-    pub fn words(&self) -> String {
-        if self.connected {
-            "connected".into()
-        } else {
-            format!("disconnected since {}", rfc3339(self.since_unix_s))
-        }
-    }
-}
-
 /// What the parts of a running node share.
 pub struct Node {
     /// Its identity.
@@ -143,9 +99,8 @@ impl Node {
         map: watch::Receiver<Option<MapReader>>,
         data_plane: watch::Receiver<DataPlane>,
     ) -> Arc<Self> {
-        let reflector = Reflector::start(Arc::clone(&meta), PREFIX, reflector::Backoff::default());
-        let (publish, known) = watch::channel(Arc::new(Known::nothing()));
-        tokio::spawn(interpret(reflector.subscribe(), publish));
+        let (knowledge, known) = Knowledge::new();
+        let reflector = Reflector::start(Arc::clone(&meta), PREFIX, Backoff::default(), knowledge);
         Arc::new(Self {
             id,
             name,
@@ -220,8 +175,8 @@ impl Node {
             let hint = "nothing is changed until this is resolved; running I/O is not affected";
             return Err(Refusal::new(RefusalKind::Unavailable, "metadata_unusable", &known.problem, hint));
         }
-        let view = known.connected.then(|| known.view.as_ref());
-        let (answer, revision) = match ops::apply(self.meta.as_ref(), view, plan).await {
+        drop(known);
+        let (answer, revision) = match self.commit(plan).await {
             Err(mut refusal) if refusal.kind == RefusalKind::Unavailable => {
                 refusal.message = format!("{} (metadata {})", refusal.message, self.known().words());
                 return Err(refusal);
@@ -232,45 +187,36 @@ impl Node {
         let _ = tokio::time::timeout(CATCH_UP, known.wait_for(|known| known.revision >= revision)).await;
         Ok(answer)
     }
-}
 
-/// Turns each reflected state into a view; keeps the last good one beside a problem.
-async fn interpret(mut reflected: watch::Receiver<reflector::View>, publish: watch::Sender<Arc<Known>>) {
-    let mut known = Known::nothing();
-    // What `known.view` is the view of.
-    let mut read: Option<Arc<BTreeMap<String, KeyValue>>> = None;
-    loop {
-        let seen = reflected.borrow_and_update().clone();
-        known.connected = seen.connected;
-        known.since_unix_s = unix_s(seen.since);
-        if seen.rewinds > 0 {
-            // Acting on an older state could undo what was acknowledged since (I14).
-            known.problem = "the metadata store went back in time (a restored backup?): nothing is changed; \
-                             check it, then restart torusd to go on with the older state"
-                .into();
-        } else if seen.listed() {
-            let next = match &read {
-                Some(before) if Arc::ptr_eq(before, &seen.entries) => Ok(Arc::clone(&known.view)),
-                Some(before) => {
-                    let mut next = View::clone(&known.view);
-                    next.advance(before, &seen.entries).map(|()| Arc::new(next))
-                }
-                None => View::read(seen.entries.values()).map(Arc::new),
+    /// Plans and commits, on what is known while that can be: what is committed is compared with the store anyway, and a
+    /// conflict shows soon. What would be answered without a commit (a refusal, or that nothing is to be done) is decided
+    /// on a fresh list.
+    async fn commit<T>(
+        &self,
+        mut plan: impl FnMut(&View) -> Result<Plan<T>, Refusal>,
+    ) -> Result<(T, Revision), Refusal> {
+        for _ in 0..PLANS_ON_KNOWN {
+            let known = self.known();
+            let (planned, seen) = (plan(&known.view), known.revision);
+            let (true, Ok(Plan::Commit(txn, answer))) = (known.usable() && known.connected, planned) else {
+                break;
             };
-            known.revision = known.revision.max(seen.revision);
-            match next {
-                Ok(view) => {
-                    known.view = view;
-                    known.problem.clear();
-                    read = Some(Arc::clone(&seen.entries));
+            // A view that is waited with cannot be made into the next one.
+            drop(known);
+            match self.meta.txn(txn).await {
+                Ok(TxnOutcome::Committed(revision)) => return Ok((answer, revision)),
+                Ok(TxnOutcome::Conflict) => {
+                    let mut known = self.subscribe();
+                    let newer = known.wait_for(|known| known.revision > seen);
+                    let _ = tokio::time::timeout(CONFLICT_SEEN, newer).await;
                 }
-                Err(error) => known.problem = error.to_string(),
+                Err(error @ MetaError::Unknown(_)) => {
+                    return ops::apply(self.meta.as_ref(), Some(error), plan).await;
+                }
+                Err(error) => return Err(error.into()),
             }
         }
-        publish.send_replace(Arc::new(known.clone()));
-        if reflected.changed().await.is_err() {
-            return;
-        }
+        ops::apply(self.meta.as_ref(), None, plan).await
     }
 }
 
@@ -547,9 +493,10 @@ impl Follower {
         if let Some(observed) = &observed {
             self.changes.begin(&observed.changes, &known);
         }
-        let recorded = self.record(&known, observed.as_deref()).await;
         self.report(observed.as_deref());
-        published && recorded
+        let due = self.due(&known, observed.as_deref());
+        drop(known);
+        published && self.record(due).await
     }
 
     /// What the running data plane says, if one runs and has said anything.
@@ -678,18 +625,24 @@ impl Follower {
         Ok(())
     }
 
-    /// Commits what follows from the data plane's report; false if it is to be tried again.
-    async fn record(&mut self, known: &Known, observed: Option<&Observed>) -> bool {
+    /// What follows from the data plane's report and is not recorded yet, with the versions that it follows from.
+    fn due(&self, known: &Known, observed: Option<&Observed>) -> Option<(Vec<Txn>, (Revision, u64, u64))> {
         if !known.usable() || !known.connected || known.revision < self.seen_after {
-            return true;
+            return None;
         }
-        let (Some(desired), Some(observed)) = (self.published.clone(), observed) else { return true };
+        let (desired, observed) = (self.published.as_deref()?, observed?);
         let versions = (known.revision, desired.version, observed.version);
         if self.recorded == Some(versions) {
-            return true;
+            return None;
         }
         let now = unix_s(SystemTime::now());
-        for txn in reconcile::changes(&known.view, self.node.id, &desired, observed, now) {
+        Some((reconcile::changes(&known.view, self.node.id, desired, observed, now), versions))
+    }
+
+    /// Commits what is due; false if it is to be tried again.
+    async fn record(&mut self, due: Option<(Vec<Txn>, (Revision, u64, u64))>) -> bool {
+        let Some((txns, versions)) = due else { return true };
+        for txn in txns {
             match self.node.meta.txn(txn).await {
                 Ok(TxnOutcome::Committed(revision)) => self.seen_after = self.seen_after.max(revision),
                 // Somebody changed it first; the next view tells.

@@ -180,29 +180,16 @@ pub enum Plan<T> {
     Done(T),
 }
 
-/// Plans and commits until the plan is done, and returns its answer with a revision at which it is visible.
-///
-/// The first plan is made on `known`, if there is one: what it commits is compared with the store anyway. Only what it
-/// would answer without a commit (a refusal, or that nothing is to be done) is decided on a fresh list.
+/// Plans on fresh lists and commits until the plan is done, and returns its answer with a revision at which it is visible.
+/// `unknown` is the error of a former attempt whose outcome is not known.
 ///
 /// # Errors
 /// The plan's refusal, [`RefusalKind::Unavailable`] if the store is, `busy` if others kept winning.
 pub async fn apply<T>(
     meta: &dyn MetaStore,
-    known: Option<&View>,
+    mut unknown: Option<MetaError>,
     mut plan: impl FnMut(&View) -> Result<Plan<T>, Refusal>,
 ) -> Result<(T, Revision), Refusal> {
-    let mut unknown = None;
-    if let Some(view) = known
-        && let Ok(Plan::Commit(txn, answer)) = plan(view)
-    {
-        match meta.txn(txn).await {
-            Ok(TxnOutcome::Committed(revision)) => return Ok((answer, revision)),
-            Ok(TxnOutcome::Conflict) => {}
-            Err(error @ MetaError::Unknown(_)) => unknown = Some(error),
-            Err(error) => return Err(error.into()),
-        }
-    }
     for attempt in 0..ATTEMPTS {
         if attempt > 0 {
             // Spread contenders without a random source: their process ids and attempts differ.

@@ -46,8 +46,7 @@ pub fn available_bytes(view: &View, store: StoreId) -> u64 {
     if !view.live.contains_key(&node) {
         return 0;
     }
-    let placed: u64 = view.volumes.values().filter(|v| v.record.store == store).map(|v| v.record.size).sum();
-    status.capacity.saturating_sub(placed).saturating_sub(status.orphaned)
+    status.capacity.saturating_sub(view.placed(store).bytes).saturating_sub(status.orphaned)
 }
 
 /// The ready store with most available space, the smallest id among equals.
@@ -72,9 +71,18 @@ pub fn choose_store(view: &View, size_bytes: u64) -> Result<StoreId, PlacementEr
 /// The lowest free address, from 1.1 on; `None` if all that are given automatically are taken.
 #[must_use]
 pub fn next_address(view: &View) -> Option<Address> {
-    AUTO_SHELVES
+    let mut automatic = AUTO_SHELVES
         .flat_map(|shelf| AUTO_SLOTS.filter_map(move |slot| Address::new(shelf, slot)))
-        .find(|address| !view.exports.contains_key(address))
+        .peekable();
+    // Both go up: one pass finds the first that is missing among the taken.
+    for taken in view.exports.keys() {
+        match automatic.peek() {
+            Some(free) if free < taken => break,
+            Some(same) if same == taken => drop(automatic.next()),
+            _ => {}
+        }
+    }
+    automatic.next()
 }
 
 /// The first MAC of the volume that no other volume has.
@@ -88,9 +96,10 @@ pub fn free_mac(view: &View, volume: VolumeId) -> Option<Mac> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::meta::Revision;
+    use crate::meta::{KeyValue, Revision};
     use crate::model::{
         Entry, ExportRecord, LiveRecord, StatusRecord, StoreRecord, StoreStatus, VolumeRecord, VolumeState,
+        encode, keys,
     };
     use crate::settings::ExportSettings;
     use cluster_map::NodeId;
@@ -135,7 +144,9 @@ mod tests {
             export: None,
             created_unix_s: 0,
         };
-        view.volumes.insert(VolumeId([id; 16]), at(volume));
+        let key = keys::volume(VolumeId([id; 16]));
+        let value = encode(&volume);
+        view.add(&KeyValue { key, value, mod_revision: Revision(1), lease: None }).unwrap();
     }
 
     #[test]
@@ -179,6 +190,12 @@ mod tests {
             view.exports.insert(next_address(&view).unwrap(), at(export));
         }
         assert_eq!(next_address(&view), Address::new(2, 1));
+        let sixth = view.exports.remove(&Address::new(1, 6).unwrap()).unwrap();
+        view.exports.insert(Address::new(0, 9).unwrap(), sixth.clone());
+        view.exports.insert(Address::new(1, 20).unwrap(), sixth);
+        assert_eq!(next_address(&view), Address::new(1, 6), "the gap, whatever else is taken");
+        view.exports.remove(&Address::new(1, 1).unwrap());
+        assert_eq!(next_address(&view), Address::new(1, 1));
         let first = free_mac(&view, volume).unwrap();
         view.macs.insert(first, volume);
         assert_eq!(free_mac(&view, volume), Some(first), "its own MAC is free to it");

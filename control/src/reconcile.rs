@@ -304,7 +304,7 @@ pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> Sta
         links: links.collect(),
         stores: store_statuses(observed),
         volumes: volumes.collect(),
-        serving: serving.into_iter().map(|e| address(e).to_string()).collect(),
+        serving: serving.into_iter().map(address).collect(),
         exports: exports.collect(),
     }
 }

@@ -14,13 +14,14 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use torus_control::api;
 use torus_control::client::{Client, ClientError, Endpoint};
+use torus_control::known::Known;
 use torus_control::meta::memory::{MemoryStore, TxnFault};
 use torus_control::meta::{Compare, MetaStore, Txn, TxnOutcome};
 use torus_control::model::{
     Address, LiveRecord, NodeRecord, PREFIX, StatusRecord, StoreRecord, StoreSpec, View, VolumeState, encode,
     keys,
 };
-use torus_control::node::{Known, Node, SessionEnd, session};
+use torus_control::node::{Node, SessionEnd, session};
 use torus_control::ops::{self, NewExport, NewVolume, Plan, Refusal, RefusalKind};
 use torus_control::reconcile::{self, Settings};
 use torus_control::settings::Who;

@@ -15,8 +15,9 @@ use super::settings::parse_policy;
 use super::types as t;
 use super::{document, render};
 use crate::checks;
+use crate::known::Known;
 use crate::model::{Address, DEFAULT_EXTENT_BYTES, StoreSpec, View, VolumeState};
-use crate::node::{Known, Node, unix_s};
+use crate::node::{Node, unix_s};
 use crate::ops::{self, NewExport, NewVolume, Refusal, RefusalKind};
 
 /// Longest wait that a request can ask for.

@@ -114,7 +114,7 @@ fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) -> t::Store
         capacity_bytes: status.map_or(0, |s| s.capacity),
         available_bytes: id.map_or(0, |id| available_bytes(view, id)),
         orphaned_bytes: status.map_or(0, |s| s.orphaned),
-        volumes: count(view.volumes.values().filter(|v| Some(v.record.store) == id).count()),
+        volumes: id.map_or(0, |id| view.placed(id).volumes),
         error: status.map(|s| s.error.clone()).unwrap_or_default(),
     }
 }
@@ -157,7 +157,7 @@ pub(crate) fn export(view: &View, address: Address, export: &Entry<ExportRecord>
     let (state, error) = match status {
         _ if record.ending => ("ending", String::new()),
         None => ("unknown", String::new()),
-        Some(status) if status.serving.contains(&text) => ("serving", String::new()),
+        Some(status) if status.serving.contains(&address) => ("serving", String::new()),
         Some(status) => match status.exports.iter().find(|e| e.address == address) {
             Some(report) if report.state == "failed" => ("failed", report.error.clone()),
             Some(report) => ("waiting", report.error.clone()),

@@ -1,18 +1,16 @@
-//! A local copy of a prefix of the metadata, kept current for as long as the store can be reached.
+//! Follows a prefix of the metadata for as long as the store can be reached.
 //!
-//! List at a revision, publish all of it, watch from the revision after; on any error, cancellation or compaction wait
-//! a little (jittered, growing) and list again. Nothing is patched together from two sources: a copy is a list plus
-//! every change since, so it is always the exact content of the prefix at [`View::revision`].
+//! List at a revision, watch from the revision after; on any error, cancellation or compaction wait a little (jittered,
+//! growing) and list again. Nothing is patched together from two sources: whoever follows is told a whole list, then every
+//! change since, so that what it makes of them is always the exact content of the prefix at a revision.
 //!
-//! While the store cannot be reached the last copy stays, marked with since when; losing the store stops changes, never
-//! running I/O. A copy that goes back in revision (a restored backup) says so in [`View::rewinds`].
+//! While the store cannot be reached nothing is told but that; losing the store stops changes, never running I/O. A list
+//! of a lower revision than before (a restored backup) is told like any other: whoever follows is to look at it.
 
-use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -21,29 +19,19 @@ use super::{Event, KeyValue, MetaStore, Revision, Watch};
 /// Batches taken together when a watch has several at once.
 const MERGE_BATCHES: usize = 64;
 
-/// The prefix as it was last known.
-#[derive(Clone, Debug)]
-pub struct View {
-    /// The revision of `entries`: 0 before the first list.
-    pub revision: Revision,
-    /// Exactly the keys of the prefix at `revision`.
-    pub entries: Arc<BTreeMap<String, KeyValue>>,
-    /// Whether changes are being followed.
-    pub connected: bool,
-    /// When `connected` took its value.
-    pub since: SystemTime,
-    /// Why changes are not being followed.
-    pub problem: Option<String>,
-    /// How often the store came back at a lower revision than it had been seen at: it forgot something.
-    pub rewinds: u64,
-}
+/// Whoever follows a prefix. It is told one thing after another and must not block.
+pub trait Follow: Send + 'static {
+    /// All keys of the prefix at a revision, instead of everything told before.
+    fn listed(&mut self, revision: Revision, entries: Vec<KeyValue>);
 
-impl View {
-    /// Whether the store was ever listed: before, the entries are empty because nothing is known.
-    #[must_use]
-    pub fn listed(&self) -> bool {
-        self.revision > Revision(0)
-    }
+    /// All changes after what was told before, up to and including a revision.
+    fn changed(&mut self, revision: Revision, events: Vec<Event>);
+
+    /// Changes are being followed from now on.
+    fn connected(&mut self);
+
+    /// Changes are not being followed, and why; told again for every attempt that fails.
+    fn disconnected(&mut self, problem: &str);
 }
 
 /// How soon the store is tried again.
@@ -61,45 +49,21 @@ impl Default for Backoff {
     }
 }
 
-/// See the module. Dropping it stops following; views that were taken stay.
+/// See the module. Dropping it stops following.
 pub struct Reflector {
-    views: watch::Receiver<View>,
     task: JoinHandle<()>,
 }
 
 impl Reflector {
     /// Starts following `prefix` in a task of the current tokio runtime.
-    pub fn start(store: Arc<dyn MetaStore>, prefix: impl Into<String>, backoff: Backoff) -> Self {
-        let view = View {
-            revision: Revision(0),
-            entries: Arc::default(),
-            connected: false,
-            since: SystemTime::now(),
-            problem: None,
-            rewinds: 0,
-        };
-        let (publish, views) = watch::channel(view);
-        let follower = Follower { store, prefix: prefix.into(), backoff, publish };
-        Self { views, task: tokio::spawn(follower.run()) }
-    }
-
-    /// The latest view.
-    #[must_use]
-    pub fn view(&self) -> View {
-        self.views.borrow().clone()
-    }
-
-    /// A receiver of every coming view; views that nobody looked at in time are skipped.
-    #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<View> {
-        self.views.clone()
-    }
-
-    /// Waits for a view at `revision` or later: to read what was just written. `None` after `limit`.
-    pub async fn reach(&self, revision: Revision, limit: Duration) -> Option<View> {
-        let mut views = self.subscribe();
-        let reached = tokio::time::timeout(limit, views.wait_for(|view| view.revision >= revision)).await;
-        reached.ok()?.ok().map(|view| view.clone())
+    pub fn start(
+        store: Arc<dyn MetaStore>,
+        prefix: impl Into<String>,
+        backoff: Backoff,
+        follow: impl Follow,
+    ) -> Self {
+        let reflection = Reflection { store, prefix: prefix.into(), backoff, follow, problem: None };
+        Self { task: tokio::spawn(reflection.run()) }
     }
 }
 
@@ -109,20 +73,31 @@ impl Drop for Reflector {
     }
 }
 
-struct Follower {
+struct Reflection<F> {
     store: Arc<dyn MetaStore>,
     prefix: String,
     backoff: Backoff,
-    publish: watch::Sender<View>,
+    follow: F,
+    /// What was said last to be wrong.
+    problem: Option<String>,
 }
 
-impl Follower {
-    async fn run(self) {
+impl<F: Follow> Reflection<F> {
+    async fn run(mut self) {
         let mut wait = self.backoff.first;
         loop {
             let started = Instant::now();
             let problem = self.follow().await;
-            self.disconnect(problem);
+            self.follow.disconnected(&problem);
+            // Once per problem, not per attempt.
+            if self.problem.as_ref() != Some(&problem) {
+                tracing::warn!(
+                    store = self.store.describe(),
+                    problem,
+                    "not following the metadata; trying again"
+                );
+                self.problem = Some(problem);
+            }
             if started.elapsed() > self.backoff.max {
                 wait = self.backoff.first;
             }
@@ -132,91 +107,37 @@ impl Follower {
     }
 
     /// Lists, then follows until something fails; what did.
-    async fn follow(&self) -> String {
+    async fn follow(&mut self) -> String {
         let snapshot = match self.store.list(&self.prefix).await {
             Ok(snapshot) => snapshot,
             Err(error) => return error.to_string(),
         };
-        let revision = snapshot.revision;
-        let entries = snapshot.entries.into_iter().map(|entry| (entry.key.clone(), entry)).collect();
-        self.replace(revision, entries);
+        let mut revision = snapshot.revision;
+        self.follow.listed(revision, snapshot.entries);
         let mut watch = match self.store.watch(&self.prefix, revision.next()).await {
             Ok(watch) => watch,
             Err(error) => return error.to_string(),
         };
-        self.connect();
+        tracing::info!(store = self.store.describe(), "following the metadata");
+        self.problem = None;
+        self.follow.connected();
         loop {
             let (events, end) = next_batches(watch.as_mut()).await;
-            if let Err(problem) = self.apply(events) {
-                return problem;
+            if let Some(last) = events.last().map(Event::revision) {
+                let mut before = revision.next();
+                for event in &events {
+                    if event.revision() < before {
+                        return format!("an event of revision {} came after {revision}", event.revision());
+                    }
+                    before = event.revision();
+                }
+                revision = last;
+                self.follow.changed(revision, events);
             }
             if let Some(problem) = end {
                 return problem;
             }
         }
-    }
-
-    fn replace(&self, revision: Revision, entries: BTreeMap<String, KeyValue>) {
-        self.publish.send_modify(|view| {
-            if revision < view.revision {
-                view.rewinds += 1;
-                tracing::error!(seen = %view.revision, now = %revision, "the metadata store went back in time");
-            }
-            view.revision = revision;
-            view.entries = Arc::new(entries);
-        });
-    }
-
-    fn connect(&self) {
-        tracing::info!(store = self.store.describe(), "following the metadata");
-        self.publish.send_modify(|view| {
-            view.connected = true;
-            view.since = SystemTime::now();
-            view.problem = None;
-        });
-    }
-
-    fn disconnect(&self, problem: String) {
-        // Once per problem, not per attempt.
-        if self.publish.borrow().problem.as_ref() != Some(&problem) {
-            tracing::warn!(
-                store = self.store.describe(),
-                problem,
-                "not following the metadata; trying again"
-            );
-        }
-        self.publish.send_modify(|view| {
-            if view.connected {
-                view.connected = false;
-                view.since = SystemTime::now();
-            }
-            view.problem = Some(problem);
-        });
-    }
-
-    /// Publishes a view with the events applied.
-    fn apply(&self, events: Vec<Event>) -> Result<(), String> {
-        let Some(last) = events.last().map(Event::revision) else { return Ok(()) };
-        let (listed, mut entries) = {
-            let view = self.publish.borrow();
-            (view.revision, BTreeMap::clone(&view.entries))
-        };
-        let mut revision = listed;
-        for event in events {
-            if event.revision() <= listed || event.revision() < revision {
-                return Err(format!("an event of revision {} came after {revision}", event.revision()));
-            }
-            revision = event.revision();
-            match event {
-                Event::Put(entry) => entries.insert(entry.key.clone(), entry),
-                Event::Delete { key, .. } => entries.remove(&key),
-            };
-        }
-        self.publish.send_modify(|view| {
-            view.revision = last;
-            view.entries = Arc::new(entries);
-        });
-        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! The reflector converges through everything that a store does to it, and every view it publishes is exact.
+//! The reflector converges through everything that a store does to it, and what it tells makes exact views.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,17 +7,111 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use rustix::process::Signal;
+use tokio::sync::watch;
 use torus_control::meta::etcd::EtcdStore;
 use torus_control::meta::memory::MemoryStore;
-use torus_control::meta::reflector::{Backoff, Reflector, View};
+use torus_control::meta::reflector::{self, Backoff, Follow};
 use torus_control::meta::{
-    KeyValue, LeaseId, MetaError, MetaStore, Revision, Snapshot, Txn, TxnOutcome, Watch, WatchEnd,
+    Event, KeyValue, LeaseId, MetaError, MetaStore, Revision, Snapshot, Txn, TxnOutcome, Watch, WatchEnd,
 };
 
 use crate::etcd_server::EtcdCluster;
 use crate::{PATIENCE, Random};
 
 const QUICK: Backoff = Backoff { first: Duration::from_millis(1), max: Duration::from_millis(10) };
+
+/// What the prefix is, as made of all that was told.
+#[derive(Clone, Debug)]
+struct View {
+    revision: Revision,
+    entries: BTreeMap<String, KeyValue>,
+    connected: bool,
+    /// When `connected` took its value.
+    since: SystemTime,
+    problem: Option<String>,
+    /// How often a list was of a lower revision than what was told before.
+    rewinds: u64,
+}
+
+impl View {
+    fn listed(&self) -> bool {
+        self.revision > Revision(0)
+    }
+}
+
+struct Copier(watch::Sender<View>);
+
+impl Follow for Copier {
+    fn listed(&mut self, revision: Revision, entries: Vec<KeyValue>) {
+        self.0.send_modify(|view| {
+            view.rewinds += u64::from(revision < view.revision);
+            view.revision = revision;
+            view.entries = entries.into_iter().map(|entry| (entry.key.clone(), entry)).collect();
+        });
+    }
+
+    fn changed(&mut self, revision: Revision, events: Vec<Event>) {
+        self.0.send_modify(|view| {
+            view.revision = revision;
+            for event in events {
+                match event {
+                    Event::Put(entry) => view.entries.insert(entry.key.clone(), entry),
+                    Event::Delete { key, .. } => view.entries.remove(&key),
+                };
+            }
+        });
+    }
+
+    fn connected(&mut self) {
+        self.0.send_modify(|view| {
+            (view.connected, view.since, view.problem) = (true, SystemTime::now(), None);
+        });
+    }
+
+    fn disconnected(&mut self, problem: &str) {
+        self.0.send_modify(|view| {
+            if std::mem::replace(&mut view.connected, false) {
+                view.since = SystemTime::now();
+            }
+            view.problem = Some(problem.to_owned());
+        });
+    }
+}
+
+/// A reflector with a copy of what it follows.
+struct Reflector {
+    views: watch::Receiver<View>,
+    _reflector: reflector::Reflector,
+}
+
+impl Reflector {
+    fn start(store: Arc<dyn MetaStore>, prefix: &str, backoff: Backoff) -> Self {
+        let view = View {
+            revision: Revision(0),
+            entries: BTreeMap::new(),
+            connected: false,
+            since: SystemTime::now(),
+            problem: None,
+            rewinds: 0,
+        };
+        let (publish, views) = watch::channel(view);
+        Self { views, _reflector: reflector::Reflector::start(store, prefix, backoff, Copier(publish)) }
+    }
+
+    fn view(&self) -> View {
+        self.views.borrow().clone()
+    }
+
+    fn subscribe(&self) -> watch::Receiver<View> {
+        self.views.clone()
+    }
+
+    async fn reach(&self, revision: Revision, limit: Duration) -> Option<View> {
+        let mut views = self.subscribe();
+        let reached = tokio::time::timeout(limit, views.wait_for(|view| view.revision >= revision)).await;
+        reached.ok()?.ok().map(|view| view.clone())
+    }
+}
 
 fn follow(store: &(impl MetaStore + Clone + 'static)) -> Reflector {
     Reflector::start(Arc::new(store.clone()), "r/", QUICK)
@@ -216,7 +310,7 @@ async fn change(
 }
 
 async fn check_views(
-    mut views: tokio::sync::watch::Receiver<View>,
+    mut views: watch::Receiver<View>,
     history: Arc<Mutex<BTreeMap<Revision, Vec<KeyValue>>>>,
 ) -> usize {
     let mut seen = 0;
