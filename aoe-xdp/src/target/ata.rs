@@ -161,7 +161,7 @@ mod tests {
     use zerocopy::byteorder::big_endian::U16;
 
     use super::super::testing::{
-        ADDRESS, CLIENT, SIZE_SECTORS, TAG, act, act_on, ata_frame, export, own_mac, silence,
+        ADDRESS, CLIENT, INGRESS, SIZE_SECTORS, TAG, act, act_on, ata_frame, export, own_mac, silence,
     };
     use super::*;
     use crate::wire::{AtaArg, FRAME_LEN_MIN};
@@ -271,6 +271,24 @@ mod tests {
                 status(act(&ata_frame(|h| h.arg = AtaArg::read_write_ext(0, 0, write), 0))),
                 (0x40, 0)
             );
+        }
+    }
+
+    /// Case 81: the MTU shrank after 16 sectors were advertised.
+    #[test]
+    fn case_81_what_was_advertised_once_is_written_or_met_with_silence() {
+        let now = Ingress { sectors_max: 2, ..INGRESS };
+        let asked = |sectors: u8, write: bool, told: u8| {
+            let data_len = if write { usize::from(sectors) * SECTOR_LEN } else { 0 };
+            let frame = ata_frame(|h| h.arg = AtaArg::read_write_ext(0, sectors, write), data_len);
+            crate::target::respond(&export(1, 2), &Ingress { sectors_told: told, ..now }, &frame, frame.len())
+        };
+        assert_eq!(io(asked(2, false, 16)).sectors, 2);
+        assert_eq!(io(asked(16, true, 16)).sectors, 16);
+        assert!(matches!(asked(16, false, 16), Action::Silent(Silence::TooLongNow)));
+        for write in [false, true] {
+            assert_eq!(status(asked(17, write, 16)), (0x41, 0x04), "never advertised");
+            assert_eq!(status(asked(3, write, 0)), (0x41, 0x04), "never advertised");
         }
     }
 
