@@ -102,7 +102,14 @@ impl NodeInterface {
             let interface = self.name(*port);
             match &self.state {
                 State::Waiting(reason) => {
-                    links.push(ObservedLink { interface, note: reason.clone(), ..ObservedLink::default() });
+                    // Nothing was had yet: the least that it may become.
+                    let mode = cluster_map::LinkMode::Packet;
+                    links.push(ObservedLink {
+                        interface,
+                        mode,
+                        note: reason.clone(),
+                        ..ObservedLink::default()
+                    });
                 }
                 State::Open { interface: open, queues, up, gone } => {
                     let now = open.info();

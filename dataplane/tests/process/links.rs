@@ -332,3 +332,28 @@ fn every_export_is_served_by_every_queue() {
         node.stop();
     });
 }
+
+/// What a queue loses stands in the map, by reason.
+#[test]
+fn losses_are_shown_by_reason() {
+    isolated("links::losses_are_shown_by_reason", || {
+        veth_pair(16_000, 1);
+        let mut node = Node::start_on(&["a0"], LinkChoice::AfXdp, 1, 1);
+        let exported = export(0);
+        node.export(vec![exported.clone()]);
+        let seen = node.wait("the link is up", |seen| seen.links[0].up);
+        assert_eq!(seen.links[0].losses, cluster_map::LinkLosses::default());
+        let mut client = Initiator::open("b0", 1, &[(0, 0)]);
+        // Longer than what one received frame may be made of.
+        let surplus = vec![0; 15_000];
+        for _ in 0..3 {
+            client.ask(0, &exported, mac_on(&exported, 0), AtaArg::identify(), &surplus);
+        }
+        let seen = node.wait("the losses are shown", |seen| seen.links[0].losses.rx_invalid == 3);
+        let expected = cluster_map::LinkLosses { rx_invalid: 3, ..Default::default() };
+        assert_eq!(seen.links[0].losses, expected);
+        let tag = client.ask(0, &exported, mac_on(&exported, 0), AtaArg::identify(), &[]);
+        assert!(client.answer(tag, SOON).is_some());
+        node.stop();
+    });
+}
