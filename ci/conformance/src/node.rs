@@ -37,6 +37,8 @@ pub fn run(test: &str, case: impl FnOnce(&mut World<'_>)) {
 /// Runs a test in namespaces of its own, by running its binary again.
 pub fn isolated(test: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
+        // Shows the interfaces of the namespace it was mounted in.
+        run_tool(Command::new("mount").args(["-t", "sysfs", "none", "/sys"]));
         return body();
     }
     if !fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0) {
