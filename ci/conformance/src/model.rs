@@ -28,6 +28,7 @@ pub struct Model {
     /// By export key and sector.
     disk: BTreeMap<(u32, u64), Vec<u8>>,
     out: VecDeque<Vec<u8>>,
+    worlds: u32,
     /// What the disk answers to reads and writes.
     pub disk_fails: Option<Outcome>,
 }
@@ -60,6 +61,7 @@ impl Model {
             table: ExportTable::default(),
             disk: BTreeMap::new(),
             out: VecDeque::new(),
+            worlds: 0,
             disk_fails: None,
         };
         model.changed();
@@ -201,6 +203,11 @@ impl Carrier for Model {
 
     fn receive(&mut self, _within: Duration) -> Option<Vec<u8>> {
         self.out.pop_front().or_else(|| panic!("nothing more will come"))
+    }
+
+    fn fresh_tags(&mut self) -> u32 {
+        self.worlds += 1;
+        self.worlds << 16
     }
 
     fn crash(&mut self) {

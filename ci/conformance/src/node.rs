@@ -73,6 +73,11 @@ pub fn veth_pair(one: &str, other: &str) {
     });
 }
 
+/// Makes an interface send VLAN tags in its frames, as a wire has them, and not beside them.
+pub fn keep_tags_in_frames(name: &str) {
+    run_tool(Command::new("ethtool").args(["-K", name, "txvlan", "off"]));
+}
+
 fn run_tool(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -157,6 +162,7 @@ pub struct Node {
     pub station: Station,
     macs: Vec<Mac>,
     interface_mac: Mac,
+    worlds: u32,
 }
 
 impl Node {
@@ -182,6 +188,7 @@ impl Node {
             station: Station::open("b0"),
             macs: Vec::new(),
             interface_mac: mac_of(&node_interface),
+            worlds: 0,
         };
         File::create(node.store()).unwrap().set_len(bytes).unwrap();
         node.run_torusd();
@@ -261,14 +268,6 @@ impl Node {
         Path::new(&format!("/proc/{pid}/exe")).exists().then(|| Pid::from_raw(pid).unwrap())
     }
 
-    /// Kills the data plane and waits until its successor serves.
-    pub fn kill_data_plane(&mut self) {
-        let before = self.data_plane().expect("it runs");
-        kill_process(before, Signal::KILL).unwrap();
-        wait("another data plane runs", || self.data_plane().is_some_and(|now| now != before));
-        self.await_serving();
-    }
-
     /// Waits until all exports answer.
     pub fn await_serving(&mut self) {
         let plan = EXPORTS[LARGE];
@@ -328,6 +327,11 @@ impl Carrier for Node {
 
     fn receive(&mut self, within: Duration) -> Option<Vec<u8>> {
         self.station.receive(within)
+    }
+
+    fn fresh_tags(&mut self) -> u32 {
+        self.worlds += 1;
+        self.worlds << 16
     }
 
     /// Kills both processes.

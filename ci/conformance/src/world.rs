@@ -59,6 +59,8 @@ pub trait Carrier {
     fn send(&mut self, frame: &[u8]);
     /// The next frame, if one comes in time.
     fn receive(&mut self, within: Duration) -> Option<Vec<u8>>;
+    /// The tag before a range of tags that nobody else uses.
+    fn fresh_tags(&mut self) -> u32;
     /// Ends the target without warning and starts it again.
     fn crash(&mut self);
 }
@@ -75,7 +77,8 @@ impl<'c> World<'c> {
     /// The world of a fresh target.
     #[must_use]
     pub fn new(carrier: &'c mut dyn Carrier) -> World<'c> {
-        World { carrier, next_tag: 0x0001_0000, inbox: VecDeque::new() }
+        let next_tag = carrier.fresh_tags();
+        World { carrier, next_tag, inbox: VecDeque::new() }
     }
 
     /// Addresses a request to an export, from [`CLIENT`], with a tag of its own.
@@ -124,6 +127,30 @@ impl<'c> World<'c> {
         let Some(frame) = self.wait(request.tag) else { panic!("no answer to {request:02x?}") };
         check(request, &frame);
         Reply(frame)
+    }
+
+    /// The answer to a request that was sent, if it has come.
+    pub fn answered(&mut self, request: &Request) -> Option<Reply> {
+        let frame = self.take(request.tag)?;
+        check(request, &frame);
+        Some(Reply(frame))
+    }
+
+    /// Waits for the answers to requests that were sent; their places among all that have come.
+    pub fn order_of(&mut self, requests: &[&Request]) -> Vec<usize> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let place = |request: &&Request| {
+                self.inbox.iter().position(|frame| frame[20..24] == request.tag.to_be_bytes())
+            };
+            let places: Vec<usize> = requests.iter().filter_map(place).collect();
+            if places.len() == requests.len() {
+                return places;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "answers are missing");
+            self.inbox.extend(self.carrier.receive(left));
+        }
     }
 
     /// Proves that a request, sent as it is, is not answered.
