@@ -73,11 +73,6 @@ pub fn veth_pair(one: &str, other: &str) {
     });
 }
 
-/// Makes an interface send VLAN tags in its frames, as a wire has them, and not beside them.
-pub fn keep_tags_in_frames(name: &str) {
-    run_tool(Command::new("ethtool").args(["-K", name, "txvlan", "off"]));
-}
-
 fn run_tool(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -141,11 +136,16 @@ impl Station {
 
     /// The answer to a request, if one comes in time.
     pub fn ask(&mut self, request: &Request, within: Duration) -> Option<Reply> {
-        self.send(&request.bytes());
+        self.ask_bytes(&request.bytes(), request.tag, within)
+    }
+
+    /// The answer with a tag to a frame, if one comes in time.
+    pub fn ask_bytes(&mut self, frame: &[u8], tag: u32, within: Duration) -> Option<Reply> {
+        self.send(frame);
         let deadline = Instant::now() + within;
         loop {
             let reply = Reply(self.receive(deadline.saturating_duration_since(Instant::now()))?);
-            if reply.tag() == request.tag {
+            if reply.tag() == tag {
                 return Some(reply);
             }
         }

@@ -14,6 +14,8 @@ pub const CLIENT: Mac = [0x02, 0, 0, 0, 0xc1, 0x10];
 pub const OTHER: Mac = [0x02, 0, 0, 0, 0xc1, 0x20];
 /// The client whose questions prove that earlier ones were not answered.
 const PROBE: Mac = [0x02, 0, 0, 0, 0xc1, 0xf0];
+/// How long a probe is waited for before it is sent again.
+const RETRY: Duration = Duration::from_secs(2);
 /// How long an answer may take; only what hangs takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -166,28 +168,36 @@ impl<'c> World<'c> {
         assert!(answers.is_empty(), "answered: {answers:02x?}");
     }
 
-    /// Waits until everything that was asked before has been answered, if it ever will be.
+    /// Waits until everything that was asked before has been answered, if it ever will be. A target that was flooded may
+    /// drop a probe: then it is sent again.
     pub fn settle(&mut self) {
-        self.next_tag += 1;
         let plan = EXPORTS[LARGE];
-        let everyone =
-            Request { shelf: 0xffff, slot: 0xff, dst: EVERYONE, src: PROBE, ..Request::config(0, b"") };
-        let everyone = Request { tag: self.next_tag, ..everyone };
-        self.send(&everyone);
-        // Exports answer in order of address, and the large one has the highest.
-        loop {
-            let frame = self.wait(everyone.tag).expect("the node answers a probe");
-            if Reply(frame).address() == (plan.shelf, plan.slot) {
-                break;
+        let deadline = Instant::now() + PATIENCE;
+        let everyone = Request { shelf: 0xffff, slot: 0xff, dst: EVERYONE, ..Request::config(0, b"") };
+        let dst = self.carrier.export_mac(LARGE);
+        // A read too, behind what the disk has to do.
+        let read = Request { dst, shelf: plan.shelf, slot: plan.slot, ..Request::read(0, 1) };
+        for probe in [everyone, read] {
+            loop {
+                assert!(Instant::now() < deadline, "the target does not answer a probe");
+                self.next_tag += 1;
+                let probe = Request { src: PROBE, tag: self.next_tag, ..probe.clone() };
+                self.send(&probe);
+                // Exports answer in order of address, and the large one has the highest.
+                let mut last = self.wait_within(probe.tag, RETRY);
+                while last
+                    .as_ref()
+                    .is_some_and(|frame| Reply(frame.clone()).address() != (plan.shelf, plan.slot))
+                {
+                    last = self.wait_within(probe.tag, RETRY);
+                }
+                if last.is_some() {
+                    break;
+                }
             }
         }
-        // A read too, behind what the disk has to do.
-        self.next_tag += 1;
-        let (dst, tag) = (self.carrier.export_mac(LARGE), self.next_tag);
-        let read =
-            Request { dst, src: PROBE, shelf: plan.shelf, slot: plan.slot, tag, ..Request::read(0, 1) };
-        self.send(&read);
-        self.wait(tag).expect("the node answers a probe");
+        // Late answers to probes are no answers to anything else.
+        self.inbox.retain(|frame| frame[..6] != PROBE);
     }
 
     /// The next unasked frame, a response with tag 0.
@@ -213,7 +223,11 @@ impl<'c> World<'c> {
     }
 
     fn wait(&mut self, tag: u32) -> Option<Vec<u8>> {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_within(tag, PATIENCE)
+    }
+
+    fn wait_within(&mut self, tag: u32, within: Duration) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + within;
         loop {
             if let Some(frame) = self.take(tag) {
                 return Some(frame);
