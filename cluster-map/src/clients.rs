@@ -128,62 +128,64 @@ pub(crate) fn client_bucket_of(ns: u64) -> usize {
 }
 
 /// The words of one record: what comes first, the counters, then the two histograms.
+#[derive(Clone, Copy)]
 pub(crate) struct RecordWords<'a> {
-    fixed: &'a [AtomicU64],
-    counters: &'a [AtomicU64],
-    histograms: [&'a [AtomicU64]; 2],
+    words: &'a [AtomicU64],
+    counters: usize,
+    histograms: usize,
 }
 
 impl<'a> RecordWords<'a> {
     /// `words` is a whole record that has `counters` counters and whose histograms begin at `histograms`, each one sum and
     /// [`CLIENT_BUCKETS`] buckets; `None` if it is too short for that.
+    #[inline]
     pub(crate) fn new(words: &'a [AtomicU64], counters: usize, histograms: usize) -> Option<Self> {
-        let histogram = |index: usize| {
-            let start = histograms + index * (1 + CLIENT_BUCKETS);
-            words.get(start..start + 1 + CLIENT_BUCKETS)
-        };
-        Some(Self {
-            fixed: words.get(..FIXED_WORDS)?,
-            counters: words.get(FIXED_WORDS..FIXED_WORDS + counters)?,
-            histograms: [histogram(0)?, histogram(1)?],
-        })
+        let fits =
+            FIXED_WORDS + counters <= histograms && histograms + 2 * (1 + CLIENT_BUCKETS) <= words.len();
+        fits.then_some(Self { words, counters, histograms })
+    }
+
+    fn counters(&self) -> &'a [AtomicU64] {
+        &self.words[FIXED_WORDS..FIXED_WORDS + self.counters]
+    }
+
+    fn histogram(&self, latency: Latency) -> &'a [AtomicU64] {
+        &self.words[self.histograms + latency as usize * (1 + CLIENT_BUCKETS)..][..1 + CLIENT_BUCKETS]
     }
 
     fn set(&self, word: usize, value: u64) {
-        store_le(&self.fixed[word], value, Ordering::Relaxed);
+        store_le(&self.words[word], value, Ordering::Relaxed);
     }
 
     fn get(&self, word: usize) -> u64 {
-        load_le(&self.fixed[word], Ordering::Relaxed)
+        load_le(&self.words[word], Ordering::Relaxed)
     }
 
     /// Gives the record to a client, or to nobody if `mac` is 0; all counts begin at zero. Only for the one writer, who
     /// may follow one that died in the middle of this.
     pub(crate) fn exchange(&self, mac: u64, address: u64, now_ns: u64) {
         let changing = self.get(GENERATION) | 1;
-        store_le(&self.fixed[GENERATION], changing, Ordering::Relaxed);
+        store_le(&self.words[GENERATION], changing, Ordering::Relaxed);
         // Who sees any word of the new owner and then looks at the generation behind an acquire fence finds it changed.
         fence(Ordering::Release);
-        let histograms = self.histograms.iter().copied().flatten();
-        for word in self.fixed[IN_FLIGHT..].iter().chain(self.counters).chain(histograms) {
-            store_le(word, 0, Ordering::Relaxed);
-        }
+        let counts = &self.words[IN_FLIGHT..self.histograms + 2 * (1 + CLIENT_BUCKETS)];
+        counts.iter().for_each(|word| store_le(word, 0, Ordering::Relaxed));
         self.set(MAC, mac);
         self.set(ADDRESS, address);
         self.set(FIRST_SEEN, now_ns);
         self.set(LAST_SEEN, now_ns);
-        store_le(&self.fixed[GENERATION], changing.wrapping_add(1), Ordering::Release);
+        store_le(&self.words[GENERATION], changing.wrapping_add(1), Ordering::Release);
     }
 
     pub(crate) fn add(&self, counter: ClientCounter, amount: u64) {
         // A map of a former level may lack the newest counters.
-        if let Some(word) = self.counters.get(counter as usize) {
-            add(word, amount);
+        if (counter as usize) < self.counters {
+            add(&self.words[FIXED_WORDS + counter as usize], amount);
         }
     }
 
     pub(crate) fn record(&self, latency: Latency, ns: u64) {
-        if let Some(words) = HistogramWords::new(self.histograms[latency as usize], CLIENT_BUCKETS) {
+        if let Some(words) = HistogramWords::new(self.histogram(latency), CLIENT_BUCKETS) {
             words.record(client_bucket_of(ns), ns);
         }
     }
@@ -202,11 +204,11 @@ impl<'a> RecordWords<'a> {
     /// What the record says; `None` if it has no owner, or another one at every look.
     pub(crate) fn snapshot(&self, core: u16) -> Option<ClientSnapshot> {
         for _ in 0..ATTEMPTS {
-            let before = load_le(&self.fixed[GENERATION], Ordering::Acquire);
+            let before = load_le(&self.words[GENERATION], Ordering::Acquire);
             if before.is_multiple_of(2) {
                 let copy = self.copy(core);
                 fence(Ordering::Acquire);
-                if load_le(&self.fixed[GENERATION], Ordering::Relaxed) == before {
+                if load_le(&self.words[GENERATION], Ordering::Relaxed) == before {
                     return copy.filter(|copy| copy.mac != [0; 6]);
                 }
             }
@@ -219,7 +221,7 @@ impl<'a> RecordWords<'a> {
         let [.., a, b, c, d, e, f] = self.get(MAC).to_be_bytes();
         let [.., high, low, slot] = self.get(ADDRESS).to_be_bytes();
         let mut counters = [0; ClientCounter::COUNT];
-        for (value, word) in counters.iter_mut().zip(self.counters) {
+        for (value, word) in counters.iter_mut().zip(self.counters()) {
             *value = load_le(word, Ordering::Relaxed);
         }
         Some(ClientSnapshot {
@@ -232,8 +234,8 @@ impl<'a> RecordWords<'a> {
             in_flight: self.get(IN_FLIGHT),
             in_flight_max: self.get(IN_FLIGHT_MAX),
             counters,
-            read_ns: coarse(self.histograms[0])?,
-            write_ns: coarse(self.histograms[1])?,
+            read_ns: coarse(self.histogram(Latency::Read))?,
+            write_ns: coarse(self.histogram(Latency::Write))?,
         })
     }
 }

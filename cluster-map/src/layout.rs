@@ -151,7 +151,7 @@ pub(crate) struct ClientsLayout {
     first: usize,
     cores: usize,
     pub(crate) per_core: usize,
-    stride: usize,
+    pub(crate) stride: usize,
     /// How many counters a record has that both this program and the map know.
     pub(crate) counters: usize,
     /// Where in a record its histograms begin.

@@ -19,6 +19,7 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -711,13 +712,22 @@ impl DataMap {
         let Some(taken) = shared.clients_taken.get(index) else {
             return Err(MapError::Core { core, why: "the map was created for fewer cores" });
         };
-        let per_core = shared.layout.clients.as_ref().map_or(0, |places| places.per_core);
+        let places = shared.layout.clients.as_ref();
+        let per_core = places.map_or(0, |places| places.per_core);
         shared.reserve_clients(index, per_core)?;
         if taken.swap(true, Ordering::AcqRel) {
             return Err(MapError::Core { core, why: "another handle of this process writes its clients" });
         }
-        let clients =
-            CoreClients { role: Arc::clone(&self.role), core: index, per_core, one_thread: PhantomData };
+        let clients = CoreClients {
+            role: Arc::clone(&self.role),
+            core: index,
+            records: places.and_then(|places| places.records(index, per_core)).unwrap_or_default(),
+            stride: places.map_or(0, |places| places.stride),
+            counters: places.map_or(0, |places| places.counters),
+            histogram_offset: places.map_or(0, |places| places.histogram_offset),
+            per_core,
+            one_thread: PhantomData,
+        };
         clients.clear();
         Ok(clients)
     }
@@ -783,6 +793,11 @@ impl Drop for CoreStats {
 pub struct CoreClients {
     role: Arc<RoleGuard>,
     core: usize,
+    /// The core's records in the map, in words, and what a record is.
+    records: Range<usize>,
+    stride: usize,
+    counters: usize,
+    histogram_offset: usize,
     per_core: usize,
     one_thread: PhantomData<Cell<()>>,
 }
@@ -794,8 +809,13 @@ impl std::fmt::Debug for CoreClients {
 }
 
 impl CoreClients {
+    #[inline]
     fn with(&self, record: u32, act: impl FnOnce(&RecordWords<'_>)) {
-        if let Some(words) = self.role.shared.client(self.core, record as usize) {
+        let (record, records) = (record as usize, &self.role.shared.mapping.words()[self.records.clone()]);
+        if record < self.per_core
+            && let Some(words) = records.get(record * self.stride..(record + 1) * self.stride)
+            && let Some(words) = RecordWords::new(words, self.counters, self.histogram_offset)
+        {
             act(&words);
         }
     }
@@ -803,10 +823,8 @@ impl CoreClients {
     /// Takes the records of a former data plane from their owners.
     fn clear(&self) {
         let Some(used) = self.role.shared.clients_used(self.core) else { return };
-        for record in 0..self.per_core {
-            if let Some(words) = self.role.shared.client(self.core, record) {
-                words.exchange(0, 0, 0);
-            }
+        for record in 0..u32::try_from(self.per_core).unwrap_or(u32::MAX) {
+            self.take_away(record);
         }
         store_le(used, 0, Ordering::Release);
     }

@@ -3,6 +3,7 @@
 //! Frames are made and answers read as on the wire, so that everything between the two takes part: target, order, riders,
 //! turns and store. Numbers of the cases are those of the conformance table.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use af_xdp::region::{CHUNK_BYTES, Region, RegionConfig};
@@ -551,6 +552,46 @@ fn a_late_copy_of_a_linux_write_is_dropped_and_counted_where_tags_prove_it() {
     let dropped: Vec<u64> = clients.iter().map(|client| client.get(ClientCounter::DroppedLate)).collect();
     assert_eq!(dropped, [1, 0]);
     node.assert_idle();
+}
+
+#[test]
+fn a_device_that_stands_still_costs_a_bounded_number_of_requests_and_goes_on_by_itself() {
+    let mut node = Node::new(64, 512);
+    let (mut tag, mut newest) = (0, HashMap::new());
+    // Two clients ask for twice what fits, again and again, and get nothing: the device ends no request.
+    for round in 0..20 {
+        for at in 0..128_u32 {
+            tag += 1;
+            let client = client(1 + u8::try_from(at % 2).unwrap());
+            let lba = u64::from(at) * 8;
+            node.receive(&Asked { client, ..write(tag, round, lba, 8) });
+            newest.insert(tag, (round, lba));
+        }
+        node.work();
+    }
+    assert_eq!(node.tags(), []);
+    assert!(node.devices.pending.len() <= 64 && node.devices.pool.free_chunks() >= 512 - 2 * 64);
+    let dropped = node.count(Counter::ClientOverLimit) + node.count(Counter::RxDropped);
+    let held = 20 * 128 - usize::try_from(dropped).unwrap();
+    assert!(held <= 64 * 4, "{held} requests are held");
+    // It goes on: what was taken in is answered, in order, once each; the newest write of a place is what it holds.
+    node.end_all();
+    let answered = node.tags();
+    assert_eq!(answered.len(), held);
+    let mut holds = HashMap::new();
+    for tag in answered {
+        let (round, lba) = newest.remove(&tag).expect("one answer for each request");
+        let before = holds.insert(lba, round);
+        assert!(before.is_none_or(|before| before <= round), "answered out of order");
+    }
+    for (lba, round) in holds {
+        assert_eq!(node.image_sector(0, lba), sector_of(round, lba));
+    }
+    node.assert_idle();
+    // And what comes now is served at once.
+    node.receive(&write(9_999, 99, 0, 8));
+    node.end_all();
+    assert_eq!(node.image_sector(0, 0), sector_of(99, 0));
 }
 
 #[test]
