@@ -1,16 +1,16 @@
 //! Serving: from an AoE request that has been read to its answer, without I/O.
 //!
 //! AoE requests and ended disk requests go in; disk requests (through [`Devices`]) and answers come out. So the same code
-//! runs on io_uring, inline on memory and on a simulated disk. Between two calls of [`Serving::start_next`] lies a *batch*:
-//! everything that was received before devices are given work.
+//! runs on io_uring, inline on memory and on a simulated disk. Between two calls of [`Serving::start_next`] lies a *batch*: what
+//! was received in one go.
 //!
 //! * **Order.** An AoE request that overlaps an earlier one of its export starts when that one has been answered (I6).
 //! * **Joining.** An AoE request becomes a rider of one of the same client that is in progress, where that changes neither
 //!   order nor bytes; one disk request then serves both, and every rider gets its answer, in order of arrival. A *duplicate*
 //!   asks what the other asks, for writes with the very same bytes. A *neighbour* asks for other sectors of the same or the
 //!   next blocks, and joins only what was made for a part of a block and has not started: four writes of 1 KiB become one of
-//!   4 KiB without a read-modify-write. Nothing waits for neighbours: a request starts at the end of its batch, and later
-//!   only if it has to.
+//!   4 KiB without a read-modify-write. Nothing waits for neighbours: a request for a part of a block starts at the end of its
+//!   batch, any other one at once, and later only if it has to.
 //! * **Late copies** of writes are dropped, where the initiator's tags tell them ([`aoe_xdp::tags`]).
 //! * **Fairness.** What one client may hold, and who goes next to a busy device, is decided by [`crate::fairness`].
 //!
@@ -96,6 +96,8 @@ pub struct Serving {
     requests: Requests,
     clients: Clients,
     turns: Turns,
+    /// Requests of the present batch that may start and take neighbours in until its end.
+    forming: VecDeque<RequestId>,
     /// By position.
     stores: Vec<Option<LinearStore>>,
     outcomes: Vec<Outcome>,
@@ -116,6 +118,7 @@ impl Serving {
             requests: Requests::new(requests_max, riders_max),
             clients,
             turns: Turns::new(limits),
+            forming: VecDeque::with_capacity(requests_max as usize),
             stores: Vec::with_capacity(DEVICES_MAX),
             outcomes: Vec::with_capacity(requests_max as usize),
             answers: VecDeque::with_capacity(riders_max as usize),
@@ -215,11 +218,12 @@ impl Serving {
             IoKind::Read => Access::Shared,
             IoKind::Write => Access::Exclusive,
             // Everything acknowledged is durable already: a flush has nothing to wait for.
-            IoKind::Flush => return wait_for_turn(&mut self.turns, self.requests.get(id), id, around),
+            IoKind::Flush => return self.start_in_turn(id, around),
         };
         let (first, last) = (range.first_block(), range.last_block());
         match self.order.admit(id, key, first, last, access) {
-            Admission::Granted => wait_for_turn(&mut self.turns, self.requests.get(id), id, around),
+            Admission::Granted if range.is_whole_blocks() => self.start_in_turn(id, around),
+            Admission::Granted => self.forming.push_back(id),
             Admission::Queued => around.stats.add(Counter::OrderWaits, 1),
         }
     }
@@ -302,8 +306,21 @@ impl Serving {
     // ---------------------------------------------------------------------------------------------------------------
     // Devices
 
-    /// Gives the next request whose turn it is to its store; false when none may start.
+    /// Ends the batch, and gives the next request whose turn it is to its store; false when none may start.
     pub fn start_next(&mut self, around: &mut Around<'_, impl Devices>) -> bool {
+        while let Some(id) = self.forming.pop_front() {
+            wait_for_turn(&mut self.turns, self.requests.get(id), id, around);
+        }
+        self.take_turn(around)
+    }
+
+    /// Starts a request that may, unless its device is busy.
+    fn start_in_turn(&mut self, id: RequestId, around: &mut Around<'_, impl Devices>) {
+        wait_for_turn(&mut self.turns, self.requests.get(id), id, around);
+        while self.take_turn(around) {}
+    }
+
+    fn take_turn(&mut self, around: &mut Around<'_, impl Devices>) -> bool {
         let Some((device, id)) = self.turns.take_next() else { return false };
         let request = self.requests.get_mut(id);
         request.started = true;

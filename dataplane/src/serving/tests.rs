@@ -618,11 +618,12 @@ fn a_busy_device_serves_clients_in_turn() {
     }
     node.work();
     assert_eq!(node.devices.pending.len(), DEVICE_DEPTH as usize);
-    assert_eq!(node.count(Counter::DeviceWaits), 0, "whether a device is busy is found out in turn");
+    let waiting = 400 - u64::from(DEVICE_DEPTH);
+    assert_eq!(node.count(Counter::DeviceWaits), waiting);
     for tag in 400..404 {
         node.receive(&Asked { client: client(2), ..read(tag, u64::from(tag) * 8, 8) });
     }
-    assert_eq!(node.count(Counter::DeviceWaits), 4);
+    assert_eq!(node.count(Counter::DeviceWaits), waiting + 4);
     // Eight ends: the four of the small client have started.
     for _ in 0..8 {
         node.end(0, End::Well);
