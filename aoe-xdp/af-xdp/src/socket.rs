@@ -404,12 +404,6 @@ impl Drop for Mapping {
     }
 }
 
-/// Takes note of an error that a socket holds (its interface went down or away): until then it polls as readable.
-pub fn clear_error(socket: BorrowedFd<'_>) {
-    // SAFETY: the error is one integer. Reading it is what clears it.
-    let _noted: io::Result<i32> = unsafe { sys::get_option(socket, libc::SOL_SOCKET, libc::SO_ERROR) };
-}
-
 /// Maps one ring.
 ///
 /// # Safety

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use af_xdp::frame::{RxFrame, TxFrame};
 use af_xdp::packet::{BATCH, PacketSocket};
 use af_xdp::region::{Chunk, Pool};
-use af_xdp::socket::clear_error;
 
 use super::LinkStats;
 
@@ -79,10 +78,6 @@ impl PacketQueue {
 
     pub(super) fn poll_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-
-    pub(super) fn clear_error(&self) {
-        clear_error(self.socket.as_fd());
     }
 
     pub(super) fn has_rx(&self) -> bool {

@@ -167,15 +167,6 @@ impl Queue {
         }
     }
 
-    /// Takes note of an error that the kernel holds for the queue: until then it is readable all the time. Call it when
-    /// [`Queue::poll_fd`] was readable and there is no frame.
-    pub fn clear_error(&mut self) {
-        match &self.kind {
-            Kind::Xdp(queue) => queue.clear_error(),
-            Kind::Packet(queue) => queue.clear_error(),
-        }
-    }
-
     /// Whether a frame waits to be received.
     pub fn has_rx(&self) -> bool {
         match &self.kind {

@@ -11,7 +11,7 @@ use af_xdp::nic::{Features, Nic, NicState};
 use af_xdp::offload::Offload;
 use af_xdp::queue;
 use af_xdp::region::{CHUNK_BYTES, Chunk, Handle, Pool, Region};
-use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem, clear_error};
+use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem};
 
 use super::error::LinkError;
 use super::interface::add_note;
@@ -406,10 +406,6 @@ impl XdpQueue {
 
     pub(super) fn poll_fd(&self) -> BorrowedFd<'_> {
         self.queue.as_fd()
-    }
-
-    pub(super) fn clear_error(&self) {
-        clear_error(self.queue.as_fd());
     }
 
     pub(super) fn has_rx(&self) -> bool {

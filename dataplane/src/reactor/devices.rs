@@ -182,9 +182,6 @@ impl Reactor {
             Event::Ready(at) => {
                 if let Some(own) = self.queues.get_mut(at as usize) {
                     own.armed = false;
-                    if !own.queue.has_rx() {
-                        own.queue.clear_error();
-                    }
                 }
             }
             Event::Woken => {}

@@ -1,10 +1,12 @@
 //! Interfaces of a running node: VLANs, several NICs, and what happens to them while requests come.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{Frames, Interface, LinkChoice as Choice};
 use aoe_xdp::wire::{ATA_DATA_OFFSET, AtaArg, AtaHead, Header, Mac, command, parse_ata, parse_config};
-use cluster_map::{DesiredExport, LinkChoice, Observed};
+use cluster_map::{Counter, DesiredExport, LinkChoice, Observed};
 use zerocopy::IntoBytes;
 
 use crate::netns::{ip, isolated, veth_pair, wait_up};
@@ -49,20 +51,51 @@ impl Initiator {
 
     /// The next frame that `wanted` accepts, with the number of its VLAN.
     fn receive(&mut self, within: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<(u8, Vec<u8>)> {
-        let until = std::time::Instant::now() + within;
+        let until = Instant::now() + within;
         loop {
             if let Some(at) = self.waiting.iter().position(|(_, frame)| wanted(frame)) {
                 return Some(self.waiting.remove(at));
             }
-            if std::time::Instant::now() >= until {
+            if Instant::now() >= until {
                 return None;
             }
             self.waiting.extend(self.station.collect_told(1, Duration::from_millis(10)));
         }
     }
 
+    /// Writes two sectors and reads them back, sending again what gets no answer, until it is told to stop: how often it did.
+    fn verify_until(&mut self, to: &DesiredExport, dst: Mac, stop: &AtomicBool) -> u32 {
+        let mut rounds = 0u32;
+        while !stop.load(Ordering::Relaxed) {
+            let data: Vec<u8> = rounds.to_le_bytes().into_iter().cycle().take(1024).collect();
+            let lba = u64::from(rounds % 100) * 2;
+            self.insist(to, dst, AtaArg::read_write_ext(lba, 2, true), &data);
+            let back = self.insist(to, dst, AtaArg::read_write_ext(lba, 2, false), &[]);
+            assert!(back[ATA_DATA_OFFSET..] == data, "round {rounds}");
+            rounds += 1;
+        }
+        rounds
+    }
+
+    /// Sends a request until it is answered; gives the answer.
+    fn insist(&mut self, to: &DesiredExport, dst: Mac, arg: AtaArg, data: &[u8]) -> Vec<u8> {
+        let until = Instant::now() + SOON;
+        self.waiting.clear();
+        loop {
+            let tag = self.ask(0, to, dst, arg, data);
+            if let Some((_, frame)) = self.answer(tag, Duration::from_millis(100)) {
+                assert_eq!(parse_ata(&frame).unwrap().arg.command_status, 0x40);
+                return frame;
+            }
+            assert!(Instant::now() < until, "never answered");
+        }
+    }
+
     fn answer(&mut self, tag: u32, within: Duration) -> Option<(u8, Vec<u8>)> {
-        self.receive(within, |frame| frame[14] == 0x18 && frame[20..24] == tag.to_be_bytes())
+        let own = self.mac.0;
+        self.receive(within, |frame| {
+            frame[..6] == own && frame[14] == 0x18 && frame[20..24] == tag.to_be_bytes()
+        })
     }
 
     /// The sectors in the next advertisement; earlier ones are forgotten by [`Initiator::forget`].
@@ -151,11 +184,19 @@ fn case_17_an_export_answers_in_its_own_vlan_only_over_af_packet() {
 /// process goes on.
 fn mtu_and_carrier(link: LinkChoice) {
     veth_pair(9000, 1);
-    let mut node = Node::start_on(&["a0"], link, 1, 1);
+    let mut node = Node::start_on(&["a0"], link, 1, 2);
     let mut client = Initiator::open("b0", 1, &[(0, 0)]);
     let exported = export(0);
-    node.export(vec![exported.clone()]);
+    node.export(vec![exported.clone(), export(1)]);
     assert_eq!(client.advertised(), 16);
+    let stop = Arc::new(AtomicBool::new(false));
+    let beside = {
+        let stop = Arc::clone(&stop);
+        std::thread::spawn(move || {
+            let mut initiator = Initiator::open("b0", 2, &[(0, 0)]);
+            initiator.verify_until(&export(1), mac_on(&export(1), 0), &stop)
+        })
+    };
     let mac = mac_on(&exported, 0);
     let data: Vec<u8> = (0..8192u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
     client.write(&exported, mac, 0, &data);
@@ -185,6 +226,9 @@ fn mtu_and_carrier(link: LinkChoice) {
         assert_eq!(client.advertised(), 16);
         assert!(client.read(&exported, mac, 0, 16) == data);
     }
+    stop.store(true, Ordering::Relaxed);
+    let rounds = beside.join().expect("no error and no wrong data beside all this");
+    assert!(rounds > 0);
     assert_eq!(node.wait("it serves", |_| true).pid, pid, "never started again");
     node.stop();
 }
@@ -231,6 +275,11 @@ fn gone_and_back(link: LinkChoice) {
     drop(second);
     ip("link del c0");
     node.wait("one is gone", |seen| links(seen) == [("a0", true), ("c0", false)]);
+    // The dead queue wakes nobody up: an idle core goes on sleeping.
+    let wakeups = |node: &Node| node.control.stats()[0].get(Counter::Wakeups);
+    let before = wakeups(&node);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(wakeups(&node) - before < 100, "{} times in a second", wakeups(&node) - before);
     for round in 2..50 {
         first.write(&exported, mac_on(&exported, 0), 0, &[round; 1024]);
         assert!(first.read(&exported, mac_on(&exported, 0), 0, 2) == [round; 1024]);
@@ -317,14 +366,14 @@ fn every_export_is_served_by_every_queue() {
                 frame.resize(60, 0);
                 client[queue].collect_within(1000, Duration::from_millis(20));
                 client[queue].send(&frame);
-                let until = std::time::Instant::now() + SOON;
+                let until = Instant::now() + SOON;
                 let answer = loop {
                     let got = client[number].collect_within(1, Duration::from_millis(20));
                     let mut got = got.into_iter().filter(|frame| frame[20..24] == [0, 0, 0, 7]);
                     if let Some(answer) = got.next() {
                         break answer;
                     }
-                    assert!(std::time::Instant::now() < until, "export {number} by queue {queue}");
+                    assert!(Instant::now() < until, "export {number} by queue {queue}");
                 };
                 assert_eq!(answer.len(), ATA_DATA_OFFSET + 1024);
             }
