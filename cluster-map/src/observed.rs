@@ -321,6 +321,13 @@ impl LinkLosses {
         ]
     }
 
+    /// The counters with their names, in the order of their declaration.
+    pub fn named(self) -> impl Iterator<Item = (&'static str, u64)> {
+        const NAMES: [&str; LinkLosses::COUNT] =
+            ["rx_dropped", "rx_ring_full", "rx_fill_empty", "rx_invalid", "tx_ring_full", "tx_dropped"];
+        NAMES.into_iter().zip(self.words())
+    }
+
     /// The reverse of [`LinkLosses::words`].
     #[must_use]
     pub fn of_words(words: [u64; Self::COUNT]) -> LinkLosses {

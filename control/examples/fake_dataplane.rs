@@ -21,8 +21,8 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use cluster_map::{
     Change, ChangeRequest, ClientCounter, Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability,
-    ExportState, Latency, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore, ObservedVolume,
-    SetRule, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
+    ExportState, Latency, LinkLosses, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore,
+    ObservedVolume, SetRule, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
 };
 use rustix::fs::FlockOperation;
 
@@ -170,6 +170,7 @@ fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
         mtu: 9000,
         max_sectors: 16,
         up: true,
+        losses: LinkLosses { rx_ring_full: 3, ..LinkLosses::default() },
         ..ObservedLink::default()
     });
     let exports = desired.exports.iter().map(|export| ObservedExport {

@@ -281,7 +281,9 @@ fn a_volume_from_create_to_delete_by_the_commands() {
     assert_eq!(volumes["volumes"].as_array().unwrap().len(), 1);
     assert_eq!(volumes["volumes"][0]["export"], "1.1");
     let node = place.ok("torusctl", "node show");
-    for text in ["native copy", "durable (every write flushed)", "read p99", "9000"] {
+    for text in
+        ["native copy", "durable (every write flushed)", "read p99", "9000", "RX RING FULL", "serves on   lo"]
+    {
         assert!(node.contains(text), "{text} in {node}");
     }
     assert!(place.ok("torusctl", "init").starts_with("nothing to do"));

@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 use aoe_xdp::target::{Allow, AoePolicy, ChangeOutcome, Export, ExportTable};
 use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{
-    DataMap, Desired, DesiredExport, ExportState, MapError, MapReader, Observed, ObservedExport, VolumeId,
+    DataMap, Desired, DesiredExport, EVERY_INTERFACE, ExportState, MapError, MapReader, Observed,
+    ObservedExport, VolumeId,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -51,6 +52,8 @@ struct KeyedExport {
     key: u32,
     wish: DesiredExport,
     size_sectors: u64,
+    /// The interfaces that it is served on, by the ordinals that they have in this process.
+    on_interfaces: u16,
 }
 
 /// Why cores get a configuration.
@@ -67,6 +70,8 @@ enum Purpose {
 /// The manager of one process.
 pub struct Manager {
     map: DataMap,
+    /// Names of the logical interfaces that are served on, by ordinal.
+    interfaces: Vec<String>,
     links: Links,
     stores: Stores,
     mailboxes: Arc<[Mailbox]>,
@@ -85,6 +90,7 @@ pub struct Manager {
 impl Manager {
     fn new(
         map: DataMap,
+        names: Vec<String>,
         interfaces: Vec<NodeInterface>,
         stores: Stores,
         mailboxes: Arc<[Mailbox]>,
@@ -93,6 +99,7 @@ impl Manager {
     ) -> Manager {
         Manager {
             map,
+            interfaces: names,
             links: Links::new(interfaces),
             stores,
             mailboxes,
@@ -207,7 +214,9 @@ impl Manager {
                 Some(known) => known.key,
                 None => self.take_key(),
             };
-            wanted.insert(wish.volume, KeyedExport { key, wish: wish.clone(), size_sectors });
+            let on_interfaces = here(wish.on_interfaces, &desired.interfaces, &self.interfaces);
+            let export = KeyedExport { key, wish: wish.clone(), size_sectors, on_interfaces };
+            wanted.insert(wish.volume, export);
         }
         wanted
     }
@@ -374,6 +383,18 @@ fn owner_of(export: &KeyedExport, cores: usize) -> u16 {
     u16::try_from(export.key as usize % cores).expect("a core's index has 16 bits")
 }
 
+/// A mask over the interfaces that a desired state names, as one over those that this process serves on: they differ once the
+/// control process was restarted with others, and an export that is bound to one must not be served on another.
+fn here(mask: u16, named: &[String], served: &[String]) -> u16 {
+    if mask == EVERY_INTERFACE {
+        return EVERY_INTERFACE;
+    }
+    let bit = |ordinal: usize| u32::try_from(ordinal).map_or(0, |ordinal| 1_u16.unbounded_shl(ordinal));
+    let bound = named.iter().enumerate().filter(|(ordinal, _)| mask & bit(*ordinal) != 0);
+    let ordinals = bound.filter_map(|(_, name)| served.iter().position(|served| served == name));
+    ordinals.fold(0, |mask, ordinal| mask | bit(ordinal))
+}
+
 fn wire_export(export: &KeyedExport) -> Export {
     let serial: String =
         export.wish.volume.to_string().chars().filter(char::is_ascii_hexdigit).take(20).collect();
@@ -385,7 +406,7 @@ fn wire_export(export: &KeyedExport) -> Export {
         read_only: export.wish.read_only,
         serial,
         config_string: export.wish.config_string.clone(),
-        on_interfaces: export.wish.on_interfaces,
+        on_interfaces: export.on_interfaces,
         masks: export.wish.masks.iter().copied().map(Mac).collect(),
         reserved_for: export.wish.reserved_for.iter().copied().map(Mac).collect(),
         allow: AoePolicy {
@@ -436,3 +457,20 @@ fn boot_time_ns() -> u64 {
 /// The process's claim to be the node's one data plane: an exclusive lock, with its pid for the supervisor to read.
 #[derive(Debug)]
 pub struct ProcessLock(#[expect(dead_code, reason = "held, not read")] OwnedFd);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_export_stays_on_its_interface_when_the_control_process_names_them_anew() {
+        let names = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let served = names("eth0 eth0@100 eth1");
+        assert_eq!(here(0b110, &served, &served), 0b110);
+        assert_eq!(here(0b001, &names("eth1 eth0"), &served), 0b100, "eth1");
+        assert_eq!(here(0b011, &names("eth9 eth0@100"), &served), 0b010, "eth9 is not served on");
+        assert_eq!(here(0b100, &names("eth9 eth0"), &served), 0, "no such interface");
+        assert_eq!(here(EVERY_INTERFACE, &names("eth9"), &served), EVERY_INTERFACE);
+        assert_eq!(here(0, &served, &served), 0);
+    }
+}

@@ -121,11 +121,12 @@ pub(crate) async fn node(State(node): Shared, Path(name): Path<String>) -> Answe
     let known = known(&node)?;
     let name = resolve_self(&node, &name);
     let (id, entry) = known.view.node(&name).ok_or_else(|| no_node(&name))?;
-    let cores = (id == node.id).then(|| node.map()).flatten().and_then(|map| {
-        let cores = map.desired().ok()?.cores;
-        Some(render::cores(&cores, &map.stats()))
-    });
-    let answer = render::node(&known.view, id, &entry.record, cores);
+    let map = (id == node.id).then(|| node.map()).flatten();
+    let cores = map.as_ref().and_then(|map| Some(render::cores(&map.desired().ok()?.cores, &map.stats())));
+    let mut answer = render::node(&known.view, id, &entry.record, cores);
+    if let Some(observed) = map.and_then(|map| map.observed().ok()) {
+        render::add_losses(&mut answer.links, &observed.links);
+    }
     Ok(Json(t::Node { metadata: known.words(), ..answer }))
 }
 

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, bucket_bounds};
+use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, LinkLosses, ObservedLink, bucket_bounds};
 
 use crate::node::Node;
+use crate::reconcile::link_mode_words;
 
 /// Buckets of the map per bucket that is shown: two per power of two.
 const MERGED_BUCKETS: usize = 8;
@@ -30,6 +31,7 @@ pub(crate) async fn metrics(State(node): State<Arc<Node>>) -> impl IntoResponse 
     {
         let named: Vec<_> = desired.cores.iter().copied().zip(map.stats()).collect();
         cores(&mut text, &named);
+        links(&mut text, &map.observed().map(|observed| observed.links).unwrap_or_default());
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
 }
@@ -49,6 +51,23 @@ fn cores(text: &mut String, stats: &[(u16, CoreSnapshot)]) {
     }
     histograms(text, "torus_read_seconds", stats, |s| &s.read_ns);
     histograms(text, "torus_write_seconds", stats, |s| &s.write_ns);
+}
+
+/// Per interface and queue: state, mode and losses.
+fn links(text: &mut String, links: &[ObservedLink]) {
+    let label = |link: &ObservedLink| format!("interface=\"{}\",queue=\"{}\"", link.interface, link.queue);
+    let _ = writeln!(text, "# TYPE torus_link_up gauge");
+    for link in links {
+        let mode = link_mode_words(link.mode);
+        let _ = writeln!(text, "torus_link_up{{{},mode=\"{mode}\"}} {}", label(link), u8::from(link.up));
+    }
+    for (name, _) in LinkLosses::default().named() {
+        let _ = writeln!(text, "# TYPE torus_link_{name}_total counter");
+        for link in links {
+            let count = link.losses.named().find(|(other, _)| *other == name).map_or(0, |(_, count)| count);
+            let _ = writeln!(text, "torus_link_{name}_total{{{}}} {count}", label(link));
+        }
+    }
 }
 
 fn seconds(ns: u64) -> f64 {
@@ -89,5 +108,27 @@ mod tests {
         }
         assert!(text.contains("torus_read_seconds_bucket{core=\"2\",le=\"+Inf\"} 0"));
         assert!(text.contains("torus_write_seconds_count{core=\"3\"} 0"));
+    }
+
+    #[test]
+    fn every_link_shows_its_mode_and_what_it_lost() {
+        let losses = LinkLosses { rx_ring_full: 7, tx_dropped: 9, ..LinkLosses::default() };
+        let link = ObservedLink {
+            interface: "eth0@5".into(),
+            queue: 1,
+            up: true,
+            losses,
+            ..ObservedLink::default()
+        };
+        let mut text = String::new();
+        links(&mut text, &[link]);
+        for line in [
+            "torus_link_up{interface=\"eth0@5\",queue=\"1\",mode=\"packet\"} 1",
+            "torus_link_rx_ring_full_total{interface=\"eth0@5\",queue=\"1\"} 7",
+            "torus_link_tx_dropped_total{interface=\"eth0@5\",queue=\"1\"} 9",
+            "torus_link_rx_dropped_total{interface=\"eth0@5\",queue=\"1\"} 0",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
     }
 }

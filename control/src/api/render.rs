@@ -1,6 +1,6 @@
 //! From records to answers. Pure functions over one [`View`].
 
-use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, NodeId, StoreId, VolumeId};
+use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, NodeId, ObservedLink, StoreId, VolumeId};
 
 use super::types as t;
 use crate::model::{
@@ -64,6 +64,7 @@ pub(crate) fn node(view: &View, id: NodeId, node: &NodeRecord, cores: Option<Vec
         max_sectors: l.max_sectors,
         up: l.up,
         note: l.note,
+        losses: None,
     });
     let volumes = status.volumes.into_iter().map(|v| t::VolumeReport {
         id: v.id.to_string(),
@@ -206,6 +207,16 @@ pub(crate) fn latency(histogram: &HistogramSnapshot) -> t::Latency {
         p50_ns: histogram.quantile(0.5),
         p99_ns: histogram.quantile(0.99),
         max_ns: histogram.quantile(1.0),
+    }
+}
+
+/// Adds to the links of the answering node what their queues lost.
+pub(crate) fn add_losses(links: &mut [t::Link], observed: &[ObservedLink]) {
+    for link in links {
+        let same =
+            |o: &&ObservedLink| (o.interface.as_str(), o.queue) == (link.interface.as_str(), link.queue);
+        let found = observed.iter().find(same);
+        link.losses = found.map(|o| o.losses.named().map(|(name, count)| (name.to_owned(), count)).collect());
     }
 }
 

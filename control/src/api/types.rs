@@ -157,6 +157,9 @@ pub struct Link {
     pub up: bool,
     /// Why a better mode was not had; may be empty.
     pub note: String,
+    /// Frames that the queue lost since it was opened, by reason; only the node itself can tell, so they are missing in
+    /// another node's answer. Interfaces on one queue show the same numbers.
+    pub losses: Option<BTreeMap<String, u64>>,
 }
 
 /// A store.

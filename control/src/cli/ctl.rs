@@ -264,11 +264,16 @@ async fn node_show(client: &Client, json: bool, name: &str) -> Done {
         ("api", node.api_addr.clone()),
         ("peers", node.peer_addr.clone()),
         ("volumes", node.volumes.to_string()),
+        ("serves on", answer.interfaces.join(", ")),
     ]);
     let links: Vec<_> = answer.links.iter().map(link_row).collect();
     if !links.is_empty() {
         let header = ["interface", "queue", "core", "link", "segments", "mtu", "sectors", "up", "note"];
         text += &format!("\n{}", table(&header, &[1, 2, 4, 5, 6], links));
+    }
+    let losses = loss_table(&answer.links);
+    if !losses.is_empty() {
+        text += &format!("\n{losses}");
     }
     text += &format!("\n{}", store_table(&answer.stores));
     if !answer.volumes.is_empty() {
@@ -299,6 +304,23 @@ fn link_row(link: &t::Link) -> Vec<String> {
         yes_no(link.up),
         dash(&link.note),
     ]
+}
+
+/// What each queue lost, one column per reason; empty where nobody told.
+fn loss_table(links: &[t::Link]) -> String {
+    let Some(reasons) = links.iter().find_map(|link| link.losses.as_ref()) else { return String::new() };
+    let mut header = vec!["interface", "queue"];
+    header.extend(reasons.keys().map(String::as_str));
+    let row = |link: &t::Link| {
+        let lost =
+            |reason: &String| link.losses.as_ref().and_then(|losses| losses.get(reason)).map(u64::to_string);
+        let mut row = vec![link.interface.clone(), link.queue.to_string()];
+        row.extend(reasons.keys().map(|reason| lost(reason).unwrap_or_else(|| "-".into())));
+        row
+    };
+    let header: Vec<String> = header.iter().map(|name| name.replace('_', " ")).collect();
+    let header: Vec<&str> = header.iter().map(String::as_str).collect();
+    table(&header, &(1..header.len()).collect::<Vec<_>>(), links.iter().map(row).collect())
 }
 
 fn store_table(stores: &[t::Store]) -> String {

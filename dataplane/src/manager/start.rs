@@ -335,5 +335,6 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
         };
         threads.push(start_core(cpu, parts)?);
     }
-    Ok((Manager::new(map, paths.interfaces, stores, mailboxes, threads, change_queue), lock))
+    let names = desired.interfaces;
+    Ok((Manager::new(map, names, paths.interfaces, stores, mailboxes, threads, change_queue), lock))
 }
