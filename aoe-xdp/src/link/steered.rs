@@ -10,6 +10,9 @@ use af_xdp::steering::{Ethtool, Place, Rule, RuleTable};
 
 use crate::wire::ETHERTYPE;
 
+/// `EOPNOTSUPP`.
+const UNSUPPORTED: i32 = 95;
+
 /// The rules in a NIC's table, and what the NIC refused.
 #[derive(Debug)]
 pub(super) struct Steered {
@@ -23,7 +26,11 @@ pub(super) struct Steered {
 impl Steered {
     /// Opens a NIC's table, and removes what a former process left in it.
     pub(super) fn open(nic: &Nic) -> Self {
-        Self::of(RuleTable::of(nic, ETHERTYPE).map_err(|error| error.to_string()))
+        Self::of(RuleTable::of(nic, ETHERTYPE).map_err(|error| match error.errno() {
+            // What most drivers say: nothing went wrong.
+            Some(UNSUPPORTED) => "it has no rules for that".to_owned(),
+            _ => error.to_string(),
+        }))
     }
 
     fn of(table: Result<RuleTable, String>) -> Self {
@@ -59,11 +66,18 @@ impl Steered {
 
     /// What is steered, for people.
     pub(super) fn in_words(&self) -> String {
-        let why = match (&self.table, &self.refusal) {
-            (Err(reason), _) | (Ok(_), Some(reason)) => format!(": {reason}; cores hand over the rest"),
-            (Ok(_), None) => String::new(),
-        };
-        format!("the NIC steers {} of {} addresses to their cores{why}", self.rules.len(), self.wanted)
+        let (steered, wanted) = (self.rules.len(), self.wanted);
+        match (&self.table, &self.refusal) {
+            (Err(reason), _) => {
+                format!("the NIC steers no addresses to cores ({reason}): cores hand frames over")
+            }
+            (Ok(_), None) => format!("the NIC steers {steered} of {wanted} addresses to their cores"),
+            (Ok(_), Some(reason)) => {
+                format!(
+                    "the NIC steers {steered} of {wanted} addresses to their cores ({reason}): cores hand over the rest"
+                )
+            }
+        }
     }
 
     /// Takes all rules out.
@@ -147,7 +161,8 @@ mod tests {
         let nic = Fake::default();
         let mut steered = Steered::of(Err("Operation not supported".into()));
         steered.set(&nic, &BTreeMap::from([(mac(1), 0)]));
-        assert!(steered.in_words().contains("0 of 1"), "{}", steered.in_words());
-        assert!(steered.in_words().contains("not supported; cores hand over the rest"));
+        let expected =
+            "the NIC steers no addresses to cores (Operation not supported): cores hand frames over";
+        assert_eq!(steered.in_words(), expected);
     }
 }

@@ -349,7 +349,7 @@ fn every_export_is_served_by_every_queue() {
         assert_eq!(queues, [(0, 0), (1, 1)]);
         let note = &seen.links[0].note;
         assert!(
-            note.contains("the NIC steers 0 of 2 addresses") && note.contains("hand over the rest"),
+            note.contains("the NIC steers no addresses to cores") && note.contains("cores hand frames over"),
             "{note}"
         );
 
