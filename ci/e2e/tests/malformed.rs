@@ -6,6 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use torus_e2e::Lab;
 
+/// Memory that a process has, in KiB.
+fn resident_kib(pid: u64) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("a running process")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
 fn storm(link: &str) -> Result<()> {
     let lab = Lab::up(&format!("--nodes 1 --etcd 0 --size 512MiB --store shm --mtu 9000 --link {link}"))?;
     lab.export("v", "64MiB", "1.1")?;
@@ -21,10 +28,14 @@ fn storm(link: &str) -> Result<()> {
         &format!("--mixed 50 --window 8 --rate 3000 --seconds 12 --verify --verify-log {log}"),
     )?;
     sleep(Duration::from_secs(2));
+    let before = resident_kib(data_plane)?;
     for seed in [1, 2, 3] {
-        let sent = lab.sh(&format!("exec ini -- torus-junk eth0 {mac} 1.2 20000 {seed}"))?;
-        assert!(sent.contains("20000 frames sent"), "{sent}");
+        let sent = lab.sh(&format!("exec ini -- torus-junk eth0 {mac} 1.2 40000 {seed}"))?;
+        assert!(sent.contains("40000 frames sent"), "{sent}");
     }
+    let after = resident_kib(data_plane)?;
+    // What is touched for the first time counts as grown: the frame memory, and the pages of two volumes.
+    assert!(after < before + (32 << 10), "the data plane has grown from {before} to {after} KiB");
     load.finish()?.assert_verified(1000.0);
     assert_eq!(lab.pid("n1", "dataplane_pid")?, Some(data_plane), "malformed frames ended the data plane");
     lab.bench("1.1", &format!("--check-log {log}"))?.finish()?.assert_verified(1000.0);

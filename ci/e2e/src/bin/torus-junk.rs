@@ -1,11 +1,10 @@
-//! `torus-junk INTERFACE DESTINATION-MAC SHELF.SLOT FRAMES SEED`: sends malformed AoE frames, as fast as one socket does.
+//! `torus-junk INTERFACE DESTINATION-MAC SHELF.SLOT FRAMES SEED`: a hostile neighbour, who sends malformed AoE frames as fast
+//! as one socket does.
 //!
-//! Truncated, mutated and random frames, frames with impossible lengths, counts, addresses and tags, all with AoE's
-//! EtherType. Some are well formed by chance and may write: to SHELF.SLOT only, which must be an export of no value.
+//! Truncated, mutated and random frames, frames with impossible lengths, counts, addresses and tags, from invented stations
+//! and in other VLANs. Some are well formed by chance and may write: to SHELF.SLOT only, which must be an export of no
+//! value.
 #![forbid(unsafe_code)]
-
-use std::thread::sleep;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use torus_e2e::port::Port;
@@ -13,7 +12,7 @@ use torus_e2e::random::Random;
 
 /// Longest frame: what an MTU of 9000 takes.
 const FRAME_MAX: usize = 9014;
-/// Frames between two pauses, so that the receiver's ring is not simply full all the time.
+/// Frames sent at a time.
 const BURST: u64 = 32;
 
 struct Aim {
@@ -28,7 +27,8 @@ fn template(random: &mut Random, aim: &Aim) -> Vec<u8> {
     let mut frame = Vec::with_capacity(FRAME_MAX);
     let broadcast = random.below(8) == 0;
     frame.extend_from_slice(if broadcast { &[0xff; 6] } else { &aim.destination });
-    frame.extend_from_slice(&aim.source);
+    let invented = [0x02, 0xff, random.byte(), random.byte(), random.byte(), random.byte()];
+    frame.extend_from_slice(if random.below(2) == 0 { &invented } else { &aim.source });
     frame.extend_from_slice(&[0x88, 0xa2, 0x10, 0]);
     frame.extend_from_slice(&aim.shelf.to_be_bytes());
     frame.push(aim.slot);
@@ -117,13 +117,16 @@ fn main() -> Result<()> {
         spoil(&mut random, &mut frame);
         confine(&mut frame, &aim);
         frame.truncate(longest);
+        if random.below(16) == 0 && frame.len() > 14 {
+            // In the VLAN 5, which nobody serves.
+            frame.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
+        }
         port.queue(&frame)?;
         sent += 1;
         if sent % BURST == 0 || sent == frames {
             port.flush();
             // The answers are of no interest, but they need not fill the socket.
             port.receive(|_| {});
-            sleep(Duration::from_micros(500));
         }
     }
     println!("{sent} frames sent");
