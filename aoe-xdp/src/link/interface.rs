@@ -259,7 +259,7 @@ fn open_link(
     let filter = ports.filter(options.frames);
     if options.choice != LinkChoice::AfPacket {
         let tags = nic.switch(TAKES_TAGS_OUT, false);
-        match XdpInterface::open(nic, state, region, &filter, tags, info) {
+        match XdpInterface::open(nic, state, region, &filter, tags, options.choice, info) {
             Ok((xdp, receive_bytes)) => return Ok((Link::Xdp(Box::new(xdp)), receive_bytes)),
             Err(error) if options.choice == LinkChoice::AfXdp => return Err(error.into_link_error(&name)),
             Err(error) => info.note = format!("no AF_XDP: {error}"),

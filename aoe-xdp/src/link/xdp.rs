@@ -1,6 +1,7 @@
 //! Queues on AF_XDP: which modes are tried in which order, and what was had.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem};
 use super::error::LinkError;
 use super::interface::add_note;
 use super::packet::{release_chunk, release_frame};
-use super::{LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
+use super::{LinkChoice, LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
 
 /// Entries of each ring.
 const RING_ENTRIES: u32 = 2048;
@@ -44,6 +45,12 @@ const TAGS_STAY_HIDDEN: &str = "the NIC takes 802.1Q tags out of frames before X
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 /// How often.
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
+
+/// A driver whose zero-copy sends frames with a header read from a wrong place where it is a kernel module: the device is
+/// given the address of memory of the module as if it were memory of the kernel image (Linux 6.13 to 7.3 at least). What
+/// lies there decides whether frames leave as they are, not at all, or with a checksum written into them.
+const WRONG_HEADER_DRIVER: &str = "virtio_net";
+const WRONG_HEADER: &str = "zero-copy of virtio_net as a module may lose or change frames: it sends a header read from a wrong address";
 
 /// Why there is no AF_XDP here.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +135,13 @@ impl Attempt {
     }
 }
 
+/// Whether zero-copy here may change what is sent.
+fn sends_wrong_headers(nic: &Nic) -> bool {
+    // A driver in the kernel image has no state of loading.
+    nic.driver() == WRONG_HEADER_DRIVER
+        && Path::new("/sys/module").join(WRONG_HEADER_DRIVER).join("initstate").exists()
+}
+
 /// The combinations worth trying, best first.
 ///
 /// Zero-copy without scatter-gather comes before copying with it only where a whole frame fits one
@@ -168,6 +182,7 @@ impl XdpInterface {
         region: &Arc<Region>,
         filter: &FrameFilter,
         tags: Offload,
+        choice: LinkChoice,
         info: &mut LinkInfo,
     ) -> Result<(Self, usize), XdpError> {
         if tags != Offload::Off && !filter.vlans.is_empty() {
@@ -180,12 +195,21 @@ impl XdpInterface {
         let mut refusals = Vec::new();
         let link = attach(&program, nic, &mut refusals)?;
         let features = nic.features();
-        let (first, builder, attempt) = bind_first(nic, state, region, &link, features, &mut refusals)?;
+        let mut attempts = attempts(link.mode(), state.mtu_bytes, features);
+        let wrong_headers = sends_wrong_headers(nic);
+        if wrong_headers && choice == LinkChoice::Auto {
+            attempts.retain(|attempt| !attempt.zero_copy);
+            refusals.push(format!("{WRONG_HEADER}; not taken, --link af-xdp takes it"));
+        }
+        let (first, builder, attempt) = bind_first(nic, state, region, &attempts, features, &mut refusals)?;
         let obtained = first.obtained();
         info.mode = mode_of(link.mode(), obtained);
         info.segments = attempt.send_segments(features);
         info.hugepages = obtained.hugepages;
         info.note = note_of(nic, link.mode(), obtained, features, &refusals);
+        if wrong_headers && obtained.zero_copy {
+            add_note(&mut info.note, WRONG_HEADER);
+        }
         if tags != Offload::Off {
             add_note(&mut info.note, TAGS_STAY_HIDDEN);
         }
@@ -267,11 +291,11 @@ fn bind_first(
     nic: &Nic,
     state: NicState,
     region: &Arc<Region>,
-    link: &XdpLink,
+    attempts: &[Attempt],
     features: Option<Features>,
     refusals: &mut Vec<String>,
 ) -> Result<(queue::Queue, SocketBuilder, Attempt), XdpError> {
-    for attempt in attempts(link.mode(), state.mtu_bytes, features) {
+    for &attempt in attempts {
         let builder = SocketBuilder::new()
             .ring_entries(RING_ENTRIES)
             .headroom_bytes(HEADROOM_BYTES)
