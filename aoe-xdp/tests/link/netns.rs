@@ -26,7 +26,7 @@ pub(crate) fn isolated(test: &str, body: impl FnOnce()) {
     let status = Command::new("unshare")
         .args(["--net", "--"])
         .arg(std::env::current_exe().expect("a test knows its binary"))
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .args(["--exact", test, "--include-ignored", "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
         .status()
         .expect("unshare(1) of util-linux runs");

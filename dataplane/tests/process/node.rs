@@ -130,6 +130,14 @@ impl Node {
         });
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn exports(&self) -> u16 {
+        u16::try_from(self.desired.exports.len()).unwrap()
+    }
+
     /// Asks the process to end, and waits for it.
     pub(crate) fn stop(mut self) {
         self.desired.drain = true;
