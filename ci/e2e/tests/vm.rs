@@ -99,7 +99,7 @@ fn case_85_killed_processes_and_a_target_away_for_30_seconds_are_no_error_to_lin
 }
 
 #[test]
-fn cases_78_and_79_two_exports_one_resized_the_other_removed() -> Result<()> {
+fn case_78_linux_sees_a_new_size_and_loses_only_the_export_that_is_removed() -> Result<()> {
     let lab = Lab::up("--nodes 1 --store file --size 1GiB --mtu 9000 --etcd 1")?;
     lab.export("v", "64MiB", "1.1")?;
     lab.export("w", "64MiB", "1.2")?;
