@@ -10,7 +10,7 @@ use crate::netns;
 use crate::node::{Node, Station, export};
 
 const EXPORTS: u16 = 10_000;
-const TRIES: u32 = 4;
+const TRIES: u32 = 10;
 /// What is measured: reads of a round, in flight at a time, and rounds.
 const READS: u32 = 20_000;
 const WINDOW: u32 = 32;
