@@ -99,7 +99,7 @@ impl From<SettingError> for Refusal {
             SettingError::StringTooLong(_) | SettingError::Escape(_) | SettingError::Hex(_) => {
                 "bad_config_string"
             }
-            SettingError::TooManyMacs(_) | SettingError::GroupMac(_) | SettingError::Mac(_) => "bad_mac",
+            SettingError::TooManyMacs(_) | SettingError::NoStation(_) | SettingError::Mac(_) => "bad_mac",
             SettingError::Interface(_)
             | SettingError::InterfaceTwice(_)
             | SettingError::TooManyInterfaces(_) => "bad_interface",

@@ -36,11 +36,11 @@ pub enum SettingError {
     /// Too many MACs for a frame.
     #[error("{0} MAC addresses are too many: at most {MAX_LISTED_MACS} are possible")]
     TooManyMacs(usize),
-    /// No initiator sends from it.
+    /// No initiator sends from it: a group address, or none.
     #[error(
-        "{0} is a group address, from which no initiator sends: name the MAC of the initiator's interface"
+        "{0} is a group address or all zeros, from which no initiator sends: name the MAC of the initiator's interface"
     )]
-    GroupMac(Mac),
+    NoStation(Mac),
     /// Not a MAC.
     #[error("{0}; write six bytes such as 02:00:5e:10:00:01")]
     Mac(#[from] ModelError),
@@ -191,8 +191,8 @@ impl FromStr for ConfigString {
 pub fn listed_macs(macs: impl IntoIterator<Item = Mac>) -> Result<Vec<Mac>, SettingError> {
     let mut all = Vec::new();
     for mac in macs {
-        if mac.0[0] & 1 == 1 {
-            return Err(SettingError::GroupMac(mac));
+        if mac.0[0] & 1 == 1 || mac.0 == [0; 6] {
+            return Err(SettingError::NoStation(mac));
         }
         if !all.contains(&mac) {
             all.push(mac);

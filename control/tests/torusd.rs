@@ -719,6 +719,7 @@ fn settings_outlive_the_node_and_are_shown() {
     place.ok("torusblk", &format!("policy v --allow-aoe-reserve={two}"));
     assert!(place.fails("torusblk", "config v --set-hex 0", 2).contains("two digits"));
     assert!(place.fails("torusblk", "masks v --add ff:ff:ff:ff:ff:ff", 1).contains("group address"));
+    assert!(place.fails("torusblk", "masks v --add 00:00:00:00:00:00", 1).contains("all zeros"));
     assert_eq!(place.end(Signal::TERM).code(), Some(0));
     place.start_serving();
     wait_until("served again", || place.json("torusblk", "list")["exports"][0]["state"] == "serving");
