@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use aoe_xdp::target::BUFFER_COUNT;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::*;
 
 /// When a client sends a request again, under a new tag.
 const RESEND_AFTER: Duration = Duration::from_millis(100);
 
-/// A client that sends again what is not answered.
+/// A client that sends again what is not answered. It stays on one CPU: a veth without an XDP program queues frames for each
+/// sending CPU, so that a resend from another one could overtake its first copy, and the copy a newer write.
 struct Patient {
     station: Station,
     _interface: Interface,
@@ -23,6 +25,9 @@ struct Patient {
 
 impl Patient {
     fn open(name: &str) -> Patient {
+        let mut one = CpuSet::new();
+        one.set(rustix::thread::sched_getcpu());
+        sched_setaffinity(None, &one).expect("a thread may stay where it is");
         let (interface, station) = Station::open(name, LinkChoice::AfPacket, &station::region(1), 0);
         Patient { station, _interface: interface, next_tag: 1, resent: 0 }
     }
@@ -210,12 +215,14 @@ fn serves_beside_a_hostile_neighbour(link: LinkChoice) {
     const HOSTILE_FRAMES: u64 = 60_000;
     bridge();
     let node = Node::start_as(disk_folder(), &Setup { cores: 1, link, chunks_per_core: 1024 });
+    let cpus = sched_getaffinity(None).expect("a thread has CPUs");
     let mut client = Patient::open("b0");
     client.write_and_verify(0, 1, 64, 8);
     let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let hostile = std::thread::spawn({
         let (stop, sent) = (Arc::clone(&stop), Arc::clone(&sent));
         move || {
+            sched_setaffinity(None, &cpus).expect("the CPUs are there still");
             let (interface, mut station) = Station::open("c0", LinkChoice::AfPacket, &station::region(1), 0);
             let mut random = Random(7);
             while !stop.load(Ordering::Relaxed) {
