@@ -26,7 +26,8 @@ pub const EXIT_CONFIG: i32 = 2;
 pub const LAUNCH_ARGUMENT: &str = "launch-data-plane";
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-const BACKOFF_MOST: Duration = Duration::from_secs(5);
+/// Even one that was killed many times in a row is back within the three seconds of any fail-over (I8).
+const BACKOFF_MOST: Duration = Duration::from_secs(2);
 /// Uptime after which a data plane counts as healthy.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// How long draining may take before the process is killed. Acknowledged writes are durable, so nothing is lost (I3).
