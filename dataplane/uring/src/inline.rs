@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use af_xdp::region::Pool;
 
-use crate::{BLOCK_BYTES, BLOCKS_MAX, Blocks, IoError, outcome};
+use crate::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError, NO_VECTOR, outcome, point_to};
 
 /// Reads `blocks.len()` blocks from `offset_bytes` on.
 ///
@@ -23,10 +23,12 @@ pub fn read_inline(
     pool: &Pool,
 ) -> Result<(), IoError> {
     assert!(blocks.iter().all(|chunk| pool.references(chunk) == 1), "only the only handle is read into");
-    let vectors = vectors(blocks, pool);
     let offset = file_offset(offset_bytes);
-    // SAFETY: the vectors name whole chunks whose only handles are borrowed mutably for the length of the call.
-    let moved = unsafe { libc::preadv(file.as_raw_fd(), vectors.as_ptr(), vector_count(blocks), offset) };
+    let moved = with_vectors(blocks, pool, |vectors, count| {
+        // SAFETY: the vectors live on the stack of `with_vectors` for the length of the call, `count` of them are set, and
+        // they name whole chunks whose only handles are borrowed mutably for as long.
+        unsafe { libc::preadv(file.as_raw_fd(), vectors, count, offset) }
+    });
     finish(moved, blocks)
 }
 
@@ -40,26 +42,36 @@ pub fn write_inline(
     blocks: &Blocks,
     pool: &Pool,
 ) -> Result<(), IoError> {
-    let vectors = vectors(blocks, pool);
     let offset = file_offset(offset_bytes);
-    // SAFETY: the vectors name whole chunks whose handles are borrowed for the length of the call; the kernel only reads.
-    let moved = unsafe { libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), vector_count(blocks), offset) };
+    let moved = with_vectors(blocks, pool, |vectors, count| {
+        // SAFETY: as in `read_inline`, but that the handles are borrowed shared: the kernel only reads.
+        unsafe { libc::pwritev(file.as_raw_fd(), vectors, count, offset) }
+    });
     finish(moved, blocks)
 }
 
-fn vectors(blocks: &Blocks, pool: &Pool) -> [libc::iovec; BLOCKS_MAX] {
-    let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BLOCKS_MAX];
-    for (vector, chunk) in vectors.iter_mut().zip(blocks.iter()) {
-        *vector = libc::iovec {
-            iov_base: pool.region().chunk_pointer(chunk).as_ptr().cast(),
-            iov_len: BLOCK_BYTES,
-        };
+/// Gives `call` the vectors of the blocks and their number, from the stack: 48 bytes, or 4 KiB for a long list.
+fn with_vectors(
+    blocks: &Blocks,
+    pool: &Pool,
+    call: impl FnOnce(*const libc::iovec, libc::c_int) -> isize,
+) -> isize {
+    if blocks.len() <= BLOCKS_MAX {
+        call_with::<BLOCKS_MAX>(blocks, pool, call)
+    } else {
+        call_with::<BLOCKS_LONG_MAX>(blocks, pool, call)
     }
-    vectors
 }
 
-fn vector_count(blocks: &Blocks) -> i32 {
-    i32::try_from(blocks.len()).expect("at most three")
+fn call_with<const MAX: usize>(
+    blocks: &Blocks,
+    pool: &Pool,
+    call: impl FnOnce(*const libc::iovec, libc::c_int) -> isize,
+) -> isize {
+    let mut vectors = [NO_VECTOR; MAX];
+    point_to(&mut vectors, blocks, pool.region());
+    // A list is never longer than BLOCKS_LONG_MAX.
+    call(vectors.as_ptr(), libc::c_int::try_from(blocks.len()).expect("at most 256"))
 }
 
 fn file_offset(offset_bytes: u64) -> libc::off_t {
@@ -70,7 +82,7 @@ fn finish(moved: isize, blocks: &Blocks) -> Result<(), IoError> {
     let result = match i32::try_from(moved) {
         Ok(-1) => -std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
         Ok(bytes) => bytes,
-        Err(_) => unreachable!("at most three blocks were asked for"),
+        Err(_) => unreachable!("at most 256 blocks were asked for"),
     };
     outcome(result, blocks.len_bytes())
 }

@@ -6,7 +6,8 @@
 //!   safe code can read or change bytes that the kernel is working on.
 //! * The kernel writes only to chunks with a single handle ([`Ring::read`] asserts it).
 //! * The frame memory is registered as fixed buffers and outlives the ring, which holds it.
-//! * Every table is sized at construction: no request allocates.
+//! * Every table is sized at construction: no request of up to [`BLOCKS_MAX`] blocks allocates. Longer ones take their
+//!   vectors from a table as well, which grows only while more of them are in flight than ever before.
 //!
 //! A ring belongs to the thread that made it (`IORING_SETUP_SINGLE_ISSUER`), completions are gathered when that thread
 //! asks (`DEFER_TASKRUN`), and `TASKRUN_FLAG` tells without a system call whether there are any to gather.
@@ -15,7 +16,7 @@ mod blocks;
 mod inline;
 mod ring;
 
-pub use blocks::{BLOCKS_MAX, Blocks};
+pub use blocks::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IntoIter};
 pub use inline::{read_inline, write_inline};
 pub use ring::{Event, FileId, Finished, Full, Ring, RingConfig, RingError, WakeHandle};
 
@@ -42,5 +43,18 @@ fn outcome(result: i32, asked_bytes: usize) -> Result<(), IoError> {
         Ok(done_bytes) if done_bytes == asked_bytes => Ok(()),
         Ok(done_bytes) => Err(IoError::Short { done_bytes }),
         Err(_) => Err(IoError::Errno(-result)),
+    }
+}
+
+/// A vector that names nothing.
+const NO_VECTOR: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+/// Lets the first `blocks.len()` vectors name the chunks, in order.
+///
+/// # Panics
+/// If there are fewer vectors than chunks.
+fn point_to(vectors: &mut [libc::iovec], blocks: &Blocks, region: &af_xdp::region::Region) {
+    for (vector, chunk) in vectors[..blocks.len()].iter_mut().zip(blocks) {
+        *vector = libc::iovec { iov_base: region.chunk_pointer(chunk).as_ptr().cast(), iov_len: BLOCK_BYTES };
     }
 }

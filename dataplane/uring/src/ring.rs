@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use af_xdp::region::{Pool, Region};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
-use crate::{BLOCK_BYTES, BLOCKS_MAX, Blocks, IoError, outcome};
+use crate::{BLOCK_BYTES, BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError, NO_VECTOR, outcome, point_to};
 
 /// A registered buffer covers at most 1 GiB (io_uring/rsrc.c `io_buffer_validate`), so a larger region is registered in
 /// pieces of that size.
 const BUFFER_BYTES_MAX: usize = 1 << 30;
 /// Files that a ring can hold registered.
 const FILES_MAX: u32 = 64;
+/// Vectors for requests of more than [`BLOCKS_MAX`] blocks that a ring is made with: 64 such requests in flight, 256 KiB.
+const LONG_VECTORS: usize = 64;
 /// How long a dropped ring waits for what is in flight.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
 
@@ -83,11 +85,23 @@ pub enum Event {
     Woken,
 }
 
+/// The vectors of a request of more than [`BLOCKS_MAX`] blocks.
+type LongVectors = Box<[libc::iovec; BLOCKS_LONG_MAX]>;
+
 struct Slot {
     token: u64,
     blocks: Blocks,
     asked_bytes: usize,
     vectors: [libc::iovec; BLOCKS_MAX],
+    /// In their place, while a longer request is in flight.
+    long: Option<LongVectors>,
+}
+
+impl Slot {
+    /// The vectors of the request in flight.
+    fn vectors(&self) -> &[libc::iovec] {
+        self.long.as_ref().map_or(&self.vectors[..], |long| &long[..])
+    }
 }
 
 /// One io_uring; see the crate's head for what it keeps.
@@ -96,6 +110,8 @@ pub struct Ring {
     region: Arc<Region>,
     slots: Box<[Slot]>,
     free: Vec<u32>,
+    /// Vectors that no request in flight uses; room for those of all.
+    long_free: Vec<LongVectors>,
     files: Vec<Option<OwnedFd>>,
     /// The kernel has vectored requests on fixed buffers (6.15).
     vectored_fixed: bool,
@@ -136,14 +152,21 @@ impl Ring {
         let vectored_fixed = probed
             && probe.is_supported(opcode::ReadvFixed::CODE)
             && probe.is_supported(opcode::WritevFixed::CODE);
-        let no_vector = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let slot =
-            || Slot { token: 0, blocks: Blocks::new(), asked_bytes: 0, vectors: [no_vector; BLOCKS_MAX] };
+        let slot = || Slot {
+            token: 0,
+            blocks: Blocks::new(),
+            asked_bytes: 0,
+            vectors: [NO_VECTOR; BLOCKS_MAX],
+            long: None,
+        };
+        let mut long_free = Vec::with_capacity(LONG_VECTORS.max(config.requests_max as usize));
+        long_free.extend((0..LONG_VECTORS).map(|_| no_vectors()));
         Ok(Ring {
             ring,
             region: Arc::clone(region),
             slots: (0..config.requests_max).map(|_| slot()).collect(),
             free: (0..config.requests_max).rev().collect(),
+            long_free,
             files: (0..FILES_MAX).map(|_| None).collect(),
             vectored_fixed,
         })
@@ -177,7 +200,7 @@ impl Ring {
         self.files[file.0 as usize].as_ref().expect("a registered file").as_fd()
     }
 
-    /// Reads `blocks.len()` blocks from byte `offset_bytes` on.
+    /// Reads `blocks.len()` blocks from byte `offset_bytes` on; up to [`BLOCKS_LONG_MAX`].
     ///
     /// # Errors
     /// The blocks, when as many requests are in flight as the ring was made for.
@@ -197,7 +220,7 @@ impl Ring {
     }
 
     /// Writes the blocks from byte `offset_bytes` on; with `dsync` the request ends when they are on stable media
-    /// (`RWF_DSYNC`).
+    /// (`RWF_DSYNC`). Up to [`BLOCKS_LONG_MAX`] of them.
     ///
     /// # Errors
     /// The blocks, when as many requests are in flight as the ring was made for.
@@ -302,6 +325,8 @@ impl Ring {
         let index = (entry.user_data() & 0xffff_ffff) as u32;
         let slot = &mut self.slots[index as usize];
         let blocks = std::mem::take(&mut slot.blocks);
+        // The kernel is done with them.
+        self.long_free.extend(slot.long.take());
         let finished =
             Finished { token: slot.token, blocks, result: outcome(entry.result(), slot.asked_bytes) };
         self.free.push(index);
@@ -321,15 +346,19 @@ impl Ring {
         let slot = &mut self.slots[index as usize];
         slot.token = token;
         slot.asked_bytes = blocks.len_bytes();
-        for (vector, chunk) in slot.vectors.iter_mut().zip(blocks.iter()) {
-            let base = self.region.chunk_pointer(chunk).as_ptr().cast();
-            *vector = libc::iovec { iov_base: base, iov_len: BLOCK_BYTES };
+        if blocks.len() > BLOCKS_MAX {
+            let long = slot.long.insert(self.long_free.pop().unwrap_or_else(no_vectors));
+            point_to(&mut long[..], &blocks, &self.region);
+        } else {
+            point_to(&mut slot.vectors, &blocks, &self.region);
         }
         let buffer = fixed_buffer_of(&blocks).filter(|_| blocks.len() == 1 || self.vectored_fixed);
         slot.blocks = blocks;
         let entry = entry(slot, types::Fixed(file.0), offset_bytes, direction, buffer);
-        // SAFETY: the vectors lie in the slot table, which neither moves nor is reused before the completion, and name
-        // chunks whose handles the slot owns until then; the region stays mapped, since `self` holds it.
+        // SAFETY: the vectors lie in the slot table, which neither moves nor is reused before the completion, or in a box
+        // that the slot owns and that only `finish` takes out of it, after the completion, to be kept for another request.
+        // As many of them are set as the entry says, and they name chunks whose handles the slot owns until the completion;
+        // the region stays mapped, since `self` holds it.
         unsafe { self.push(&entry.user_data(KIND_DISK | u64::from(index))) };
         Ok(())
     }
@@ -362,6 +391,8 @@ impl Drop for Ring {
         if self.in_flight() > 0 {
             // Requests hold pages of the region: it must not be unmapped and reused under them.
             std::mem::forget(Arc::clone(&self.region));
+            // And those that the kernel has not looked at yet name vectors in the slots.
+            std::mem::forget(std::mem::take(&mut self.slots));
         }
     }
 }
@@ -378,9 +409,9 @@ fn entry(
     direction: Direction,
     buffer: Option<u16>,
 ) -> squeue::Entry {
-    let vectors = slot.vectors.as_ptr();
-    let count = u32::try_from(slot.blocks.len()).expect("at most three");
-    let base = slot.vectors[0].iov_base.cast::<u8>();
+    let vectors = slot.vectors().as_ptr();
+    let count = u32::try_from(slot.blocks.len()).expect("at most BLOCKS_LONG_MAX");
+    let base = slot.vectors()[0].iov_base.cast::<u8>();
     let len_bytes = u32::try_from(BLOCK_BYTES).expect("a page");
     match (direction, buffer, count) {
         (Direction::Read, Some(buffer), 1) => {
@@ -410,6 +441,10 @@ fn entry(
 
 fn rw_flags(dsync: bool) -> i32 {
     if dsync { libc::RWF_DSYNC } else { 0 }
+}
+
+fn no_vectors() -> LongVectors {
+    Box::new([NO_VECTOR; BLOCKS_LONG_MAX])
 }
 
 /// The registered buffer that holds all blocks of a request, if one does.
