@@ -26,8 +26,8 @@ use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::Served;
 use torus_dataplane::fairness::Limits;
 use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
-use torus_dataplane::store::Disk;
 use torus_dataplane::store::linear::{Placement, Run};
+use torus_dataplane::store::{Disk, Durable};
 use torus_uring::Blocks;
 use zerocopy::IntoBytes;
 
@@ -65,7 +65,7 @@ impl Disk for NullDisk<'_> {
         self.0.ended.push_back((token, blocks));
     }
 
-    fn write(&mut self, _offset_bytes: u64, blocks: Blocks, token: u64) {
+    fn write(&mut self, _offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
         self.0.ended.push_back((token, blocks));
     }
 

@@ -84,14 +84,23 @@ pub struct Outcome {
     pub result: Result<(), StoreError>,
 }
 
+/// When a write to the device must be on stable media.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durable {
+    /// On stable media when the request ends.
+    AtEnd,
+    /// After the next sync that begins when the request has ended.
+    AtSync,
+}
+
 /// The device under a store, as the reactor gives it: takes requests, never waits. The end of each comes back through
 /// [`Store::finished`] with its token. As many are in flight at most as the store has requests, times two.
 pub trait Disk {
     /// Reads blocks from byte `offset_bytes` on.
     fn read(&mut self, offset_bytes: u64, blocks: Blocks, token: u64);
-    /// Writes blocks from byte `offset_bytes` on; ends when they are on stable media.
-    fn write(&mut self, offset_bytes: u64, blocks: Blocks, token: u64);
-    /// Forces everything written to stable media.
+    /// Writes blocks from byte `offset_bytes` on, to be on stable media by `until`.
+    fn write(&mut self, offset_bytes: u64, blocks: Blocks, until: Durable, token: u64);
+    /// Forces to stable media everything whose write has ended before.
     fn sync(&mut self, token: u64);
     /// The frame memory of this core.
     fn pool(&mut self) -> &mut Pool;

@@ -8,7 +8,7 @@ use torus_uring::{Blocks, Event, FileId, IoError, Ring, read_inline, write_inlin
 
 use super::{DOORBELL, Reactor};
 use crate::serving::{Around, Arrival, Devices, Serving};
-use crate::store::Disk;
+use crate::store::{Disk, Durable};
 
 /// A disk request's token: the store's position above the store's own token.
 const STORE_SHIFT: u32 = 48;
@@ -18,6 +18,13 @@ pub(super) struct OwnDevice {
     pub(super) file: FileId,
     pub(super) dsync: bool,
     pub(super) inline: bool,
+}
+
+impl OwnDevice {
+    /// Whether such a write carries `RWF_DSYNC`: a device without a volatile cache needs none.
+    pub(super) fn carries_dsync(&self, until: Durable) -> bool {
+        self.dsync && until == Durable::AtEnd
+    }
 }
 
 /// A request of a memory store that has ended.
@@ -89,7 +96,7 @@ impl Disk for ReactorDisk<'_> {
         assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
     }
 
-    fn write(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
+    fn write(&mut self, offset_bytes: u64, blocks: Blocks, until: Durable, token: u64) {
         self.stats.add(Counter::DiskWrites, 1);
         if self.own.inline {
             let result = write_inline(self.ring.file(self.own.file), offset_bytes, &blocks, self.pool);
@@ -97,7 +104,8 @@ impl Disk for ReactorDisk<'_> {
             return;
         }
         let token = self.ring_token(token);
-        let accepted = self.ring.write(self.own.file, offset_bytes, blocks, self.own.dsync, token);
+        let accepted =
+            self.ring.write(self.own.file, offset_bytes, blocks, self.own.carries_dsync(until), token);
         assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
     }
 

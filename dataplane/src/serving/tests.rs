@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 
 use super::*;
 use crate::store::linear::{Placement, Run};
-use crate::store::{BLOCK_SECTORS, EXTENT_BYTES, EXTENT_SECTORS};
+use crate::store::{BLOCK_SECTORS, Durable, EXTENT_BYTES, EXTENT_SECTORS};
 
 const DATA_OFFSET: u64 = 1 << 20;
 const EXPORTS: u8 = 2;
@@ -112,7 +112,7 @@ impl Disk for TestDisk<'_> {
         self.0.begin(Pending::Read { offset: offset_bytes, blocks, token });
     }
 
-    fn write(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
+    fn write(&mut self, offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
         self.0.writes += 1;
         self.0.begin(Pending::Write { offset: offset_bytes, blocks, token });
     }

@@ -21,7 +21,8 @@ use af_xdp::region::{Chunk, Pool};
 use torus_uring::{Blocks, IoError};
 
 use super::{
-    BLOCK_BYTES, Disk, EXTENT_BYTES, Operation, Outcome, RequestToken, Store, StoreError, release_blocks,
+    BLOCK_BYTES, Disk, Durable, EXTENT_BYTES, Operation, Outcome, RequestToken, Store, StoreError,
+    release_blocks,
 };
 
 /// Blocks of an extent.
@@ -133,19 +134,6 @@ impl Progress {
     }
 }
 
-/// Cuts `blocks` behind its first `head` ones.
-fn split(mut blocks: Blocks, head: usize) -> (Blocks, Blocks) {
-    let mut reversed = Blocks::new();
-    while blocks.len() > head {
-        reversed.push(blocks.pop().expect("longer than the head"));
-    }
-    let mut tail = Blocks::new();
-    while let Some(chunk) = reversed.pop() {
-        tail.push(chunk);
-    }
-    (blocks, tail)
-}
-
 /// One core's part of a linear store.
 #[derive(Debug)]
 pub struct LinearStore {
@@ -161,21 +149,21 @@ impl LinearStore {
     }
 
     /// Sends the blocks of a request to the device, by pieces.
-    fn transfer(&mut self, at: u32, blocks: Blocks, disk: &mut impl Disk) {
+    fn transfer(&mut self, at: u32, mut blocks: Blocks, disk: &mut impl Disk) {
         let progress = &mut self.progress[at as usize];
         let [(first_offset, first_count), (second_offset, second_count)] = progress.pieces;
         progress.pending = if second_count == 0 { 1 } else { 2 };
         let write = progress.phase == Phase::Write;
-        let (first, second) = split(blocks, first_count);
+        let second = blocks.split_off(first_count);
         let mut send = |part: usize, offset_bytes: u64, blocks: Blocks| {
             let token = token(at, part);
             if write {
-                disk.write(offset_bytes, blocks, token);
+                disk.write(offset_bytes, blocks, Durable::AtEnd, token);
             } else {
                 disk.read(offset_bytes, blocks, token);
             }
         };
-        send(0, first_offset, first);
+        send(0, first_offset, blocks);
         if second_count != 0 {
             send(1, second_offset, second);
         }
@@ -411,7 +399,8 @@ mod tests {
         fn read(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
             self.pending.push(Pending::Read(offset_bytes, blocks, token));
         }
-        fn write(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
+        fn write(&mut self, offset_bytes: u64, blocks: Blocks, until: Durable, token: u64) {
+            assert_eq!(until, Durable::AtEnd, "there is no sync before the answer");
             self.pending.push(Pending::Write(offset_bytes, blocks, token));
         }
         fn sync(&mut self, token: u64) {
