@@ -17,6 +17,7 @@ mod discovery;
 mod idle;
 mod receive;
 mod send;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use torus_uring::{Ring, RingConfig, RingError};
 
 use self::changes::WaitingChanges;
 use self::devices::{InlineEnd, OwnDevice};
+use self::waiting::WaitingRequests;
 use crate::changes::ChangeQueue;
 use crate::clients::Clients;
 use crate::discovery::Discovery;
@@ -43,8 +45,8 @@ const CLIENTS_MAX: u32 = REQUESTS_MAX;
 /// What one core takes on. A device gets enough to keep an NVMe disk busy, and little enough that a newcomer's first request
 /// is not far behind.
 const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: CLIENTS_MAX, device_depth: 128 };
-/// Disk requests in flight: a request has at most two at a time.
-const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
+/// Disk requests that a core has in flight; what its stores have beyond that waits. Enough for two at a time of every request.
+pub const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
 /// Frames taken from one queue in one go: large enough to spread the cost of a system call, small enough that a batch's
 /// first answer leaves soon.
 const RX_BATCH: usize = 64;
@@ -134,6 +136,8 @@ pub struct Reactor {
     serving: Serving,
     /// By store.
     devices: Vec<Option<OwnDevice>>,
+    /// Disk requests that the ring has no room for.
+    waiting: WaitingRequests,
     inline_ends: VecDeque<InlineEnd>,
     received: Vec<RxFrame>,
     /// Always there, but while it is at work.
@@ -184,6 +188,7 @@ impl Reactor {
             settling: false,
             serving: Serving::new(LIMITS, Clients::new(CLIENTS_MAX, parts.clients)),
             devices: Vec::with_capacity(DEVICES_MAX),
+            waiting: WaitingRequests::new(),
             inline_ends: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
             received: Vec::with_capacity(RX_BATCH),
             discovery: Some(Discovery::default()),

@@ -94,7 +94,8 @@ pub enum Durable {
 }
 
 /// The device under a store, as the reactor gives it: takes requests, never waits. The end of each comes back through
-/// [`Store::finished`] with its token. As many are in flight at most as the store has requests, times two.
+/// [`Store::finished`] with its token. Their number is bounded by the implementation of the store; what a core has beyond
+/// [`DISK_REQUESTS_MAX`](crate::reactor::DISK_REQUESTS_MAX) in flight waits for its turn, in the order it was given.
 pub trait Disk {
     /// Reads blocks from byte `offset_bytes` on.
     fn read(&mut self, offset_bytes: u64, blocks: Blocks, token: u64);

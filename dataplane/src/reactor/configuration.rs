@@ -27,6 +27,11 @@ impl Reactor {
                     }
                 }
                 (None, Some(own)) => {
+                    // A later file would get its place in the ring, and what waits for this one.
+                    debug_assert!(
+                        !self.waiting.names(own.file),
+                        "a store closes after its last disk request"
+                    );
                     self.ring.unregister_file(own.file);
                     self.devices[at] = None;
                     self.serving.close_store(at);
@@ -68,6 +73,6 @@ impl Reactor {
     }
 
     pub(super) fn is_drained(&self) -> bool {
-        self.serving.is_empty() && !self.unsent
+        self.serving.is_empty() && self.waiting.is_empty() && !self.unsent
     }
 }

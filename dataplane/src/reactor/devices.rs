@@ -6,6 +6,7 @@ use aoe_xdp::link::Pool;
 use cluster_map::{CoreStats, Counter};
 use torus_uring::{Blocks, Event, FileId, IoError, Ring, read_inline, write_inline};
 
+use super::waiting::{DiskRequest, WaitingRequests, Work};
 use super::{DOORBELL, Reactor};
 use crate::serving::{Around, Arrival, Devices, Serving};
 use crate::store::{Disk, Durable};
@@ -37,11 +38,12 @@ pub(super) struct InlineEnd {
 
 /// All devices of the core.
 pub(super) struct ReactorDevices<'r> {
-    ring: &'r mut Ring,
-    pool: &'r mut Pool,
-    inline_ends: &'r mut VecDeque<InlineEnd>,
-    devices: &'r [Option<OwnDevice>],
-    stats: &'r CoreStats,
+    pub(super) ring: &'r mut Ring,
+    pub(super) pool: &'r mut Pool,
+    pub(super) waiting: &'r mut WaitingRequests,
+    pub(super) inline_ends: &'r mut VecDeque<InlineEnd>,
+    pub(super) devices: &'r [Option<OwnDevice>],
+    pub(super) stats: &'r CoreStats,
 }
 
 impl Devices for ReactorDevices<'_> {
@@ -54,6 +56,7 @@ impl Devices for ReactorDevices<'_> {
         ReactorDisk {
             ring: self.ring,
             pool: self.pool,
+            waiting: self.waiting,
             inline_ends: self.inline_ends,
             stats: self.stats,
             own,
@@ -66,6 +69,7 @@ impl Devices for ReactorDevices<'_> {
 struct ReactorDisk<'r> {
     ring: &'r mut Ring,
     pool: &'r mut Pool,
+    waiting: &'r mut WaitingRequests,
     inline_ends: &'r mut VecDeque<InlineEnd>,
     stats: &'r CoreStats,
     own: &'r OwnDevice,
@@ -73,8 +77,10 @@ struct ReactorDisk<'r> {
 }
 
 impl ReactorDisk<'_> {
-    fn ring_token(&self, token: u64) -> u64 {
-        token | (self.store as u64) << STORE_SHIFT
+    fn submit(&mut self, token: u64, work: Work) {
+        let token = token | (self.store as u64) << STORE_SHIFT;
+        let request = DiskRequest { file: self.own.file, token, work };
+        self.waiting.submit(request, self.ring, self.pool);
     }
 
     fn ended(&mut self, token: u64, blocks: Blocks, result: Result<(), IoError>) {
@@ -91,9 +97,7 @@ impl Disk for ReactorDisk<'_> {
             self.ended(token, blocks, result);
             return;
         }
-        let token = self.ring_token(token);
-        let accepted = self.ring.read(self.pool, self.own.file, offset_bytes, blocks, token);
-        assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
+        self.submit(token, Work::Read { offset_bytes, blocks });
     }
 
     fn write(&mut self, offset_bytes: u64, blocks: Blocks, until: Durable, token: u64) {
@@ -103,10 +107,8 @@ impl Disk for ReactorDisk<'_> {
             self.ended(token, blocks, result);
             return;
         }
-        let token = self.ring_token(token);
-        let accepted =
-            self.ring.write(self.own.file, offset_bytes, blocks, self.own.carries_dsync(until), token);
-        assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
+        let dsync = self.own.carries_dsync(until);
+        self.submit(token, Work::Write { offset_bytes, blocks, dsync });
     }
 
     fn sync(&mut self, token: u64) {
@@ -115,9 +117,7 @@ impl Disk for ReactorDisk<'_> {
             self.ended(token, Blocks::new(), Ok(()));
             return;
         }
-        let token = self.ring_token(token);
-        let accepted = self.ring.sync(self.own.file, token);
-        assert!(accepted.is_ok(), "the ring has room for two disk requests of every request");
+        self.submit(token, Work::Sync);
     }
 
     fn pool(&mut self) -> &mut Pool {
@@ -131,6 +131,7 @@ impl Reactor {
         let devices = ReactorDevices {
             ring: &mut self.ring,
             pool: &mut self.pool,
+            waiting: &mut self.waiting,
             inline_ends: &mut self.inline_ends,
             devices: &self.devices,
             stats: &self.stats,
@@ -178,6 +179,8 @@ impl Reactor {
     fn event(&mut self, event: Event) {
         match event {
             Event::Disk(finished) => {
+                // Before the store asks for more: who came first is first.
+                self.waiting.go_on(&mut self.ring, &self.pool);
                 let store = (finished.token >> STORE_SHIFT) as usize;
                 let token = finished.token & ((1 << STORE_SHIFT) - 1);
                 let (serving, mut around) = self.serving();
