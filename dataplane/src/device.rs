@@ -359,24 +359,24 @@ fn has_volatile_cache(device_number: u64) -> bool {
 }
 
 /// Bytes at an address that O_DIRECT takes.
-struct AlignedBuffer {
+pub(crate) struct AlignedBuffer {
     bytes: Vec<u8>,
     start: usize,
     len: usize,
 }
 
 impl AlignedBuffer {
-    fn new(len: usize) -> AlignedBuffer {
+    pub(crate) fn new(len: usize) -> AlignedBuffer {
         let bytes = vec![0; len + ALIGN_BYTES];
         let start = bytes.as_ptr().align_offset(ALIGN_BYTES);
         AlignedBuffer { bytes, start, len }
     }
 
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes[self.start..self.start + self.len]
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }
 }

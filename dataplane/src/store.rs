@@ -10,6 +10,7 @@
 //!   lock of its own.
 //! * Blocks that could not be read are never written back, and never given to the caller as data (I7).
 
+pub mod extent;
 pub mod linear;
 
 use af_xdp::region::Pool;
@@ -71,6 +72,18 @@ pub enum StoreError {
     /// The blocks lie beyond what the volume has on this store.
     #[error("beyond the end of the volume")]
     OutOfRange,
+    /// What the device gave is not what was written.
+    #[error("the checksum does not match")]
+    Corrupt {
+        /// The region was being written when the store last crashed: another copy decides what it holds.
+        suspect: bool,
+    },
+    /// The block was written once, and no good copy of it is left.
+    #[error("no good copy is left")]
+    Lost,
+    /// No extent is free for a part of the volume that was never written.
+    #[error("the store is full")]
+    NoSpace,
 }
 
 /// The end of a request.
@@ -131,6 +144,11 @@ pub trait Store {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     );
+
+    /// Ends a batch of calls: sends to the device what the store has gathered. `now_ns` is of any clock that does not go back.
+    fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        let _nothing_gathered = (now_ns, disk, outcomes);
+    }
 }
 
 /// Gives all chunks back to this core's pool.

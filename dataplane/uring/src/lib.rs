@@ -37,6 +37,14 @@ pub enum IoError {
     },
 }
 
+impl IoError {
+    /// Whether the file system had no room; the same request may end well later.
+    #[must_use]
+    pub fn is_no_space(self) -> bool {
+        matches!(self, IoError::Errno(libc::ENOSPC | libc::EDQUOT))
+    }
+}
+
 /// Turns the result of a request for `asked_bytes` into the outcome.
 fn outcome(result: i32, asked_bytes: usize) -> Result<(), IoError> {
     match usize::try_from(result) {

@@ -1,0 +1,165 @@
+//! The extent store: thin, checksummed, crash-proof.
+//!
+//! * [`mod@format`] – what is on the device, and its codec.
+//! * [`extents`] – where a shard's extents lie and what is known of their blocks.
+//! * [`shard`] – reads, writes, journal, placement, checkpoints and scrub of one shard, without I/O.
+//! * [`recovery`] – opening a shard.
+//! * [`shared`] – what cores and the manager share.
+//! * this file – the shards of one core, behind [`super::Store`].
+//!
+//! A volume belongs to one shard, so that its requests meet in one journal, and a shard to one core. Extent slots are common
+//! to all shards: a store is full when its last slot is taken, wherever its volumes are.
+
+pub mod extents;
+pub mod format;
+pub mod recovery;
+pub mod shard;
+pub mod shared;
+
+use af_xdp::region::Pool;
+use torus_uring::{Blocks, IoError};
+
+use self::shard::{Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
+use super::{Disk, Operation, Outcome, RequestToken, Store};
+
+/// One core's part of an extent store.
+#[derive(Debug, Default)]
+pub struct ExtentStore {
+    /// By number; those of other cores are not here.
+    shards: Vec<Option<Box<Shard>>>,
+}
+
+impl ExtentStore {
+    /// Without shards yet.
+    #[must_use]
+    pub fn new() -> ExtentStore {
+        ExtentStore::default()
+    }
+
+    /// Takes a shard in.
+    ///
+    /// # Panics
+    /// If it has one of that number.
+    pub fn adopt(&mut self, shard: Box<Shard>) {
+        let at = usize::from(shard.number());
+        if self.shards.len() <= at {
+            self.shards.resize_with(at + 1, || None);
+        }
+        assert!(self.shards[at].is_none(), "a shard is adopted once");
+        self.shards[at] = Some(shard);
+    }
+
+    /// Whether a shard is here.
+    #[must_use]
+    pub fn has(&self, shard: u16) -> bool {
+        self.shards.get(usize::from(shard)).is_some_and(Option::is_some)
+    }
+
+    fn shard(&mut self, number: u16) -> &mut Shard {
+        self.shards
+            .get_mut(usize::from(number))
+            .and_then(Option::as_mut)
+            .expect("a request goes to its shard's core")
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut Box<Shard>> {
+        self.shards.iter_mut().flatten()
+    }
+
+    /// Begins to take from a layer every extent from `from_extent` on; the shard tells when it has.
+    pub fn unmap(&mut self, object: Object, from_extent: u32) {
+        self.shard(object.shard).unmap(object.number, from_extent);
+    }
+
+    /// Says which scrub is wanted; the rate is that of one shard.
+    pub fn set_scrub(&mut self, task: Option<ScrubTask>) {
+        for shard in self.all() {
+            shard.set_scrub(task);
+        }
+    }
+
+    /// Begins to bring everything to rest.
+    pub fn close(&mut self) {
+        for shard in self.all() {
+            shard.close();
+        }
+    }
+
+    /// Whether everything is at rest.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.shards.iter().flatten().all(|shard| shard.is_closed())
+    }
+
+    /// Whether no disk request is in flight.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.shards.iter().flatten().all(|shard| shard.is_idle())
+    }
+
+    /// Whether a turn would do something that nothing else brings about.
+    #[must_use]
+    pub fn needs_turn(&self) -> bool {
+        self.shards.iter().flatten().any(|shard| shard.needs_turn())
+    }
+
+    /// When a turn is due, if nothing else gives one before; nanoseconds of the clock of [`Store::turn`].
+    #[must_use]
+    pub fn wants_turn_at_ns(&self) -> Option<u64> {
+        self.shards.iter().flatten().filter_map(|shard| shard.wants_turn_at_ns()).min()
+    }
+
+    /// Gives up all memory of frames.
+    ///
+    /// # Panics
+    /// If a disk request is in flight.
+    pub fn dissolve(self, pool: &mut Pool) {
+        for shard in self.shards.into_iter().flatten() {
+            shard.dissolve(pool);
+        }
+    }
+}
+
+impl Store for ExtentStore {
+    type Volume = Object;
+
+    fn start(
+        &mut self,
+        request: RequestToken,
+        volume: &Object,
+        operation: Operation,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        let shard = self.shard(volume.shard);
+        match operation {
+            Operation::Read { first_block, blocks } => {
+                shard.read(request, volume.number, first_block, blocks, disk, outcomes);
+            }
+            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes } => {
+                let terms = WriteTerms { keep_head_bytes, keep_tail_bytes, ..WriteTerms::default() };
+                shard.write(request, volume.number, first_block, blocks, terms, disk, outcomes);
+            }
+            // Whatever was acknowledged is durable.
+            Operation::Flush => outcomes.push(Outcome { request, blocks: Blocks::new(), result: Ok(()) }),
+        }
+    }
+
+    fn finished(
+        &mut self,
+        token: u64,
+        blocks: Blocks,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        let number = u16::try_from(token >> SHARD_SHIFT & SHARD_MASK).expect("eight bits");
+        self.shard(number).finished(token, blocks, result, disk, outcomes);
+    }
+
+    fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        for shard in self.all() {
+            shard.turn(now_ns, disk, outcomes);
+        }
+    }
+}

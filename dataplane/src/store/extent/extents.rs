@@ -1,0 +1,245 @@
+//! The extents of one shard, in memory: where each lies, what is known of its blocks, and whether its region is in the
+//! activity log.
+//!
+//! Invariants:
+//! * What stands here has a durable record in the journal or a durable checkpoint: sums change when their batch has ended.
+//! * A slot belongs to one extent. It is given to another only when its former extent's end is durable and none of its
+//!   writes is in flight.
+//! * An extent's place in the table ([`ExtentId`]) does not change while it lives.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use super::format::{EXTENT_BLOCKS, Sum, SumPage};
+
+/// Place of an extent in its shard's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ExtentId(pub u32);
+
+/// A slot that no extent has, with the memory for its sums.
+#[derive(Debug)]
+pub struct FreeSlot {
+    /// Which.
+    pub slot: u32,
+    /// Sums for its next extent; all [`Sum::ABSENT`].
+    pub sums: Box<SumPage>,
+}
+
+impl FreeSlot {
+    /// One with fresh memory.
+    #[must_use]
+    pub fn new(slot: u32) -> FreeSlot {
+        FreeSlot { slot, sums: fresh_page() }
+    }
+}
+
+/// A page without anything, made on the heap.
+#[must_use]
+pub fn fresh_page() -> Box<SumPage> {
+    vec![Sum::ABSENT; EXTENT_BLOCKS as usize].into_boxed_slice().try_into().expect("as long as a page")
+}
+
+/// One extent.
+#[derive(Debug)]
+pub struct Extent {
+    /// The volume's layer.
+    pub object: u32,
+    /// Which of its extents.
+    pub number: u32,
+    /// Where it lies.
+    pub slot: u32,
+    /// The highest version written.
+    pub version: u64,
+    /// Its blocks.
+    pub sums: Box<SumPage>,
+    /// The batch that allocated it; 0 where a checkpoint has it.
+    pub allocated_lsn: u64,
+    /// Which of the slot's sum pages the last durable checkpoint names.
+    pub which: u8,
+    /// CRC32C of that page.
+    pub page_crc: u32,
+    /// What it knows differs from that page.
+    pub dirty: bool,
+    /// Its region is in the activity log, durably.
+    pub active: bool,
+    /// It was in the activity log when the store was opened after a crash, and has not been verified since.
+    pub suspect: bool,
+    /// An activation is on its way to the journal.
+    pub activating: bool,
+    /// Its region was written since the activity log last looked for one to leave.
+    pub touched: bool,
+    /// CRC32C of the sum page that the checkpoint in progress has written.
+    pub next_page_crc: Option<u32>,
+    /// Data writes to the slot that are in flight.
+    pub writes_in_flight: u32,
+    /// Its end is on its way to the journal.
+    pub ending: bool,
+    /// Its end is durable; the slot goes when the last write has ended.
+    pub ended: bool,
+}
+
+/// Multiplies and folds: keys are small numbers that nobody outside chooses freely.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct FoldHasher(u64);
+
+impl Hasher for FoldHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(29) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+/// A map that hashes by [`FoldHasher`].
+pub type FoldMap<K, V> = HashMap<K, V, BuildHasherDefault<FoldHasher>>;
+
+/// All extents of a shard.
+#[derive(Debug)]
+pub struct Extents {
+    places: Vec<Option<Extent>>,
+    free: Vec<u32>,
+    by_key: FoldMap<(u32, u32), u32>,
+    count: u32,
+}
+
+impl Extents {
+    /// None yet, with room for `entries_max` without another allocation.
+    #[must_use]
+    pub fn new(entries_max: u32) -> Extents {
+        Extents {
+            places: Vec::with_capacity(entries_max as usize),
+            free: Vec::new(),
+            by_key: FoldMap::with_capacity_and_hasher(entries_max as usize, BuildHasherDefault::default()),
+            count: 0,
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.count
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Places in the table, free or not: the end of a walk.
+    #[must_use]
+    pub fn places(&self) -> u32 {
+        u32::try_from(self.places.len()).expect("slots are numbered by 32 bits")
+    }
+
+    /// That extent of a layer, unless it has none there.
+    #[must_use]
+    pub fn find(&self, object: u32, number: u32) -> Option<ExtentId> {
+        self.by_key.get(&(object, number)).copied().map(ExtentId)
+    }
+
+    /// The extent at a place, if one is there.
+    #[must_use]
+    pub fn at(&self, place: u32) -> Option<(ExtentId, &Extent)> {
+        self.places.get(place as usize)?.as_ref().map(|extent| (ExtentId(place), extent))
+    }
+
+    /// The extent at a place.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn get(&self, id: ExtentId) -> &Extent {
+        self.places[id.0 as usize].as_ref().expect("an extent of this shard")
+    }
+
+    /// The extent at a place.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn get_mut(&mut self, id: ExtentId) -> &mut Extent {
+        self.places[id.0 as usize].as_mut().expect("an extent of this shard")
+    }
+
+    /// Takes one in.
+    ///
+    /// # Panics
+    /// If the layer has that extent already.
+    pub fn insert(&mut self, extent: Extent) -> ExtentId {
+        let key = (extent.object, extent.number);
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.places.push(None);
+            self.places() - 1
+        });
+        let before = self.by_key.insert(key, place);
+        assert!(before.is_none(), "a layer has each extent once");
+        self.places[place as usize] = Some(extent);
+        self.count += 1;
+        ExtentId(place)
+    }
+
+    /// Makes an extent unfindable: its end is durable. It keeps its place until it is [removed](Extents::remove).
+    pub fn end(&mut self, id: ExtentId) {
+        let extent = self.get_mut(id);
+        assert!(!extent.ended, "an extent ends once");
+        extent.ended = true;
+        let key = (extent.object, extent.number);
+        let found = self.by_key.remove(&key);
+        assert_eq!(found, Some(id.0), "an extent is found by its key");
+        self.count -= 1;
+    }
+
+    /// Takes an ended extent out.
+    ///
+    /// # Panics
+    /// If it has not ended, or writes to it are in flight.
+    pub fn remove(&mut self, id: ExtentId) -> Extent {
+        let extent = self.places[id.0 as usize].take().expect("an extent of this shard");
+        assert!(extent.ended && extent.writes_in_flight == 0, "a slot goes after its extent's last write");
+        self.free.push(id.0);
+        extent
+    }
+
+    /// All that have not ended.
+    pub fn iter(&self) -> impl Iterator<Item = (ExtentId, &Extent)> {
+        (0..self.places()).filter_map(|place| self.at(place)).filter(|(_, extent)| !extent.ended)
+    }
+}
+
+impl Extent {
+    /// An extent that a slot was just given to.
+    #[must_use]
+    pub fn allocated(object: u32, number: u32, free: FreeSlot, lsn: u64) -> Extent {
+        Extent {
+            object,
+            number,
+            slot: free.slot,
+            version: 0,
+            sums: free.sums,
+            allocated_lsn: lsn,
+            which: 0,
+            page_crc: 0,
+            dirty: false,
+            active: false,
+            suspect: false,
+            activating: false,
+            touched: false,
+            next_page_crc: None,
+            writes_in_flight: 0,
+            ending: false,
+            ended: false,
+        }
+    }
+}

@@ -1,0 +1,955 @@
+//! What an extent store has on its device: layout, structures, and their codec. Everything is little-endian, in blocks of
+//! 4 KiB. `docs/on-disk-format.md` describes each field; a change here is a change there, and a new [`VERSION`].
+//!
+//! ```text
+//! byte 0, 64 KiB, 128 KiB, 192 KiB   superblock, four copies
+//! 256 KiB                            catalog of volumes, slots A and B (1 MiB each)
+//! 2304 KiB                           for each shard: checkpoint A, checkpoint B, journal
+//! first segment                      sum pages (two for each extent slot), then extent slots of 4 MiB
+//! further segments                   the same, one for each time that the store has grown
+//! ```
+//!
+//! Invariants:
+//! * Decoding is total: bytes that no encoder made are an error, never a panic and never a wild length.
+//! * Every structure carries a checksum over all its bytes, and what ties it to its store and place, so that a copy of it
+//!   somewhere else is not taken for it.
+
+use cluster_map::{ClusterId, NodeId, StoreId};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::store::{BLOCK_BYTES, EXTENT_BYTES};
+
+/// Layout version that this code writes; the only one that it reads.
+pub const VERSION: u32 = 1;
+/// Bytes of a block, as file offsets count.
+pub const BLOCK: u64 = BLOCK_BYTES as u64;
+/// Blocks of an extent.
+pub const EXTENT_BLOCKS: u32 = (EXTENT_BYTES / BLOCK) as u32;
+/// Where the superblock copies are.
+pub const SUPERBLOCK_OFFSETS: [u64; 4] = [0, 64 << 10, 128 << 10, 192 << 10];
+/// Bytes of one catalog slot.
+pub const CATALOG_BYTES: usize = 1 << 20;
+/// Where the catalog slots are.
+pub const CATALOG_OFFSETS: [u64; 2] = [256 << 10, (256 << 10) + CATALOG_BYTES as u64];
+/// Where the first shard's area begins.
+pub const SHARDS_OFFSET: u64 = (256 << 10) + 2 * CATALOG_BYTES as u64;
+/// The smallest device that is accepted: room for the tables and a dozen extents.
+pub const DEVICE_BYTES_MIN: u64 = 64 << 20;
+/// Most shards of a store.
+pub const SHARDS_MAX: u16 = 64;
+/// Most segments of a store: one, and one for each growth.
+pub const SEGMENTS_MAX: usize = 8;
+/// A store can grow to so many times the extents that it was formatted with: the checkpoints have room for them.
+pub const GROWTH_MAX: u32 = 4;
+/// Shortest journal of a shard, blocks: four batches of the largest size.
+pub const JOURNAL_BLOCKS_MIN: u32 = 1 << 8;
+/// Longest journal of a shard, blocks (256 MiB): beyond it a longer journal only makes opening slower.
+pub const JOURNAL_BLOCKS_MAX: u32 = 1 << 16;
+/// Most records of a batch: what fits into its one header block.
+pub const RECORDS_MAX: usize = (BLOCK_BYTES - BATCH_HEADER_BYTES) / RECORD_BYTES;
+/// Most data blocks of a batch: long enough to spread the cost of a sync, short enough that the next batch starts soon.
+pub const BATCH_BLOCKS_MAX: usize = 128;
+
+const SUPERBLOCK_MAGIC: [u8; 8] = *b"TORUSEXT";
+const CHECKPOINT_MAGIC: [u8; 8] = *b"TORUSCKP";
+const BATCH_MAGIC: [u8; 4] = *b"TJRN";
+
+/// Bytes at the beginning of a batch's header block.
+const BATCH_HEADER_BYTES: usize = 128;
+/// Bytes of a record.
+const RECORD_BYTES: usize = 24;
+/// Bytes of an entry of a checkpoint.
+pub const ENTRY_BYTES: usize = 32;
+const ENTRIES_PER_BLOCK: usize = BLOCK_BYTES / ENTRY_BYTES;
+
+/// A secret number of the store, in every batch: what an initiator writes can never look like a batch of this store.
+pub type JournalKey = [u8; 16];
+
+/// Why bytes are not a part of an extent store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FormatError {
+    /// The magic is another one.
+    #[error("no Torus store is here")]
+    Magic,
+    /// The checksum differs.
+    #[error("the checksum is wrong")]
+    Checksum,
+    /// Another version wrote it.
+    #[error(
+        "it has layout version {found}, and this program reads version {VERSION}: use the program that wrote it"
+    )]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+    /// Lengths or places that do not fit together.
+    #[error("its lengths do not fit together")]
+    Length,
+    /// It belongs to another store, shard or place.
+    #[error("it belongs somewhere else")]
+    Misplaced,
+    /// A value that no writer gives.
+    #[error("it holds a value that has no meaning")]
+    Value,
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Superblock
+
+/// Extent slots that were made at one time, with their sum pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Segment {
+    /// Where the sum pages begin, bytes.
+    pub pages_offset: u64,
+    /// Where the slots begin, bytes.
+    pub data_offset: u64,
+    /// How many slots; 0 where there is no such segment.
+    pub slots: u32,
+}
+
+/// What a store says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Superblock {
+    /// The cluster it belongs to.
+    pub cluster: ClusterId,
+    /// Its own id.
+    pub store: StoreId,
+    /// The node that formatted it.
+    pub node: NodeId,
+    /// Grows whenever the store may have lost something that it cannot name (I13).
+    pub incarnation: u64,
+    /// How often it was opened for writing. Durable before the first write of each time.
+    pub open_count: u64,
+    /// Size of the device when it was formatted or last grown.
+    pub device_bytes: u64,
+    /// Shards, fixed at format.
+    pub shards: u16,
+    /// Blocks of each shard's journal.
+    pub journal_blocks: u32,
+    /// Blocks of each checkpoint, its header among them.
+    pub checkpoint_blocks: u32,
+    /// Regions that the activity log of a shard holds at most.
+    pub active_max: u32,
+    /// See [`JournalKey`].
+    pub journal_key: JournalKey,
+    /// The extent slots.
+    pub segments: [Segment; SEGMENTS_MAX],
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawSegment {
+    pages_offset: U64,
+    data_offset: U64,
+    slots: U32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawSuperblock {
+    magic: [u8; 8],
+    version: U32,
+    crc: U32,
+    cluster: [u8; 16],
+    store: [u8; 16],
+    node: [u8; 16],
+    incarnation: U64,
+    open_count: U64,
+    device_bytes: U64,
+    shards: U16,
+    reserved_shards: U16,
+    journal_blocks: U32,
+    checkpoint_blocks: U32,
+    active_max: U32,
+    journal_key: [u8; 16],
+    segments: [RawSegment; SEGMENTS_MAX],
+    reserved: [u8; BLOCK_BYTES - 312],
+}
+const _: () = assert!(size_of::<RawSegment>() == 24);
+const _: () = assert!(size_of::<RawSuperblock>() == BLOCK_BYTES);
+
+/// What a store is to look like, where it is not derived from the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Shape {
+    /// Shards; `None` for as many as suit the size.
+    pub shards: Option<u16>,
+    /// Blocks of each journal; `None` for as many as suit the size.
+    pub journal_blocks: Option<u32>,
+}
+
+impl Superblock {
+    /// The superblock of a fresh store on a device of `device_bytes`; `None` where not one extent fits.
+    #[must_use]
+    pub fn new(
+        cluster: ClusterId,
+        node: NodeId,
+        store: StoreId,
+        journal_key: JournalKey,
+        device_bytes: u64,
+        shape: Shape,
+    ) -> Option<Superblock> {
+        // A shard for each core that a device of this size may keep busy, and never so many that small journals eat a
+        // small store.
+        let suited = match device_bytes >> 30 {
+            0 => 2,
+            1..64 => 8,
+            _ => 16,
+        };
+        let shards = shape.shards.unwrap_or(suited).clamp(1, SHARDS_MAX);
+        let suited = device_bytes / 64 / u64::from(shards) / BLOCK;
+        let suited = u32::try_from(suited).unwrap_or(u32::MAX).clamp(JOURNAL_BLOCKS_MIN, JOURNAL_BLOCKS_MAX);
+        let journal_blocks =
+            shape.journal_blocks.unwrap_or(suited).clamp(JOURNAL_BLOCKS_MIN, JOURNAL_BLOCKS_MAX);
+        let extents_max = u32::try_from((device_bytes / EXTENT_BYTES).min(u64::from(u32::MAX / GROWTH_MAX)));
+        let entries_max = extents_max.expect("clamped").checked_mul(GROWTH_MAX)?;
+        let checkpoint_blocks = 1 + entries_max.div_ceil(u32::try_from(ENTRIES_PER_BLOCK).expect("a few"));
+        let mut superblock = Superblock {
+            cluster,
+            store,
+            node,
+            incarnation: 1,
+            open_count: 0,
+            device_bytes,
+            shards,
+            journal_blocks,
+            checkpoint_blocks,
+            active_max: 1024,
+            journal_key,
+            segments: [Segment::default(); SEGMENTS_MAX],
+        };
+        let begin = superblock.shards_end();
+        superblock.segments[0] = segment(begin, device_bytes)?;
+        Some(superblock)
+    }
+
+    /// The same store with the room that its device has gained since; `None` where there is none, or no way to use it.
+    #[must_use]
+    pub fn grown(&self, device_bytes: u64) -> Option<Superblock> {
+        let at = self.segments.iter().position(|segment| segment.slots == 0)?;
+        let last = self.segments[..at].last()?;
+        let begin = last.data_offset + u64::from(last.slots) * EXTENT_BYTES;
+        let room = self.entries_max().checked_sub(self.slots())?;
+        let mut grown = self.clone();
+        grown.segments[at] = segment(begin, device_bytes)?;
+        grown.segments[at].slots = grown.segments[at].slots.min(room);
+        grown.device_bytes = device_bytes;
+        (grown.segments[at].slots > 0).then_some(grown)
+    }
+
+    /// Extent slots of all segments.
+    #[must_use]
+    pub fn slots(&self) -> u32 {
+        self.segments.iter().map(|segment| segment.slots).sum()
+    }
+
+    /// Entries that a checkpoint has room for.
+    #[must_use]
+    pub fn entries_max(&self) -> u32 {
+        (self.checkpoint_blocks - 1) * u32::try_from(ENTRIES_PER_BLOCK).expect("a few")
+    }
+
+    /// Where a checkpoint of a shard is, bytes; `which` is 0 or 1.
+    #[must_use]
+    pub fn checkpoint_offset(&self, shard: u16, which: usize) -> u64 {
+        self.shard_offset(shard) + which as u64 * u64::from(self.checkpoint_blocks) * BLOCK
+    }
+
+    /// Where the journal of a shard begins, bytes.
+    #[must_use]
+    pub fn journal_offset(&self, shard: u16) -> u64 {
+        self.checkpoint_offset(shard, 2)
+    }
+
+    fn shard_offset(&self, shard: u16) -> u64 {
+        SHARDS_OFFSET + u64::from(shard) * self.shard_bytes()
+    }
+
+    fn shard_bytes(&self) -> u64 {
+        (2 * u64::from(self.checkpoint_blocks) + u64::from(self.journal_blocks)) * BLOCK
+    }
+
+    fn shards_end(&self) -> u64 {
+        self.shard_offset(self.shards)
+    }
+
+    /// The segment of a slot, and the slot's number in it.
+    fn segment_of(&self, slot: u32) -> Option<(&Segment, u32)> {
+        let mut rest = slot;
+        for segment in &self.segments {
+            if rest < segment.slots {
+                return Some((segment, rest));
+            }
+            rest -= segment.slots;
+        }
+        None
+    }
+
+    /// Where a slot's data begin, bytes.
+    ///
+    /// # Panics
+    /// If the store has no such slot.
+    #[must_use]
+    pub fn data_offset(&self, slot: u32) -> u64 {
+        let (segment, at) = self.segment_of(slot).expect("a slot of this store");
+        segment.data_offset + u64::from(at) * EXTENT_BYTES
+    }
+
+    /// Where one of a slot's two sum pages is, bytes; `which` is 0 or 1.
+    ///
+    /// # Panics
+    /// If the store has no such slot.
+    #[must_use]
+    pub fn page_offset(&self, slot: u32, which: u8) -> u64 {
+        let (segment, at) = self.segment_of(slot).expect("a slot of this store");
+        segment.pages_offset + (2 * u64::from(at) + u64::from(which)) * BLOCK
+    }
+
+    /// The bytes of one copy.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut raw = RawSuperblock {
+            magic: SUPERBLOCK_MAGIC,
+            version: U32::new(VERSION),
+            crc: U32::ZERO,
+            cluster: self.cluster.0,
+            store: self.store.0,
+            node: self.node.0,
+            incarnation: U64::new(self.incarnation),
+            open_count: U64::new(self.open_count),
+            device_bytes: U64::new(self.device_bytes),
+            shards: U16::new(self.shards),
+            reserved_shards: U16::ZERO,
+            journal_blocks: U32::new(self.journal_blocks),
+            checkpoint_blocks: U32::new(self.checkpoint_blocks),
+            active_max: U32::new(self.active_max),
+            journal_key: self.journal_key,
+            segments: self.segments.map(|segment| RawSegment {
+                pages_offset: U64::new(segment.pages_offset),
+                data_offset: U64::new(segment.data_offset),
+                slots: U32::new(segment.slots),
+                reserved: U32::ZERO,
+            }),
+            reserved: [0; BLOCK_BYTES - 312],
+        };
+        raw.crc = U32::new(crc32c::crc32c(raw.as_bytes()));
+        raw.as_bytes().to_vec()
+    }
+
+    /// Reads one copy.
+    ///
+    /// # Errors
+    /// [`FormatError`].
+    pub fn decode(bytes: &[u8]) -> Result<Superblock, FormatError> {
+        let mut raw = RawSuperblock::read_from_prefix(bytes).map_err(|_| FormatError::Length)?.0;
+        if raw.magic != SUPERBLOCK_MAGIC {
+            return Err(FormatError::Magic);
+        }
+        let stored = std::mem::replace(&mut raw.crc, U32::ZERO);
+        if crc32c::crc32c(raw.as_bytes()) != stored.get() {
+            return Err(FormatError::Checksum);
+        }
+        if raw.version.get() != VERSION {
+            return Err(FormatError::Version { found: raw.version.get() });
+        }
+        let superblock = Superblock {
+            cluster: ClusterId(raw.cluster),
+            store: StoreId(raw.store),
+            node: NodeId(raw.node),
+            incarnation: raw.incarnation.get(),
+            open_count: raw.open_count.get(),
+            device_bytes: raw.device_bytes.get(),
+            shards: raw.shards.get(),
+            journal_blocks: raw.journal_blocks.get(),
+            checkpoint_blocks: raw.checkpoint_blocks.get(),
+            active_max: raw.active_max.get(),
+            journal_key: raw.journal_key,
+            segments: raw.segments.map(|segment| Segment {
+                pages_offset: segment.pages_offset.get(),
+                data_offset: segment.data_offset.get(),
+                slots: segment.slots.get(),
+            }),
+        };
+        superblock.check().then_some(superblock).ok_or(FormatError::Length)
+    }
+
+    /// Whether everything lies on the device, in order, without overlap.
+    fn check(&self) -> bool {
+        let sane = (1..=SHARDS_MAX).contains(&self.shards)
+            && (JOURNAL_BLOCKS_MIN..=JOURNAL_BLOCKS_MAX).contains(&self.journal_blocks)
+            && self.checkpoint_blocks >= 2
+            && self.checkpoint_blocks <= u32::MAX / 256
+            && self.active_max > 0;
+        if !sane {
+            return false;
+        }
+        let mut free_from = self.shards_end();
+        let mut slots = 0u32;
+        let mut ended = false;
+        for segment in &self.segments {
+            if segment.slots == 0 {
+                ended = true;
+                continue;
+            }
+            let count = u64::from(segment.slots);
+            let end = |offset: u64, bytes_each: u64| count.checked_mul(bytes_each)?.checked_add(offset);
+            let (Some(pages_end), Some(data_end)) =
+                (end(segment.pages_offset, 2 * BLOCK), end(segment.data_offset, EXTENT_BYTES))
+            else {
+                return false;
+            };
+            let aligned =
+                segment.pages_offset.is_multiple_of(BLOCK) && segment.data_offset.is_multiple_of(BLOCK);
+            if ended
+                || !aligned
+                || segment.pages_offset < free_from
+                || segment.data_offset < pages_end
+                || data_end > self.device_bytes
+            {
+                return false;
+            }
+            free_from = data_end;
+            let Some(more) = slots.checked_add(segment.slots) else { return false };
+            slots = more;
+        }
+        (1..=self.entries_max()).contains(&slots)
+    }
+}
+
+/// The largest segment that fits between two bytes of a device; `None` where not one extent does.
+fn segment(begin: u64, end: u64) -> Option<Segment> {
+    let pages_offset = begin.next_multiple_of(BLOCK);
+    // Extents begin at multiples of a MiB: no disk has a larger unit that matters.
+    const ALIGN: u64 = 1 << 20;
+    let room = end.checked_sub(pages_offset)?.checked_sub(ALIGN)?;
+    let slots = u32::try_from(room / (EXTENT_BYTES + 2 * BLOCK)).unwrap_or(u32::MAX);
+    let data_offset = (pages_offset + u64::from(slots) * 2 * BLOCK).next_multiple_of(ALIGN);
+    (slots > 0).then_some(Segment { pages_offset, data_offset, slots })
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Sums
+
+/// What is known of a block: one of four states, with the checksum where the block has data.
+///
+/// A CRC32C of 0, 1 or 2 is kept as 3, 4 or 5, so that the other states need no bits of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sum(pub u32);
+
+impl Sum {
+    /// Never written here: the layer below has it, and without one it is zeros.
+    pub const ABSENT: Sum = Sum(0);
+    /// Zeros, whatever a layer below has.
+    pub const ZERO: Sum = Sum(1);
+    /// Written once, and no good copy is left.
+    pub const LOST: Sum = Sum(2);
+
+    /// That of data with this CRC32C.
+    #[must_use]
+    pub fn of_crc(crc: u32) -> Sum {
+        Sum(if crc < 3 { crc + 3 } else { crc })
+    }
+
+    /// That of these bytes.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Sum {
+        Sum::of_crc(crc32c::crc32c(bytes))
+    }
+
+    /// Whether the block has data.
+    #[must_use]
+    pub fn is_data(self) -> bool {
+        self.0 > 2
+    }
+}
+
+/// The sums of an extent's blocks.
+pub type SumPage = [Sum; EXTENT_BLOCKS as usize];
+
+/// A page of sums as it is on the device.
+pub fn encode_page(page: &SumPage, bytes: &mut [u8]) {
+    for (bytes, sum) in bytes.chunks_exact_mut(4).zip(page) {
+        bytes.copy_from_slice(&sum.0.to_le_bytes());
+    }
+}
+
+/// Reads a page of sums; any bytes are one.
+pub fn decode_page(bytes: &[u8], page: &mut SumPage) {
+    for (bytes, sum) in bytes.chunks_exact(4).zip(page) {
+        *sum = Sum(u32::from_le_bytes(bytes.try_into().expect("four bytes")));
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Checkpoint
+
+/// The beginning of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CheckpointHeader {
+    /// Grows by one with each checkpoint of the shard.
+    pub sequence: u64,
+    /// The last batch whose records it holds. Their data are in place and durable.
+    pub lsn: u64,
+    /// Where in the journal the batch after that one begins, blocks.
+    pub tail: u32,
+    /// Checksum of the batch `lsn`, that the one after it repeats.
+    pub chain: u32,
+    /// Entries.
+    pub entries: u32,
+    /// CRC32C of the entries.
+    pub entries_crc: u32,
+    /// The run of the scrub that is or was under way.
+    pub scrub_run: u64,
+    /// Slots that it has behind it.
+    pub scrub_cursor: u32,
+    /// Bad blocks that it has found.
+    pub scrub_errors: u32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawCheckpoint {
+    magic: [u8; 8],
+    version: U32,
+    crc: U32,
+    store: [u8; 16],
+    shard: U16,
+    which: U16,
+    entries: U32,
+    sequence: U64,
+    lsn: U64,
+    tail: U32,
+    chain: U32,
+    entries_crc: U32,
+    scrub_cursor: U32,
+    scrub_run: U64,
+    scrub_errors: U32,
+    reserved: [u8; BLOCK_BYTES - 84],
+}
+const _: () = assert!(size_of::<RawCheckpoint>() == BLOCK_BYTES);
+
+/// Whose a checkpoint or a batch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShardName {
+    /// The store.
+    pub store: StoreId,
+    /// The shard.
+    pub shard: u16,
+}
+
+impl CheckpointHeader {
+    /// Writes the header block of the checkpoint at place `which`.
+    pub fn encode(&self, name: ShardName, which: usize, bytes: &mut [u8]) {
+        let mut raw = RawCheckpoint {
+            magic: CHECKPOINT_MAGIC,
+            version: U32::new(VERSION),
+            crc: U32::ZERO,
+            store: name.store.0,
+            shard: U16::new(name.shard),
+            which: U16::new(u16::from(which != 0)),
+            entries: U32::new(self.entries),
+            sequence: U64::new(self.sequence),
+            lsn: U64::new(self.lsn),
+            tail: U32::new(self.tail),
+            chain: U32::new(self.chain),
+            entries_crc: U32::new(self.entries_crc),
+            scrub_cursor: U32::new(self.scrub_cursor),
+            scrub_run: U64::new(self.scrub_run),
+            scrub_errors: U32::new(self.scrub_errors),
+            reserved: [0; BLOCK_BYTES - 84],
+        };
+        raw.crc = U32::new(crc32c::crc32c(raw.as_bytes()));
+        bytes[..BLOCK_BYTES].copy_from_slice(raw.as_bytes());
+    }
+
+    /// Reads a header block.
+    ///
+    /// # Errors
+    /// [`FormatError`].
+    pub fn decode(bytes: &[u8], name: ShardName, which: usize) -> Result<CheckpointHeader, FormatError> {
+        let mut raw = RawCheckpoint::read_from_prefix(bytes).map_err(|_| FormatError::Length)?.0;
+        if raw.magic != CHECKPOINT_MAGIC {
+            return Err(FormatError::Magic);
+        }
+        let stored = std::mem::replace(&mut raw.crc, U32::ZERO);
+        if crc32c::crc32c(raw.as_bytes()) != stored.get() {
+            return Err(FormatError::Checksum);
+        }
+        if raw.version.get() != VERSION {
+            return Err(FormatError::Version { found: raw.version.get() });
+        }
+        if raw.store != name.store.0 || raw.shard.get() != name.shard || usize::from(raw.which.get()) != which
+        {
+            return Err(FormatError::Misplaced);
+        }
+        Ok(CheckpointHeader {
+            sequence: raw.sequence.get(),
+            lsn: raw.lsn.get(),
+            tail: raw.tail.get(),
+            chain: raw.chain.get(),
+            entries: raw.entries.get(),
+            entries_crc: raw.entries_crc.get(),
+            scrub_run: raw.scrub_run.get(),
+            scrub_cursor: raw.scrub_cursor.get(),
+            scrub_errors: raw.scrub_errors.get(),
+        })
+    }
+}
+
+/// An extent, as a checkpoint has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// The volume's layer, by its number in the catalog.
+    pub object: u32,
+    /// Which extent of it.
+    pub extent: u32,
+    /// Where it lies.
+    pub slot: u32,
+    /// CRC32C of its sum page.
+    pub page_crc: u32,
+    /// The highest version written to it.
+    pub version: u64,
+    /// Which of the slot's two sum pages is its own: 0 or 1.
+    pub which: u8,
+    /// It is in the activity log.
+    pub active: bool,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawEntry {
+    object: U32,
+    extent: U32,
+    slot: U32,
+    page_crc: U32,
+    version: U64,
+    flags: u8,
+    reserved: [u8; 7],
+}
+const _: () = assert!(size_of::<RawEntry>() == ENTRY_BYTES);
+const ENTRY_WHICH: u8 = 1;
+const ENTRY_ACTIVE: u8 = 2;
+
+impl Entry {
+    /// Appends its bytes.
+    pub fn encode(&self, bytes: &mut Vec<u8>) {
+        let raw = RawEntry {
+            object: U32::new(self.object),
+            extent: U32::new(self.extent),
+            slot: U32::new(self.slot),
+            page_crc: U32::new(self.page_crc),
+            version: U64::new(self.version),
+            flags: (self.which & 1) | if self.active { ENTRY_ACTIVE } else { 0 },
+            reserved: [0; 7],
+        };
+        bytes.extend_from_slice(raw.as_bytes());
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// [`FormatError`].
+    pub fn decode(bytes: &[u8]) -> Result<Entry, FormatError> {
+        let raw = RawEntry::read_from_bytes(bytes).map_err(|_| FormatError::Length)?;
+        if raw.flags & !(ENTRY_WHICH | ENTRY_ACTIVE) != 0 {
+            return Err(FormatError::Value);
+        }
+        Ok(Entry {
+            object: raw.object.get(),
+            extent: raw.extent.get(),
+            slot: raw.slot.get(),
+            page_crc: raw.page_crc.get(),
+            version: raw.version.get(),
+            which: raw.flags & ENTRY_WHICH,
+            active: raw.flags & ENTRY_ACTIVE != 0,
+        })
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Journal
+
+/// The beginning of a batch: one block, followed by the batch's data blocks, around the journal's end where it must.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BatchHeader {
+    /// The store's open count when it was written.
+    pub open_count: u64,
+    /// Its number: one more than that of the batch before.
+    pub lsn: u64,
+    /// Every batch up to this one was durable when it was written.
+    pub durable_lsn: u64,
+    /// The data of every batch up to this one were in place and durable when it was written.
+    pub placed_lsn: u64,
+    /// Checksum of the batch before.
+    pub chain: u32,
+    /// Where in the journal it begins, blocks.
+    pub position: u32,
+    /// Data blocks behind the header block.
+    pub data_blocks: u16,
+    /// Records.
+    pub records: u16,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawBatch {
+    magic: [u8; 4],
+    version: U32,
+    crc: U32,
+    chain: U32,
+    key: [u8; 16],
+    open_count: U64,
+    lsn: U64,
+    durable_lsn: U64,
+    placed_lsn: U64,
+    position: U32,
+    shard: U16,
+    data_blocks: U16,
+    records: U16,
+    reserved: [u8; BATCH_HEADER_BYTES - 74],
+}
+const _: () = assert!(size_of::<RawBatch>() == BATCH_HEADER_BYTES);
+
+/// One change of a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Record {
+    /// A block was written.
+    Set {
+        /// The extent's slot.
+        slot: u32,
+        /// The block in it.
+        block: u16,
+        /// Its checksum now.
+        sum: Sum,
+        /// Its checksum before.
+        before: Sum,
+        /// The write's version.
+        version: u64,
+        /// The data are in this batch, in the order of such records; else they were written in place beside it.
+        in_journal: bool,
+    },
+    /// A slot was given to an extent; none of its blocks has anything.
+    Allocate {
+        /// The slot.
+        slot: u32,
+        /// The volume's layer.
+        object: u32,
+        /// Its extent.
+        extent: u32,
+    },
+    /// A slot was taken from its extent, which is gone.
+    Free {
+        /// The slot.
+        slot: u32,
+    },
+    /// Blocks were given a state without data.
+    Clear {
+        /// The extent's slot.
+        slot: u32,
+        /// The first block.
+        block: u16,
+        /// How many.
+        count: u16,
+        /// [`Sum::ABSENT`], [`Sum::ZERO`] or [`Sum::LOST`].
+        state: Sum,
+        /// The version of the change.
+        version: u64,
+    },
+    /// An extent entered the activity log.
+    Activate {
+        /// Its slot.
+        slot: u32,
+    },
+    /// An extent left the activity log.
+    Deactivate {
+        /// Its slot.
+        slot: u32,
+    },
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Default, Clone, Copy)]
+#[repr(C)]
+struct RawRecord {
+    kind: u8,
+    flags: u8,
+    block: U16,
+    slot: U32,
+    first: U32,
+    second: U32,
+    version: U64,
+}
+const _: () = assert!(size_of::<RawRecord>() == RECORD_BYTES);
+
+mod kind {
+    pub(super) const SET: u8 = 1;
+    pub(super) const ALLOCATE: u8 = 2;
+    pub(super) const FREE: u8 = 3;
+    pub(super) const CLEAR: u8 = 4;
+    pub(super) const ACTIVATE: u8 = 5;
+    pub(super) const DEACTIVATE: u8 = 6;
+}
+const IN_JOURNAL: u8 = 1;
+
+impl Record {
+    /// The slot that it concerns.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        match *self {
+            Record::Set { slot, .. }
+            | Record::Allocate { slot, .. }
+            | Record::Free { slot }
+            | Record::Clear { slot, .. }
+            | Record::Activate { slot }
+            | Record::Deactivate { slot } => slot,
+        }
+    }
+
+    fn raw(self) -> RawRecord {
+        let none = RawRecord { slot: U32::new(self.slot()), ..RawRecord::default() };
+        match self {
+            Record::Set { block, sum, before, version, in_journal, .. } => RawRecord {
+                kind: kind::SET,
+                flags: if in_journal { IN_JOURNAL } else { 0 },
+                block: U16::new(block),
+                first: U32::new(sum.0),
+                second: U32::new(before.0),
+                version: U64::new(version),
+                ..none
+            },
+            Record::Allocate { object, extent, .. } => {
+                RawRecord { kind: kind::ALLOCATE, first: U32::new(object), second: U32::new(extent), ..none }
+            }
+            Record::Free { .. } => RawRecord { kind: kind::FREE, ..none },
+            Record::Clear { block, count, state, version, .. } => RawRecord {
+                kind: kind::CLEAR,
+                block: U16::new(block),
+                first: U32::new(u32::from(count)),
+                second: U32::new(state.0),
+                version: U64::new(version),
+                ..none
+            },
+            Record::Activate { .. } => RawRecord { kind: kind::ACTIVATE, ..none },
+            Record::Deactivate { .. } => RawRecord { kind: kind::DEACTIVATE, ..none },
+        }
+    }
+
+    fn of_raw(raw: &RawRecord) -> Result<Record, FormatError> {
+        let (slot, block) = (raw.slot.get(), raw.block.get());
+        let (first, second) = (raw.first.get(), raw.second.get());
+        let blocks = u16::try_from(EXTENT_BLOCKS).expect("1024");
+        match (raw.kind, raw.flags) {
+            (kind::SET, 0 | IN_JOURNAL) if block < blocks && Sum(first).is_data() => Ok(Record::Set {
+                slot,
+                block,
+                sum: Sum(first),
+                before: Sum(second),
+                version: raw.version.get(),
+                in_journal: raw.flags == IN_JOURNAL,
+            }),
+            (kind::ALLOCATE, 0) => Ok(Record::Allocate { slot, object: first, extent: second }),
+            (kind::FREE, 0) => Ok(Record::Free { slot }),
+            (kind::CLEAR, 0)
+                if !Sum(second).is_data() && block < blocks && first <= u32::from(blocks - block) =>
+            {
+                let count = u16::try_from(first).expect("at most an extent's blocks");
+                Ok(Record::Clear { slot, block, count, state: Sum(second), version: raw.version.get() })
+            }
+            (kind::ACTIVATE, 0) => Ok(Record::Activate { slot }),
+            (kind::DEACTIVATE, 0) => Ok(Record::Deactivate { slot }),
+            _ => Err(FormatError::Value),
+        }
+    }
+}
+
+/// What ties batches to their place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JournalName {
+    /// The store's secret.
+    pub key: JournalKey,
+    /// The shard.
+    pub shard: u16,
+}
+
+/// Writes a batch's header block. Gives its checksum, which the next batch repeats.
+///
+/// # Panics
+/// If there are more than [`RECORDS_MAX`] records.
+pub fn encode_batch(header: &BatchHeader, name: JournalName, records: &[Record], bytes: &mut [u8]) -> u32 {
+    assert!(records.len() <= RECORDS_MAX && usize::from(header.records) == records.len());
+    let mut raw = RawBatch {
+        magic: BATCH_MAGIC,
+        version: U32::new(VERSION),
+        crc: U32::ZERO,
+        chain: U32::new(header.chain),
+        key: name.key,
+        open_count: U64::new(header.open_count),
+        lsn: U64::new(header.lsn),
+        durable_lsn: U64::new(header.durable_lsn),
+        placed_lsn: U64::new(header.placed_lsn),
+        position: U32::new(header.position),
+        shard: U16::new(name.shard),
+        data_blocks: U16::new(header.data_blocks),
+        records: U16::new(header.records),
+        reserved: [0; BATCH_HEADER_BYTES - 74],
+    };
+    let (head, body) = bytes[..BLOCK_BYTES].split_at_mut(BATCH_HEADER_BYTES);
+    body.fill(0);
+    for (bytes, record) in body.chunks_exact_mut(RECORD_BYTES).zip(records) {
+        bytes.copy_from_slice(record.raw().as_bytes());
+    }
+    let crc = crc32c::crc32c_append(crc32c::crc32c(raw.as_bytes()), body);
+    raw.crc = U32::new(crc);
+    head.copy_from_slice(raw.as_bytes());
+    crc
+}
+
+/// Reads a batch's header block, which lies at block `position` of the journal: header, checksum and records.
+///
+/// # Errors
+/// [`FormatError`].
+pub fn decode_batch(
+    bytes: &[u8],
+    name: JournalName,
+    position: u32,
+) -> Result<(BatchHeader, u32, Vec<Record>), FormatError> {
+    let block = bytes.get(..BLOCK_BYTES).ok_or(FormatError::Length)?;
+    let (mut raw, body) = RawBatch::read_from_prefix(block).map_err(|_| FormatError::Length)?;
+    if raw.magic != BATCH_MAGIC {
+        return Err(FormatError::Magic);
+    }
+    let stored = std::mem::replace(&mut raw.crc, U32::ZERO).get();
+    if crc32c::crc32c_append(crc32c::crc32c(raw.as_bytes()), body) != stored {
+        return Err(FormatError::Checksum);
+    }
+    if raw.version.get() != VERSION {
+        return Err(FormatError::Version { found: raw.version.get() });
+    }
+    if raw.key != name.key || raw.shard.get() != name.shard || raw.position.get() != position {
+        return Err(FormatError::Misplaced);
+    }
+    let header = BatchHeader {
+        open_count: raw.open_count.get(),
+        lsn: raw.lsn.get(),
+        durable_lsn: raw.durable_lsn.get(),
+        placed_lsn: raw.placed_lsn.get(),
+        chain: raw.chain.get(),
+        position,
+        data_blocks: raw.data_blocks.get(),
+        records: raw.records.get(),
+    };
+    if usize::from(header.records) > RECORDS_MAX || usize::from(header.data_blocks) > BATCH_BLOCKS_MAX {
+        return Err(FormatError::Length);
+    }
+    let mut records = Vec::with_capacity(usize::from(header.records));
+    for bytes in body.chunks_exact(RECORD_BYTES).take(usize::from(header.records)) {
+        let raw = RawRecord::ref_from_bytes(bytes).map_err(|_| FormatError::Length)?;
+        records.push(Record::of_raw(raw)?);
+    }
+    let in_journal =
+        records.iter().filter(|record| matches!(record, Record::Set { in_journal: true, .. })).count();
+    if in_journal != usize::from(header.data_blocks) {
+        return Err(FormatError::Length);
+    }
+    Ok((header, stored, records))
+}

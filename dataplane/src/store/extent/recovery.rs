@@ -1,0 +1,573 @@
+//! Opening one shard: the newest checkpoint, the journal behind it, and the data that were not known to be in place.
+//!
+//! Invariants (I10, I13):
+//! * Every record of a batch that was acknowledged is applied, in order. Where that cannot be, the shard is *damaged* and is
+//!   not opened: never is a part of the journal taken for the whole.
+//! * A torn tail and damage differ: one batch is in flight at a time, so whatever follows a bad batch proves that it had been
+//!   whole.
+//! * Nothing makes a checksum from what it finds. A sum page that does not verify makes its extent's blocks *lost*; data in the
+//!   journal that do not verify make their block lost.
+//! * The cost is bounded by checkpoint and journal, never by the data.
+//!
+//! Reading does not write; [`place`] does, and doing it twice gives the same.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::extents::{Extent, Extents, FoldMap, FreeSlot};
+use super::format::{
+    BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, ENTRY_BYTES, EXTENT_BLOCKS, Entry, FormatError,
+    JournalName, Record, ShardName, Sum, Superblock, decode_batch, decode_page,
+};
+use super::shard::{JournalState, Recovered, ScrubProgress};
+use crate::device::AlignedBuffer;
+use crate::store::BLOCK_BYTES;
+
+/// Where a store's bytes are, for opening it: a device, or a simulated one.
+pub trait Medium {
+    /// Why it failed.
+    type Error;
+
+    /// Fills `bytes` from byte `offset_bytes` on. Both are multiples of 4096, and so is the address.
+    ///
+    /// # Errors
+    /// When not all of it can be read.
+    fn read_at(&self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), Self::Error>;
+
+    /// Writes `bytes` from byte `offset_bytes` on, durable after the next sync.
+    ///
+    /// # Errors
+    /// When not all of it can be written.
+    fn write_at(&self, offset_bytes: u64, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Makes everything written durable.
+    ///
+    /// # Errors
+    /// When the device says so: nothing is known to be durable then.
+    fn sync(&self) -> Result<(), Self::Error>;
+}
+
+/// Why a shard cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError<E> {
+    /// The device could not be read or written.
+    #[error("{0}")]
+    Medium(E),
+    /// Neither checkpoint is whole.
+    #[error("shard {shard}: both checkpoints are unreadable ({source})")]
+    NoCheckpoint {
+        /// The shard.
+        shard: u16,
+        /// What is wrong with the better one.
+        source: FormatError,
+    },
+    /// Something that was durable is gone from the journal.
+    #[error(
+        "shard {shard}: the journal is damaged at block {position}: batch {lsn} is unreadable and batch {later_lsn} behind it is not"
+    )]
+    JournalDamaged {
+        /// The shard.
+        shard: u16,
+        /// Where in the journal.
+        position: u32,
+        /// The batch that should be there.
+        lsn: u64,
+        /// The one that proves that it was.
+        later_lsn: u64,
+    },
+    /// The records contradict each other.
+    #[error("shard {shard}: its records contradict each other: {what}")]
+    Contradiction {
+        /// The shard.
+        shard: u16,
+        /// How.
+        what: &'static str,
+    },
+}
+
+/// What opening a shard has found that is worth telling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Findings {
+    /// Batches behind the checkpoint.
+    pub batches: u64,
+    /// Records in them.
+    pub records: u64,
+    /// A batch was under way and is not whole; it had not been acknowledged.
+    pub torn_tail: bool,
+    /// Blocks that had to be put in place.
+    pub replaced_blocks: u64,
+    /// Blocks that have no good copy here.
+    pub lost_blocks: u64,
+    /// Regions to be verified.
+    pub suspect_regions: u32,
+}
+
+/// A batch that was found.
+#[derive(Debug)]
+struct Found {
+    header: BatchHeader,
+    records: Vec<Record>,
+}
+
+/// What a shard's metadata say.
+#[derive(Debug)]
+pub struct Image {
+    /// What the shard goes on from.
+    pub recovered: Recovered,
+    /// What was found.
+    pub findings: Findings,
+    /// Blocks whose newest data are in the journal and not known to be in place: slot and block, journal block, sum.
+    unplaced: BTreeMap<(u32, u16), (u32, Sum)>,
+}
+
+/// Blocks read from the journal in one go.
+const WINDOW_BLOCKS: u32 = 64;
+/// Sum pages read in one go, where many are wanted.
+const PAGES_SPAN: u32 = 256;
+/// As many wanted pages make a span worth reading whole.
+const PAGES_DENSE: usize = 16;
+
+struct Reader<'m, M> {
+    layout: &'m Superblock,
+    shard: u16,
+    medium: &'m M,
+    window: AlignedBuffer,
+    /// First block in the window; `u32::MAX` when it has nothing.
+    window_at: u32,
+}
+
+/// Reads a shard's metadata. Writes nothing.
+///
+/// # Errors
+/// [`RecoveryError`].
+pub fn read<M: Medium>(
+    layout: &Superblock,
+    shard: u16,
+    medium: &M,
+) -> Result<Image, RecoveryError<M::Error>> {
+    let mut reader = Reader {
+        layout,
+        shard,
+        medium,
+        window: AlignedBuffer::new(WINDOW_BLOCKS as usize * BLOCK_BYTES),
+        window_at: u32::MAX,
+    };
+    let (checkpoint, which, entries) = reader.read_checkpoint()?;
+    let (found, torn_tail, head) = reader.read_journal(&checkpoint)?;
+    reader.replay(&checkpoint, which, entries, &found, torn_tail, head)
+}
+
+/// Puts in place what is only in the journal. The caller syncs before anybody relies on it.
+///
+/// # Errors
+/// [`RecoveryError::Medium`].
+pub fn place<M: Medium>(
+    layout: &Superblock,
+    shard: u16,
+    medium: &M,
+    image: &mut Image,
+) -> Result<(), RecoveryError<M::Error>> {
+    let mut buffer = AlignedBuffer::new(BLOCK_BYTES);
+    let begin = layout.journal_offset(shard);
+    let mut by_slot: FoldMap<u32, super::extents::ExtentId> = FoldMap::default();
+    by_slot.extend(image.recovered.extents.iter().map(|(id, extent)| (extent.slot, id)));
+    for ((slot, block), (position, sum)) in std::mem::take(&mut image.unplaced) {
+        medium
+            .read_at(begin + u64::from(position) * BLOCK, buffer.bytes_mut())
+            .map_err(RecoveryError::Medium)?;
+        if Sum::of(buffer.bytes()) == sum {
+            let offset_bytes = layout.data_offset(slot) + u64::from(block) * BLOCK;
+            medium.write_at(offset_bytes, buffer.bytes()).map_err(RecoveryError::Medium)?;
+            image.findings.replaced_blocks += 1;
+        } else if let Some(id) = by_slot.get(&slot) {
+            let extent = image.recovered.extents.get_mut(*id);
+            extent.sums[usize::from(block)] = Sum::LOST;
+            extent.dirty = true;
+            image.findings.lost_blocks += 1;
+        }
+    }
+    Ok(())
+}
+
+impl<M: Medium> Reader<'_, M> {
+    fn name(&self) -> ShardName {
+        ShardName { store: self.layout.store, shard: self.shard }
+    }
+
+    fn read_bytes(&self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), RecoveryError<M::Error>> {
+        self.medium.read_at(offset_bytes, bytes).map_err(RecoveryError::Medium)
+    }
+
+    /// The newest checkpoint that is whole.
+    fn read_checkpoint(&self) -> Result<(CheckpointHeader, usize, Vec<Entry>), RecoveryError<M::Error>> {
+        let mut headers = Vec::new();
+        let mut why = FormatError::Magic;
+        for which in 0..2 {
+            let mut block = AlignedBuffer::new(BLOCK_BYTES);
+            self.read_bytes(self.layout.checkpoint_offset(self.shard, which), block.bytes_mut())?;
+            match CheckpointHeader::decode(block.bytes(), self.name(), which) {
+                Ok(header) => headers.push((header, which)),
+                Err(error) if why == FormatError::Magic => why = error,
+                Err(_) => {}
+            }
+        }
+        headers.sort_unstable_by_key(|(header, _)| std::cmp::Reverse(header.sequence));
+        for (header, which) in headers {
+            match self.read_entries(&header, which)? {
+                Ok(entries) => return Ok((header, which, entries)),
+                Err(error) => why = error,
+            }
+        }
+        Err(RecoveryError::NoCheckpoint { shard: self.shard, source: why })
+    }
+
+    fn read_entries(
+        &self,
+        header: &CheckpointHeader,
+        which: usize,
+    ) -> Result<Result<Vec<Entry>, FormatError>, RecoveryError<M::Error>> {
+        if header.entries > self.layout.entries_max() || header.tail >= self.layout.journal_blocks {
+            return Ok(Err(FormatError::Length));
+        }
+        let len_bytes = header.entries as usize * ENTRY_BYTES;
+        let mut table = AlignedBuffer::new(len_bytes.next_multiple_of(BLOCK_BYTES));
+        let offset_bytes = self.layout.checkpoint_offset(self.shard, which) + BLOCK;
+        if len_bytes > 0 {
+            self.read_bytes(offset_bytes, table.bytes_mut())?;
+        }
+        let bytes = &table.bytes()[..len_bytes];
+        if crc32c::crc32c(bytes) != header.entries_crc {
+            return Ok(Err(FormatError::Checksum));
+        }
+        let entries: Result<Vec<Entry>, FormatError> =
+            bytes.chunks_exact(ENTRY_BYTES).map(Entry::decode).collect();
+        let slots = self.layout.slots();
+        Ok(entries.and_then(|entries| {
+            let sane = entries.iter().all(|entry| entry.slot < slots);
+            if sane { Ok(entries) } else { Err(FormatError::Length) }
+        }))
+    }
+
+    /// The batch at a place of the journal, if a whole header is there.
+    fn batch_at(
+        &mut self,
+        position: u32,
+    ) -> Result<Option<(BatchHeader, u32, Vec<Record>)>, RecoveryError<M::Error>> {
+        let in_window = position.checked_sub(self.window_at).filter(|at| *at < WINDOW_BLOCKS);
+        let at = match in_window {
+            Some(at) => at,
+            None => {
+                let len = WINDOW_BLOCKS.min(self.layout.journal_blocks - position) as usize * BLOCK_BYTES;
+                let offset_bytes = self.layout.journal_offset(self.shard) + u64::from(position) * BLOCK;
+                self.medium
+                    .read_at(offset_bytes, &mut self.window.bytes_mut()[..len])
+                    .map_err(RecoveryError::Medium)?;
+                // What lies behind the journal's end is left from before and never looked at: positions end there.
+                self.window_at = position;
+                0
+            }
+        };
+        let block = &self.window.bytes()[at as usize * BLOCK_BYTES..][..BLOCK_BYTES];
+        let name = JournalName { key: self.layout.journal_key, shard: self.shard };
+        Ok(decode_batch(block, name, position).ok())
+    }
+
+    /// All batches behind the checkpoint, whether a torn one follows, and where the next one goes.
+    fn read_journal(
+        &mut self,
+        checkpoint: &CheckpointHeader,
+    ) -> Result<(Vec<Found>, bool, (u32, u32)), RecoveryError<M::Error>> {
+        let blocks = self.layout.journal_blocks;
+        let mut found: Vec<Found> = Vec::new();
+        let (mut position, mut chain, mut open_count) = (checkpoint.tail, checkpoint.chain, 0);
+        let mut chains = vec![chain];
+        let mut used = 0;
+        loop {
+            let lsn = checkpoint.lsn + 1 + found.len() as u64;
+            let next = self.batch_at(position)?;
+            let next = next.filter(|(header, _, _)| {
+                header.lsn == lsn
+                    && header.chain == chain
+                    && header.open_count >= open_count
+                    && header.open_count <= self.layout.open_count
+            });
+            let len = next.as_ref().map_or(1, |(header, _, _)| 1 + u32::from(header.data_blocks));
+            // The writer leaves a block free.
+            let Some((header, checksum, records)) = next.filter(|_| used + len < blocks) else {
+                self.refuse_damage(position, lsn)?;
+                break;
+            };
+            used += len;
+            (chain, open_count) = (checksum, header.open_count);
+            chains.push(chain);
+            position = (position + len) % blocks;
+            found.push(Found { header, records });
+        }
+        let torn_header = false;
+        let Some(last) = found.last() else { return Ok((found, torn_header, (position, chain))) };
+        if self.data_are_whole(last)? {
+            return Ok((found, torn_header, (position, chain)));
+        }
+        position = last.header.position;
+        found.pop();
+        Ok((found, true, (position, chains[chains.len() - 2])))
+    }
+
+    /// Whether a later batch proves that the one at `position`, which cannot be read, had been durable.
+    fn refuse_damage(&mut self, position: u32, lsn: u64) -> Result<(), RecoveryError<M::Error>> {
+        let blocks = self.layout.journal_blocks;
+        let longest = u32::try_from(BATCH_BLOCKS_MAX + 1).expect("a few blocks");
+        for distance in 0..=longest.min(blocks - 1) {
+            let Some((header, _, _)) = self.batch_at((position + distance) % blocks)? else { continue };
+            if header.lsn > lsn {
+                return Err(RecoveryError::JournalDamaged {
+                    shard: self.shard,
+                    position,
+                    lsn,
+                    later_lsn: header.lsn,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the data of a batch are what its records say.
+    fn data_are_whole(&self, batch: &Found) -> Result<bool, RecoveryError<M::Error>> {
+        let mut block = AlignedBuffer::new(BLOCK_BYTES);
+        for (at, record) in (1..).zip(batch.records.iter().filter(|record| is_journaled(record))) {
+            let Record::Set { sum, .. } = record else { continue };
+            let position = (batch.header.position + at) % self.layout.journal_blocks;
+            let offset_bytes = self.layout.journal_offset(self.shard) + u64::from(position) * BLOCK;
+            self.read_bytes(offset_bytes, block.bytes_mut())?;
+            if Sum::of(block.bytes()) != *sum {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn replay(
+        &self,
+        checkpoint: &CheckpointHeader,
+        which: usize,
+        entries: Vec<Entry>,
+        found: &[Found],
+        torn_tail: bool,
+        (head, chain): (u32, u32),
+    ) -> Result<Image, RecoveryError<M::Error>> {
+        let contradiction = |what| RecoveryError::Contradiction { shard: self.shard, what };
+        let slots = self.layout.slots();
+        let all = || found.iter().flat_map(|batch| batch.records.iter().map(move |record| (batch, record)));
+        if all().any(|(_, record)| record.slot() >= slots) {
+            return Err(contradiction("a record names a slot that the store does not have"));
+        }
+        // How often each slot changed hands: only records since the last time concern its extent.
+        let mut hands: FoldMap<u32, u32> = FoldMap::default();
+        let mut owners: FoldMap<u32, (u32, u32, u64)> = FoldMap::default();
+        for (batch, record) in all() {
+            match *record {
+                Record::Free { slot } => {
+                    *hands.entry(slot).or_default() += 1;
+                    owners.remove(&slot);
+                }
+                Record::Allocate { slot, object, extent } => {
+                    *hands.entry(slot).or_default() += 1;
+                    owners.insert(slot, (object, extent, batch.header.lsn));
+                }
+                _ => {}
+            }
+        }
+        let mut extents = Extents::new(slots);
+        let mut by_slot: FoldMap<u32, super::extents::ExtentId> = FoldMap::default();
+        let mut keys: FoldMap<(u32, u32), ()> = FoldMap::default();
+        let mut lost_blocks = 0;
+        let kept = entries.into_iter().filter(|entry| !hands.contains_key(&entry.slot));
+        let kept: Vec<Entry> = kept.collect();
+        let pages = self.read_pages(&kept)?;
+        for (entry, page) in kept.iter().zip(pages) {
+            if keys.insert((entry.object, entry.extent), ()).is_some() {
+                return Err(contradiction("an extent has two slots"));
+            }
+            let mut extent = Extent::allocated(entry.object, entry.extent, FreeSlot::new(entry.slot), 0);
+            extent.version = entry.version;
+            extent.which = entry.which;
+            extent.page_crc = entry.page_crc;
+            extent.active = entry.active;
+            match page {
+                Some(sums) => extent.sums = sums,
+                None => {
+                    extent.sums.fill(Sum::LOST);
+                    extent.dirty = true;
+                    lost_blocks += u64::from(EXTENT_BLOCKS);
+                }
+            }
+            if by_slot.insert(entry.slot, extents.insert(extent)).is_some() {
+                return Err(contradiction("a slot has two extents"));
+            }
+        }
+        let mut fresh: Vec<(&u32, &(u32, u32, u64))> = owners.iter().collect();
+        fresh.sort_unstable();
+        for (slot, (object, number, lsn)) in fresh {
+            if keys.insert((*object, *number), ()).is_some() {
+                return Err(contradiction("an extent has two slots"));
+            }
+            let mut extent = Extent::allocated(*object, *number, FreeSlot::new(*slot), *lsn);
+            extent.dirty = true;
+            by_slot.insert(*slot, extents.insert(extent));
+        }
+
+        let placed_lsn =
+            found.last().map_or(checkpoint.lsn, |batch| batch.header.placed_lsn.max(checkpoint.lsn));
+        let mut unplaced = BTreeMap::new();
+        let mut last_record_lsn = 0;
+        let mut records = 0;
+        for batch in found {
+            let lsn = batch.header.lsn;
+            let mut data = 0;
+            for record in &batch.records {
+                records += 1;
+                last_record_lsn = lsn;
+                let slot = record.slot();
+                if let Record::Free { .. } | Record::Allocate { .. } = record
+                    && let Some(left) = hands.get_mut(&slot)
+                {
+                    *left -= 1;
+                }
+                data += u32::from(is_journaled(record));
+                let concerns = hands.get(&slot).is_none_or(|left| *left == 0);
+                let Some(id) = by_slot.get(&slot).filter(|_| concerns) else { continue };
+                let extent = extents.get_mut(*id);
+                match *record {
+                    Record::Set { block, sum, version, in_journal, .. } => {
+                        extent.sums[usize::from(block)] = sum;
+                        extent.version = extent.version.max(version);
+                        extent.dirty = true;
+                        let position = (batch.header.position + data) % self.layout.journal_blocks;
+                        if in_journal && lsn > placed_lsn {
+                            unplaced.insert((slot, block), (position, sum));
+                        } else {
+                            unplaced.remove(&(slot, block));
+                        }
+                    }
+                    Record::Clear { block, count, state, version, .. } => {
+                        for block in block..block + count {
+                            extent.sums[usize::from(block)] = state;
+                            unplaced.remove(&(slot, block));
+                        }
+                        extent.version = extent.version.max(version);
+                        extent.dirty = true;
+                    }
+                    Record::Activate { .. } => extent.active = true,
+                    Record::Deactivate { .. } => extent.active = false,
+                    Record::Free { .. } | Record::Allocate { .. } => {}
+                }
+            }
+        }
+        let last_lsn = found.last().map_or(checkpoint.lsn, |batch| batch.header.lsn);
+        // After a mark that covers all of them nothing was in flight.
+        let at_rest = !torn_tail && last_record_lsn < last_lsn && placed_lsn >= last_record_lsn;
+        let mut suspect_regions = 0;
+        if !at_rest && last_record_lsn > 0 {
+            for place in 0..extents.places() {
+                let Some(id) = extents.at(place).filter(|(_, extent)| extent.active).map(|(id, _)| id) else {
+                    continue;
+                };
+                extents.get_mut(id).suspect = true;
+                suspect_regions += 1;
+            }
+        }
+        let recovered = Recovered {
+            extents,
+            journal: JournalState { head, tail: checkpoint.tail, lsn: last_lsn, chain, placed_lsn: last_lsn },
+            last_record_lsn,
+            marked_placed_lsn: placed_lsn,
+            checkpoint_sequence: checkpoint.sequence,
+            checkpoint_which: which,
+            scrub: ScrubProgress {
+                run: checkpoint.scrub_run,
+                cursor: checkpoint.scrub_cursor,
+                errors: checkpoint.scrub_errors,
+            },
+        };
+        let findings = Findings {
+            batches: found.len() as u64,
+            records,
+            torn_tail,
+            replaced_blocks: 0,
+            lost_blocks,
+            suspect_regions,
+        };
+        Ok(Image { recovered, findings, unplaced })
+    }
+
+    /// The sum pages of entries, in their order; `None` where one does not verify.
+    fn read_pages(
+        &self,
+        entries: &[Entry],
+    ) -> Result<Vec<Option<Box<super::format::SumPage>>>, RecoveryError<M::Error>> {
+        let mut order: Vec<usize> = (0..entries.len()).collect();
+        order.sort_unstable_by_key(|at| entries[*at].slot);
+        let mut pages: Vec<Option<Box<super::format::SumPage>>> = Vec::new();
+        pages.resize_with(entries.len(), || None);
+        let mut buffer = AlignedBuffer::new(2 * PAGES_SPAN as usize * BLOCK_BYTES);
+        let mut rest = order.as_slice();
+        while let Some(&first) = rest.first() {
+            let begin = self.layout.page_offset(entries[first].slot, 0);
+            let near = |at: &&usize| {
+                let offset = self.layout.page_offset(entries[**at].slot, 1);
+                offset < begin + 2 * u64::from(PAGES_SPAN) * BLOCK
+            };
+            let span = rest.iter().take_while(near).count();
+            let (span, after) = if span >= PAGES_DENSE { rest.split_at(span) } else { rest.split_at(1) };
+            rest = after;
+            let single = span.len() == 1;
+            let read_from = |entry: &Entry| self.layout.page_offset(entry.slot, entry.which);
+            let (from, to) = if single {
+                (read_from(&entries[first]), read_from(&entries[first]) + BLOCK)
+            } else {
+                (begin, self.layout.page_offset(entries[span[span.len() - 1]].slot, 1) + BLOCK)
+            };
+            let len = usize::try_from(to - from).expect("at most a span");
+            self.read_bytes(from, &mut buffer.bytes_mut()[..len])?;
+            for at in span {
+                let entry = &entries[*at];
+                let offset = usize::try_from(read_from(entry) - from).expect("within the span");
+                let bytes = &buffer.bytes()[offset..offset + BLOCK_BYTES];
+                if crc32c::crc32c(bytes) == entry.page_crc {
+                    let mut page = super::extents::fresh_page();
+                    decode_page(bytes, &mut page);
+                    pages[*at] = Some(page);
+                }
+            }
+        }
+        Ok(pages)
+    }
+}
+
+fn is_journaled(record: &Record) -> bool {
+    matches!(record, Record::Set { in_journal: true, .. })
+}
+
+/// Slots that no shard has, from the lowest on.
+#[must_use]
+pub fn free_slots<'i>(layout: &Superblock, images: impl Iterator<Item = &'i Image>) -> Option<Vec<u32>> {
+    let mut taken = vec![false; layout.slots() as usize];
+    for image in images {
+        for (_, extent) in image.recovered.extents.iter() {
+            if std::mem::replace(&mut taken[extent.slot as usize], true) {
+                return None;
+            }
+        }
+    }
+    let free = (0..layout.slots()).filter(|slot| !taken[*slot as usize]);
+    Some(free.collect())
+}
+
+/// The checkpoint of an empty shard, as it is written at format.
+#[must_use]
+pub fn first_checkpoint(layout: &Arc<Superblock>, shard: u16) -> Vec<u8> {
+    let mut bytes = vec![0; BLOCK_BYTES];
+    let name = ShardName { store: layout.store, shard };
+    CheckpointHeader { sequence: 1, ..CheckpointHeader::default() }.encode(name, 0, &mut bytes);
+    bytes
+}

@@ -1,0 +1,471 @@
+//! One shard of an extent store: a state machine without I/O, owned by one core.
+//!
+//! A shard has the volumes that were given to it, a journal, two checkpoints, and whatever extent slots it took from the
+//! store's common ones. Its parts:
+//!
+//! * this file – what a shard consists of, and how ended disk requests find their way.
+//! * [`reading`] – reads, with their checksums verified; and the old blocks of partial writes.
+//! * [`writing`] – writes and unmaps, up to the batch that makes them durable.
+//! * [`batch`] – group commit: one batch in flight, and what becomes true when it has ended.
+//! * [`placing`] – data from the journal to their place, and the syncs that make that durable.
+//! * [`checkpoint`] – what lets the journal's tail move.
+//! * [`scrub`] – reading everything in the background.
+//!
+//! Invariants (I3, I7, I10):
+//! * A write ends well when its batch and every earlier one are durable: one batch is in flight at a time.
+//! * Data go in place before their batch is durable only where the device writes a block whole or not at all, another copy
+//!   exists, and the region is durably in the activity log. Everywhere else they go into the journal first.
+//! * At most one write to a block's place is in flight; the newest data win.
+//! * The journal's tail moves when a checkpoint that has all its records, and the data of all its batches, are durable.
+//! * A block is read with the checksum of its newest durable record, or from memory; a mismatch is never data.
+//! * After a failed journal write or sync nothing more is acknowledged: what is on the device is unknown. Reads go on.
+
+mod batch;
+mod checkpoint;
+mod placing;
+mod reading;
+mod scrub;
+mod writing;
+
+use std::collections::VecDeque;
+use std::hash::BuildHasherDefault;
+use std::sync::Arc;
+
+use af_xdp::region::{Chunk, Pool};
+use slab::Slab;
+use torus_uring::{Blocks, IoError};
+
+use super::extents::{ExtentId, Extents, FoldMap};
+use super::format::{BatchHeader, JournalName, Record, ShardName, Superblock};
+use super::shared::{ShardEvent, Shared};
+use crate::store::{Disk, Outcome, RequestToken, StoreError, release_blocks};
+
+pub use self::scrub::{ScrubProgress, ScrubTask};
+pub use self::writing::WriteTerms;
+
+/// Blocks that wait for their place at most; more writes wait, so that a slow device does not take all memory.
+const PENDING_MAX: usize = 4096;
+/// Kinds of disk request, in the upper bits of a token.
+mod kind {
+    pub(super) const READ: u64 = 0;
+    pub(super) const JOURNAL: u64 = 1;
+    pub(super) const BESIDE: u64 = 2;
+    pub(super) const PLACE: u64 = 3;
+    pub(super) const SYNC: u64 = 4;
+    pub(super) const PAGE: u64 = 5;
+    pub(super) const TABLE: u64 = 6;
+    pub(super) const SCRUB: u64 = 7;
+}
+const KIND_SHIFT: u32 = 44;
+/// Where a token has its shard.
+pub(super) const SHARD_SHIFT: u32 = 36;
+/// What a token has of a shard.
+pub(super) const SHARD_MASK: u64 = 0xff;
+const INDEX_MASK: u64 = 0xffff_ffff;
+
+/// Whether another in-sync copy of what is written exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Copies {
+    /// None: the block's old content must survive a torn write of it.
+    #[default]
+    Sole,
+    /// Another store has it too.
+    Others {
+        /// Every write of the volume with a version up to this is on all in-sync copies.
+        stable_version: u64,
+    },
+}
+
+/// A layer of a volume, on a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Object {
+    /// The shard that has it.
+    pub shard: u16,
+    /// Its number in the catalog.
+    pub number: u32,
+}
+
+/// What a shard is made for.
+#[derive(Debug, Clone)]
+pub struct ShardConfig {
+    /// Where everything is.
+    pub layout: Arc<Superblock>,
+    /// Its number.
+    pub shard: u16,
+    /// The device writes 4 KiB whole or not at all, through power cuts.
+    pub atomic_blocks: bool,
+    /// What it shares with others.
+    pub shared: Arc<Shared>,
+}
+
+/// A request in progress.
+#[derive(Debug)]
+struct Op {
+    /// `None`: the shard's own.
+    request: Option<RequestToken>,
+    what: What,
+    object: u32,
+    first_block: u64,
+    /// Blocks asked for.
+    count: u32,
+    /// A write's payload; shared with the caller before it is merged.
+    payload: Blocks,
+    /// Ended parts, with the position of their first block.
+    parts: [Option<(u32, Blocks)>; PARTS_INLINE],
+    /// The same, beyond those.
+    more_parts: Vec<(u32, Blocks)>,
+    /// Disk reads that have not ended.
+    reading: u32,
+    /// Blocks that a batch has taken.
+    queued: u32,
+    /// Blocks whose batch has ended.
+    committed: u32,
+    failure: Option<StoreError>,
+}
+
+/// Parts of a request that need no allocation: an AoE request has at most three blocks.
+const PARTS_INLINE: usize = 3;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    Read,
+    Write {
+        keep_head_bytes: u16,
+        keep_tail_bytes: u16,
+        copies: Copies,
+        version: u64,
+    },
+    /// Place in the table from which on extents have not been looked at, and the first extent to go.
+    Unmap {
+        from_extent: u32,
+        place: u32,
+    },
+}
+
+/// A disk read for a request.
+#[derive(Debug, Clone, Copy)]
+struct ReadPart {
+    op: u32,
+    /// Of its first block in the request.
+    position: u32,
+    extent: ExtentId,
+    /// In the extent.
+    first_block: u16,
+}
+
+/// A block whose newest data are durable in the journal and not known to be in place.
+#[derive(Debug)]
+struct Pending {
+    chunk: Chunk,
+    /// The batch that has it.
+    lsn: u64,
+    /// The batch whose data are being written in place; 0 when none is.
+    placing_lsn: u64,
+}
+
+/// A batch that is durable.
+#[derive(Debug, Clone, Copy)]
+struct Committed {
+    lsn: u64,
+    /// Blocks of it that are neither in place nor overtaken.
+    unplaced: u32,
+}
+
+/// Where the journal stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JournalState {
+    /// Where the next batch begins, blocks.
+    pub head: u32,
+    /// The oldest block that is needed.
+    pub tail: u32,
+    /// The last durable batch.
+    pub lsn: u64,
+    /// Its checksum.
+    pub chain: u32,
+    /// Up to here data are in place and durable.
+    pub placed_lsn: u64,
+}
+
+/// One shard at work.
+#[derive(Debug)]
+pub struct Shard {
+    layout: Arc<Superblock>,
+    shared: Arc<Shared>,
+    name: ShardName,
+    journal_name: JournalName,
+    atomic_blocks: bool,
+    extents: Extents,
+    journal: JournalState,
+    ops: Slab<Op>,
+    reads: Slab<ReadPart>,
+    /// Writes and unmaps that wait for a batch.
+    ready: VecDeque<u32>,
+    /// Those that wait for a free slot.
+    starved: VecDeque<u32>,
+    batch: batch::Batch,
+    committed: VecDeque<Committed>,
+    pending: FoldMap<(u32, u16), Pending>,
+    /// Blocks that have just become pending, to be sent to their place.
+    unsent: Vec<(ExtentId, u16)>,
+    placements: Slab<placing::Placement>,
+    sync: placing::SyncState,
+    checkpoint: checkpoint::CheckpointState,
+    scrub: scrub::ScrubState,
+    /// Regions of the activity log, the longest there first.
+    active: VecDeque<ExtentId>,
+    stable_versions: FoldMap<u32, u64>,
+    events: VecDeque<ShardEvent>,
+    failed: Option<StoreError>,
+    /// Disk requests that have not ended.
+    in_flight: u32,
+    /// The last batch that had records.
+    last_record_lsn: u64,
+    /// Up to here the journal says that data are in place and durable.
+    marked_placed_lsn: u64,
+    /// When the last batch ended.
+    committed_ns: u64,
+    now_ns: u64,
+    /// Finish what is durable, settle, and rest.
+    closing: bool,
+    open_count: u64,
+}
+
+/// What a shard is after it was opened: see [`super::recovery`].
+#[derive(Debug)]
+pub struct Recovered {
+    /// Its extents.
+    pub extents: Extents,
+    /// Its journal.
+    pub journal: JournalState,
+    /// The last batch that has records; 0 when there is none behind the checkpoint.
+    pub last_record_lsn: u64,
+    /// Up to here the journal says that data are in place and durable.
+    pub marked_placed_lsn: u64,
+    /// The newest checkpoint's number.
+    pub checkpoint_sequence: u64,
+    /// Which of the two it is.
+    pub checkpoint_which: usize,
+    /// Where the scrub stands.
+    pub scrub: ScrubProgress,
+}
+
+impl Shard {
+    /// A shard that goes on from what was recovered.
+    #[must_use]
+    pub fn new(config: ShardConfig, recovered: Recovered) -> Shard {
+        let Recovered { extents, journal, .. } = recovered;
+        let active = extents.iter().filter(|(_, extent)| extent.active).map(|(id, _)| id).collect();
+        let dirty = extents.iter().filter(|(_, extent)| extent.dirty).map(|(id, _)| id).collect();
+        config.shared.counters.allocated.fetch_add(extents.len(), std::sync::atomic::Ordering::Relaxed);
+        Shard {
+            name: ShardName { store: config.layout.store, shard: config.shard },
+            journal_name: JournalName { key: config.layout.journal_key, shard: config.shard },
+            open_count: config.layout.open_count,
+            atomic_blocks: config.atomic_blocks,
+            ops: Slab::with_capacity(1024),
+            reads: Slab::with_capacity(1024),
+            ready: VecDeque::with_capacity(1024),
+            starved: VecDeque::new(),
+            batch: batch::Batch::new(),
+            committed: VecDeque::with_capacity(1024),
+            pending: FoldMap::with_capacity_and_hasher(2 * PENDING_MAX, BuildHasherDefault::default()),
+            unsent: Vec::with_capacity(PENDING_MAX),
+            placements: Slab::with_capacity(PENDING_MAX),
+            sync: placing::SyncState::new(journal.placed_lsn.max(journal.lsn)),
+            checkpoint: checkpoint::CheckpointState::new(
+                recovered.checkpoint_sequence,
+                recovered.checkpoint_which,
+                dirty,
+            ),
+            scrub: scrub::ScrubState::new(recovered.scrub),
+            active,
+            stable_versions: FoldMap::default(),
+            events: VecDeque::new(),
+            failed: None,
+            in_flight: 0,
+            last_record_lsn: recovered.last_record_lsn,
+            marked_placed_lsn: recovered.marked_placed_lsn,
+            committed_ns: 0,
+            now_ns: 0,
+            closing: false,
+            layout: config.layout,
+            shared: config.shared,
+            extents,
+            journal,
+        }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn number(&self) -> u16 {
+        self.name.shard
+    }
+
+    /// Begins to rest: what is asked of it is finished, everything is put in place, and [`Shard::is_closed`] says when.
+    pub fn close(&mut self) {
+        self.closing = true;
+        self.scrub.stop();
+    }
+
+    /// Whether nothing is left to do, and the next one to open the shard finds everything in place.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.is_idle() && (self.failed.is_some() || self.is_settled())
+    }
+
+    /// Whether no request and no disk request is in progress.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.ops.is_empty()
+    }
+
+    /// Whether it has something to do that no disk request will wake it for.
+    #[must_use]
+    pub fn needs_turn(&self) -> bool {
+        !self.ready.is_empty() || (!self.starved.is_empty() && !self.shared.free.is_empty())
+    }
+
+    /// Gives up all memory of frames. Only when no disk request is in flight: those hold chunks too.
+    ///
+    /// # Panics
+    /// If one is.
+    pub fn dissolve(mut self, pool: &mut Pool) {
+        assert_eq!(self.in_flight, 0, "a shard ends after its last disk request");
+        self.release_memory(pool);
+    }
+
+    /// Gives up all memory of frames, whatever is in flight: for a simulated crash.
+    pub fn abandon(mut self, pool: &mut Pool) {
+        self.release_memory(pool);
+    }
+
+    fn release_memory(&mut self, pool: &mut Pool) {
+        for (_, pending) in self.pending.drain() {
+            pool.release(pending.chunk);
+        }
+        for mut op in self.ops.drain() {
+            release_blocks(pool, std::mem::take(&mut op.payload));
+            for (_, blocks) in op.parts.iter_mut().filter_map(Option::take).chain(op.more_parts.drain(..)) {
+                release_blocks(pool, blocks);
+            }
+        }
+        self.batch.release_memory(pool);
+    }
+
+    /// Goes on after a disk request has ended. `token` is without the shard's number.
+    pub fn finished(
+        &mut self,
+        token: u64,
+        blocks: Blocks,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.in_flight -= 1;
+        let index = (token & INDEX_MASK) as usize;
+        match token >> KIND_SHIFT {
+            kind::READ => self.read_ended(index, blocks, result, disk, outcomes),
+            kind::JOURNAL | kind::BESIDE => {
+                release_blocks(disk.pool(), blocks);
+                if token >> KIND_SHIFT == kind::BESIDE {
+                    self.extents
+                        .get_mut(ExtentId(u32::try_from(index).expect("32 bits")))
+                        .writes_in_flight -= 1;
+                }
+                self.batch_part_ended(result, disk, outcomes);
+            }
+            kind::PLACE => {
+                release_blocks(disk.pool(), blocks);
+                self.placement_ended(index, result, disk);
+            }
+            kind::SYNC => self.sync_ended(result, disk, outcomes),
+            kind::PAGE => {
+                release_blocks(disk.pool(), blocks);
+                self.page_ended(index, result, disk, outcomes);
+            }
+            kind::TABLE => {
+                release_blocks(disk.pool(), blocks);
+                self.table_part_ended(result, disk, outcomes);
+            }
+            kind::SCRUB => self.scrub_ended(blocks, result, disk),
+            _ => unreachable!("a token of this shard"),
+        }
+    }
+
+    /// Ends a batch of calls: sends what has gathered. Called when requests were started or disk requests have ended, and once
+    /// in a while.
+    pub fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.now_ns = now_ns;
+        if self.failed.is_some() {
+            self.fail_waiting(disk, outcomes);
+        } else {
+            self.feed_starved();
+            self.send_placements(disk);
+            self.begin_batch(disk, outcomes);
+            self.begin_sync(disk);
+            self.advance_checkpoint(disk);
+            self.advance_scrub(disk);
+        }
+        while let Some(event) = self.events.pop_front() {
+            if let Err(event) = self.shared.events.push(event) {
+                self.events.push_front(event);
+                break;
+            }
+        }
+    }
+
+    /// When the shard wants a turn, if nothing gives it one before; nanoseconds of the clock of [`Shard::turn`].
+    #[must_use]
+    pub fn wants_turn_at_ns(&self) -> Option<u64> {
+        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).min()
+    }
+
+    /// The head says that every write of a layer with a version up to this is on all in-sync copies.
+    pub fn set_stable(&mut self, object: u32, version: u64) {
+        let stable = self.stable_versions.entry(object).or_default();
+        *stable = version.max(*stable);
+    }
+
+    fn token(&mut self, kind: u64, index: usize) -> u64 {
+        self.in_flight += 1;
+        kind << KIND_SHIFT | u64::from(self.name.shard) << SHARD_SHIFT | index as u64
+    }
+
+    /// Nothing is acknowledged any more.
+    fn fail(&mut self, why: &'static str, error: IoError, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        if self.failed.is_none() {
+            self.failed = Some(StoreError::Unwritable(error));
+            self.events.push_back(ShardEvent::Failed { shard: self.name.shard, why });
+        }
+        self.fail_waiting(disk, outcomes);
+    }
+
+    /// Ends a request.
+    fn end_op(&mut self, at: u32, blocks: Blocks, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        let op = self.ops.remove(at as usize);
+        release_blocks(disk.pool(), op.payload);
+        let result = op.failure.map_or(Ok(()), Err);
+        match (op.request, op.what) {
+            (Some(request), _) => outcomes.push(Outcome { request, blocks, result }),
+            (None, What::Unmap { from_extent, .. }) if result.is_ok() => {
+                self.events.push_back(ShardEvent::Unmapped { object: op.object, from_extent });
+                release_blocks(disk.pool(), blocks);
+            }
+            (None, _) => release_blocks(disk.pool(), blocks),
+        }
+    }
+
+    /// The header of the next batch.
+    fn next_header(&self, records: &[Record], data_blocks: usize) -> BatchHeader {
+        BatchHeader {
+            open_count: self.open_count,
+            lsn: self.journal.lsn + 1,
+            durable_lsn: self.journal.lsn,
+            placed_lsn: self.journal.placed_lsn,
+            chain: self.journal.chain,
+            position: self.journal.head,
+            data_blocks: u16::try_from(data_blocks).expect("at most a batch's"),
+            records: u16::try_from(records.len()).expect("at most a batch's"),
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! Group commit: everything that waits becomes one batch, one device write behind the last batch, and nothing of it counts
+//! before all of it is durable.
+//!
+//! One batch is in flight at a time, so the one after it proves that it was durable, and an acknowledged batch can be told from
+//! a torn one when the store is opened again. What comes meanwhile makes the next batch: the busier the device, the larger.
+
+use af_xdp::region::{Chunk, Pool};
+use torus_uring::{Blocks, IoError};
+
+use super::writing::Taken;
+use super::{Committed, PENDING_MAX, Pending, Shard, What, kind};
+use crate::store::extent::extents::{ExtentId, FreeSlot};
+use crate::store::extent::format::{BATCH_BLOCKS_MAX, BLOCK, Record, Sum, encode_batch};
+use crate::store::extent::shared::Counters;
+use crate::store::{Disk, Durable, Outcome};
+
+/// What becomes true when the batch has ended.
+#[derive(Debug)]
+pub(super) enum Applied {
+    Set {
+        op: u32,
+        extent: ExtentId,
+        block: u16,
+        sum: Sum,
+        version: u64,
+        /// The data, where they wait for their place.
+        chunk: Option<Chunk>,
+    },
+    Allocated {
+        extent: ExtentId,
+    },
+    Activated {
+        extent: ExtentId,
+    },
+    Deactivated {
+        extent: ExtentId,
+    },
+    Freed {
+        op: u32,
+        extent: ExtentId,
+    },
+}
+
+/// The batch in the making or in flight.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub(super) records: Vec<Record>,
+    pub(super) applied: Vec<Applied>,
+    /// Data blocks for the journal, in the order of their records.
+    pub(super) data: Vec<Chunk>,
+    /// Blocks written, in the journal or in place.
+    pub(super) sets: usize,
+    /// Device writes that have not ended.
+    pub(super) parts_in_flight: u32,
+    in_flight: bool,
+    failure: Option<IoError>,
+    chain: u32,
+    placed_lsn: u64,
+}
+
+impl Batch {
+    pub(super) fn new() -> Batch {
+        Batch {
+            records: Vec::with_capacity(256),
+            applied: Vec::with_capacity(512),
+            data: Vec::with_capacity(BATCH_BLOCKS_MAX),
+            sets: 0,
+            parts_in_flight: 0,
+            in_flight: false,
+            failure: None,
+            chain: 0,
+            placed_lsn: 0,
+        }
+    }
+
+    /// Whether a write of that extent is in it.
+    pub(super) fn concerns(&self, id: ExtentId) -> bool {
+        self.applied.iter().any(|applied| matches!(applied, Applied::Set { extent, .. } if *extent == id))
+    }
+
+    pub(super) fn release_memory(&mut self, pool: &mut Pool) {
+        let kept = self.applied.drain(..).filter_map(|applied| match applied {
+            Applied::Set { chunk, .. } => chunk,
+            _ => None,
+        });
+        for chunk in kept.chain(self.data.drain(..)) {
+            pool.release(chunk);
+        }
+    }
+}
+
+impl Shard {
+    /// Whether a batch is on its way.
+    pub(super) fn batch_in_flight(&self) -> bool {
+        self.batch.in_flight
+    }
+
+    /// Blocks of the journal that the next batch may take. One stays free, so that full and empty differ.
+    fn journal_room(&self) -> u32 {
+        let blocks = self.layout.journal_blocks;
+        let used = (self.journal.head + blocks - self.journal.tail) % blocks;
+        blocks - 1 - used
+    }
+
+    /// Blocks of the journal that are needed.
+    pub(super) fn journal_used(&self) -> u32 {
+        self.layout.journal_blocks - 1 - self.journal_room()
+    }
+
+    /// Makes a batch of what waits, if none is in flight and there is room for it.
+    pub(super) fn begin_batch(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        if self.batch.in_flight || self.ready.is_empty() {
+            return;
+        }
+        let room = self.journal_room() as usize;
+        let waiting = self.pending.len();
+        // The header and at least one block.
+        if room < 2 || waiting >= PENDING_MAX {
+            return;
+        }
+        let Some(header) = disk.pool().take_chunk() else { return };
+        let data_max = (room - 1).min(BATCH_BLOCKS_MAX).min(PENDING_MAX - waiting);
+        while let Some(&at) = self.ready.front() {
+            match self.take_into_batch(at, data_max, disk) {
+                Taken::Whole => {
+                    self.ready.pop_front();
+                    self.end_if_committed(at, disk, outcomes);
+                }
+                Taken::Part => break,
+                Taken::Starved => {
+                    self.ready.pop_front();
+                    self.starved.push_back(at);
+                }
+                Taken::Failed => {
+                    self.ready.pop_front();
+                    self.end_op(at, Blocks::new(), disk, outcomes);
+                }
+            }
+        }
+        if self.batch.records.is_empty() {
+            disk.pool().release(header);
+            return;
+        }
+        self.send_batch(header, disk);
+    }
+
+    /// Writes a batch without records, which proves the one before it and says what is in place.
+    pub(super) fn begin_mark(&mut self, disk: &mut impl Disk) {
+        assert!(!self.batch.in_flight && self.batch.records.is_empty());
+        if self.journal_room() == 0 {
+            return;
+        }
+        if let Some(header) = disk.pool().take_chunk() {
+            self.send_batch(header, disk);
+        }
+    }
+
+    fn send_batch(&mut self, mut header: Chunk, disk: &mut impl Disk) {
+        let fields = self.next_header(&self.batch.records, self.batch.data.len());
+        self.batch.chain =
+            encode_batch(&fields, self.journal_name, &self.batch.records, disk.pool().bytes_mut(&mut header));
+        self.batch.placed_lsn = fields.placed_lsn;
+        let mut blocks = Blocks::with_capacity(1 + self.batch.data.len());
+        blocks.push(header);
+        for chunk in self.batch.data.drain(..) {
+            blocks.push(chunk);
+        }
+        let to_end = (self.layout.journal_blocks - self.journal.head) as usize;
+        let begin = self.layout.journal_offset(self.name.shard);
+        let offset_bytes = begin + u64::from(self.journal.head) * BLOCK;
+        let len = blocks.len();
+        let around = (len > to_end).then(|| blocks.split_off(to_end));
+        self.batch.in_flight = true;
+        self.batch.parts_in_flight += 1;
+        let token = self.token(kind::JOURNAL, 0);
+        disk.write(offset_bytes, blocks, Durable::AtEnd, token);
+        if let Some(rest) = around {
+            self.batch.parts_in_flight += 1;
+            let token = self.token(kind::JOURNAL, 0);
+            disk.write(begin, rest, Durable::AtEnd, token);
+        }
+        let len = u32::try_from(len).expect("at most a batch");
+        self.journal.head = (self.journal.head + len) % self.layout.journal_blocks;
+        Counters::add(&self.shared.counters.batches, 1);
+        Counters::add(&self.shared.counters.blocks, self.batch.sets as u64);
+    }
+
+    pub(super) fn batch_part_ended(
+        &mut self,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.batch.parts_in_flight -= 1;
+        if let Err(error) = result {
+            self.batch.failure.get_or_insert(error);
+        }
+        if self.batch.parts_in_flight > 0 {
+            return;
+        }
+        match self.batch.failure {
+            None => self.commit(disk, outcomes),
+            Some(error) => self.drop_batch(error, disk, outcomes),
+        }
+    }
+
+    /// The batch is durable.
+    fn commit(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.journal.lsn += 1;
+        self.journal.chain = self.batch.chain;
+        self.batch.in_flight = false;
+        self.batch.sets = 0;
+        let lsn = self.journal.lsn;
+        self.committed.push_back(Committed { lsn, unplaced: 0 });
+        self.committed_ns = self.now_ns;
+        self.marked_placed_lsn = self.batch.placed_lsn;
+        if !self.batch.records.is_empty() {
+            self.last_record_lsn = lsn;
+        }
+        self.batch.records.clear();
+        let mut applied = std::mem::take(&mut self.batch.applied);
+        for change in applied.drain(..) {
+            self.apply(change, lsn, disk, outcomes);
+        }
+        self.batch.applied = applied;
+    }
+
+    fn apply(&mut self, change: Applied, lsn: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        match change {
+            Applied::Set { op, extent: id, block, sum, version, chunk } => {
+                let extent = self.extents.get_mut(id);
+                extent.sums[usize::from(block)] = sum;
+                extent.version = extent.version.max(version);
+                self.mark_dirty(id);
+                if let Some(chunk) = chunk {
+                    self.make_pending(id, block, lsn, chunk, disk);
+                }
+                self.ops[op as usize].committed += 1;
+                self.end_if_committed(op, disk, outcomes);
+            }
+            Applied::Allocated { extent: id } => {
+                self.mark_dirty(id);
+                self.shared.counters.allocated.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+            Applied::Activated { extent: id } => {
+                let extent = self.extents.get_mut(id);
+                extent.activating = false;
+                extent.active = true;
+            }
+            Applied::Deactivated { extent: id } => self.extents.get_mut(id).active = false,
+            Applied::Freed { op, extent: id } => {
+                self.free_extent(id, disk);
+                self.ops[op as usize].committed += 1;
+                self.end_if_committed(op, disk, outcomes);
+            }
+        }
+    }
+
+    /// Ends a request whose last batch has ended.
+    fn end_if_committed(&mut self, at: u32, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        let op = &self.ops[at as usize];
+        let is_taken = !matches!(op.what, What::Unmap { place, .. } if place != u32::MAX);
+        if is_taken && op.queued == op.count && op.committed == op.count {
+            self.end_op(at, Blocks::new(), disk, outcomes);
+        }
+    }
+
+    fn make_pending(&mut self, id: ExtentId, block: u16, lsn: u64, chunk: Chunk, disk: &mut impl Disk) {
+        self.count_unplaced(lsn, 1);
+        let fresh = Pending { chunk, lsn, placing_lsn: 0 };
+        match self.pending.get_mut(&(id.0, block)) {
+            None => {
+                self.pending.insert((id.0, block), fresh);
+                self.unsent.push((id, block));
+            }
+            Some(pending) => {
+                let older = std::mem::replace(&mut pending.chunk, fresh.chunk);
+                let overtaken_lsn = std::mem::replace(&mut pending.lsn, lsn);
+                disk.pool().release(older);
+                self.count_unplaced(overtaken_lsn, -1);
+            }
+        }
+    }
+
+    /// The end of an extent is durable.
+    fn free_extent(&mut self, id: ExtentId, disk: &mut impl Disk) {
+        let extent = self.extents.get(id);
+        if extent.active || extent.activating {
+            self.active.retain(|active| *active != id);
+        }
+        if !self.pending.is_empty() {
+            for block in 0..extent.sums.len() {
+                let block = u16::try_from(block).expect("below 1024");
+                if let Some(pending) = self.pending.remove(&(id.0, block)) {
+                    disk.pool().release(pending.chunk);
+                    self.count_unplaced(pending.lsn, -1);
+                }
+            }
+        }
+        self.unsent.retain(|(extent, _)| *extent != id);
+        self.extents.end(id);
+        self.shared.counters.allocated.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+        self.give_slot_back_if_quiet(id);
+    }
+
+    /// Gives the slot of an ended extent to whoever wants it, after the last write to it.
+    pub(super) fn give_slot_back_if_quiet(&mut self, id: ExtentId) {
+        let extent = self.extents.get(id);
+        if !extent.ended || extent.writes_in_flight > 0 {
+            return;
+        }
+        let extent = self.extents.remove(id);
+        let mut sums = extent.sums;
+        sums.fill(Sum::ABSENT);
+        self.shared.give_back(FreeSlot { slot: extent.slot, sums });
+    }
+
+    fn count_unplaced(&mut self, lsn: u64, by: i32) {
+        let Some(first) = self.committed.front() else { return };
+        let at = lsn.checked_sub(first.lsn).and_then(|at| usize::try_from(at).ok());
+        if let Some(batch) = at.and_then(|at| self.committed.get_mut(at)) {
+            batch.unplaced =
+                batch.unplaced.checked_add_signed(by).expect("blocks are placed or overtaken once");
+        }
+    }
+
+    /// A block of that batch is in place.
+    pub(super) fn count_placed(&mut self, lsn: u64) {
+        self.count_unplaced(lsn, -1);
+    }
+
+    pub(super) fn mark_dirty(&mut self, id: ExtentId) {
+        let extent = self.extents.get_mut(id);
+        if !std::mem::replace(&mut extent.dirty, true) {
+            self.checkpoint.dirty.push(id);
+        }
+    }
+
+    /// The batch could not be written: what it has is neither done nor undone.
+    fn drop_batch(&mut self, error: IoError, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.batch.in_flight = false;
+        self.batch.records.clear();
+        self.batch.sets = 0;
+        self.fail("a write to the journal failed", error, disk, outcomes);
+        let failure = self.failed;
+        let mut applied = std::mem::take(&mut self.batch.applied);
+        for change in applied.drain(..) {
+            let (op, chunk) = match change {
+                Applied::Set { op, chunk, .. } => (op, chunk),
+                Applied::Freed { op, .. } => (op, None),
+                _ => continue,
+            };
+            if let Some(chunk) = chunk {
+                disk.pool().release(chunk);
+            }
+            let op_state = &mut self.ops[op as usize];
+            op_state.failure = op_state.failure.or(failure);
+            op_state.committed += 1;
+            op_state.count = op_state.queued;
+            if op_state.committed == op_state.queued {
+                self.end_op(op, Blocks::new(), disk, outcomes);
+            }
+        }
+        self.batch.applied = applied;
+    }
+}

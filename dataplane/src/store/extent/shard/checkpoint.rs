@@ -1,0 +1,279 @@
+//! Checkpoints: all that a shard knows, written so that the journal's tail can move.
+//!
+//! A checkpoint is fuzzy: sum pages are copied one after the other while writes go on, each into the one of its slot's two
+//! pages that the last durable checkpoint does not name. Records that are newer than the checkpoint's batch are applied to it
+//! again when the store is opened, and give the same, whether the copy had them or not.
+//!
+//! Order, each step after the one before is durable: the data of all batches up to the checkpoint's; the sum pages; the table
+//! that names them. Only then does the tail move.
+
+use torus_uring::{Blocks, IoError};
+
+use super::{Shard, kind};
+use crate::store::extent::extents::ExtentId;
+use crate::store::extent::format::{BLOCK, CheckpointHeader, ENTRY_BYTES, Entry, encode_page};
+use crate::store::extent::shared::Counters;
+use crate::store::{BLOCK_BYTES, Disk, Durable, Outcome};
+
+/// Sum pages in flight: enough to keep a disk busy, few enough that requests find room beside them.
+const PAGES_IN_FLIGHT: u32 = 32;
+/// Blocks of the table in one write.
+const TABLE_PIECE_BLOCKS: usize = 64;
+/// Chunks that are left to requests.
+const CHUNKS_LEFT: usize = 128;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    /// The data of its batches are on their way to their place.
+    Placing,
+    /// Sum pages are being written.
+    Pages,
+    /// A sync makes them durable.
+    Sync,
+    /// The table is being written.
+    Table,
+}
+
+#[derive(Debug)]
+pub(super) struct CheckpointState {
+    /// Extents that changed since their page was written.
+    pub(super) dirty: Vec<ExtentId>,
+    phase: Phase,
+    /// Of the last durable one.
+    sequence: u64,
+    /// Which of the two places that one has.
+    which: usize,
+    /// What the one in progress covers.
+    lsn: u64,
+    tail: u32,
+    chain: u32,
+    /// The last batch that had ended when its first page was copied: what was allocated later is not in it.
+    snapshot_lsn: u64,
+    queue: Vec<ExtentId>,
+    at: usize,
+    written: Vec<ExtentId>,
+    in_flight: u32,
+    table: Vec<u8>,
+    table_at: usize,
+}
+
+impl CheckpointState {
+    pub(super) fn new(sequence: u64, which: usize, dirty: Vec<ExtentId>) -> CheckpointState {
+        CheckpointState {
+            dirty,
+            phase: Phase::Idle,
+            sequence,
+            which,
+            lsn: 0,
+            tail: 0,
+            chain: 0,
+            snapshot_lsn: 0,
+            queue: Vec::new(),
+            at: 0,
+            written: Vec::new(),
+            in_flight: 0,
+            table: Vec::new(),
+            table_at: 0,
+        }
+    }
+}
+
+impl Shard {
+    /// Goes on with the checkpoint in progress, or begins one when half of the journal is in use.
+    pub(super) fn advance_checkpoint(&mut self, disk: &mut impl Disk) {
+        if self.checkpoint.phase == Phase::Idle && self.journal_used() > self.layout.journal_blocks / 2 {
+            self.begin_checkpoint();
+        }
+        if self.checkpoint.phase == Phase::Placing && self.placed_lsn() >= self.checkpoint.lsn {
+            self.checkpoint.phase = Phase::Pages;
+            self.checkpoint.snapshot_lsn = self.journal.lsn;
+            std::mem::swap(&mut self.checkpoint.queue, &mut self.checkpoint.dirty);
+            self.checkpoint.at = 0;
+        }
+        if self.checkpoint.phase == Phase::Pages {
+            self.send_pages(disk);
+        }
+        if self.checkpoint.phase == Phase::Sync && !self.sync_in_flight() {
+            self.send_sync(true, disk);
+        }
+        if self.checkpoint.phase == Phase::Table {
+            self.send_table(disk);
+        }
+    }
+
+    fn begin_checkpoint(&mut self) {
+        // While a batch is in flight the journal's head is behind it, and so is the tail to be.
+        if self.batch_in_flight() {
+            return;
+        }
+        self.checkpoint.phase = Phase::Placing;
+        self.checkpoint.lsn = self.journal.lsn;
+        self.checkpoint.tail = self.journal.head;
+        self.checkpoint.chain = self.journal.chain;
+    }
+
+    fn send_pages(&mut self, disk: &mut impl Disk) {
+        while self.checkpoint.at < self.checkpoint.queue.len() && self.checkpoint.in_flight < PAGES_IN_FLIGHT
+        {
+            let id = self.checkpoint.queue[self.checkpoint.at];
+            let wanted = self.extents.at(id.0).is_some_and(|(_, extent)| extent.dirty && !extent.ended);
+            if !wanted {
+                self.checkpoint.at += 1;
+                continue;
+            }
+            if disk.pool().free_chunks() <= CHUNKS_LEFT.min(disk.pool().chunk_capacity() / 4) {
+                break;
+            }
+            let Some(mut chunk) = disk.pool().take_chunk() else { break };
+            let extent = self.extents.get_mut(id);
+            let bytes = disk.pool().bytes_mut(&mut chunk);
+            encode_page(&extent.sums, bytes);
+            extent.next_page_crc = Some(crc32c::crc32c(bytes));
+            extent.dirty = false;
+            extent.writes_in_flight += 1;
+            let offset_bytes = self.layout.page_offset(extent.slot, extent.which ^ 1);
+            self.checkpoint.written.push(id);
+            self.checkpoint.at += 1;
+            self.checkpoint.in_flight += 1;
+            let token = self.token(kind::PAGE, id.0 as usize);
+            disk.write(offset_bytes, Blocks::from_iter([chunk]), Durable::AtSync, token);
+        }
+        self.end_pages_if_written();
+    }
+
+    pub(super) fn page_ended(
+        &mut self,
+        index: usize,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.checkpoint.in_flight -= 1;
+        let id = ExtentId(u32::try_from(index).expect("32 bits"));
+        self.extents.get_mut(id).writes_in_flight -= 1;
+        self.give_slot_back_if_quiet(id);
+        match result {
+            Ok(()) => self.end_pages_if_written(),
+            Err(error) => self.fail("a sum page could not be written", error, disk, outcomes),
+        }
+    }
+
+    fn end_pages_if_written(&mut self) {
+        let state = &mut self.checkpoint;
+        if state.phase == Phase::Pages && state.at == state.queue.len() && state.in_flight == 0 {
+            state.queue.clear();
+            state.phase = Phase::Sync;
+        }
+    }
+
+    /// The sum pages are durable: the table can be written.
+    pub(super) fn pages_durable(&mut self) {
+        let mut table = std::mem::take(&mut self.checkpoint.table);
+        table.clear();
+        table.resize(BLOCK_BYTES, 0);
+        let mut entries = 0;
+        for (_, extent) in
+            self.extents.iter().filter(|(_, e)| e.allocated_lsn <= self.checkpoint.snapshot_lsn)
+        {
+            let which = extent.which ^ u8::from(extent.next_page_crc.is_some());
+            let page_crc = extent.next_page_crc.unwrap_or(extent.page_crc);
+            let entry = Entry {
+                object: extent.object,
+                extent: extent.number,
+                slot: extent.slot,
+                page_crc,
+                version: extent.version,
+                which,
+                active: extent.active,
+            };
+            entry.encode(&mut table);
+            entries += 1;
+        }
+        let scrub = self.scrub.progress();
+        let header = CheckpointHeader {
+            sequence: self.checkpoint.sequence + 1,
+            lsn: self.checkpoint.lsn,
+            tail: self.checkpoint.tail,
+            chain: self.checkpoint.chain,
+            entries,
+            entries_crc: crc32c::crc32c(&table[BLOCK_BYTES..BLOCK_BYTES + entries as usize * ENTRY_BYTES]),
+            scrub_run: scrub.run,
+            scrub_cursor: scrub.cursor,
+            scrub_errors: scrub.errors,
+        };
+        header.encode(self.name, self.checkpoint.which ^ 1, &mut table);
+        table.resize(table.len().next_multiple_of(BLOCK_BYTES), 0);
+        self.checkpoint.table = table;
+        self.checkpoint.table_at = 0;
+        self.checkpoint.phase = Phase::Table;
+    }
+
+    fn send_table(&mut self, disk: &mut impl Disk) {
+        while self.checkpoint.table_at < self.checkpoint.table.len() {
+            let left = (self.checkpoint.table.len() - self.checkpoint.table_at) / BLOCK_BYTES;
+            let count = left.min(TABLE_PIECE_BLOCKS);
+            if disk.pool().free_chunks() < count + CHUNKS_LEFT.min(disk.pool().chunk_capacity() / 4)
+                && self.checkpoint.in_flight > 0
+            {
+                break;
+            }
+            let mut blocks = Blocks::with_capacity(count);
+            let begin = self.checkpoint.table_at;
+            while blocks.len() < count {
+                let Some(mut chunk) = disk.pool().take_chunk() else { break };
+                let at = begin + blocks.len() * BLOCK_BYTES;
+                disk.pool()
+                    .bytes_mut(&mut chunk)
+                    .copy_from_slice(&self.checkpoint.table[at..at + BLOCK_BYTES]);
+                blocks.push(chunk);
+            }
+            if blocks.is_empty() {
+                break;
+            }
+            self.checkpoint.table_at += blocks.len() * BLOCK_BYTES;
+            self.checkpoint.in_flight += 1;
+            let base = self.layout.checkpoint_offset(self.name.shard, self.checkpoint.which ^ 1);
+            let token = self.token(kind::TABLE, 0);
+            disk.write(base + begin as u64 / BLOCK * BLOCK, blocks, Durable::AtEnd, token);
+        }
+    }
+
+    pub(super) fn table_part_ended(
+        &mut self,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.checkpoint.in_flight -= 1;
+        if let Err(error) = result {
+            self.fail("a checkpoint could not be written", error, disk, outcomes);
+            return;
+        }
+        let is_whole = self.checkpoint.table_at == self.checkpoint.table.len();
+        if self.checkpoint.phase == Phase::Table && is_whole && self.checkpoint.in_flight == 0 {
+            self.end_checkpoint();
+        }
+    }
+
+    /// The table is durable: it is the shard's checkpoint now.
+    fn end_checkpoint(&mut self) {
+        let mut written = std::mem::take(&mut self.checkpoint.written);
+        for id in written.drain(..) {
+            if self.extents.at(id.0).is_none() {
+                continue;
+            }
+            let extent = self.extents.get_mut(id);
+            if let Some(page_crc) = extent.next_page_crc.take() {
+                extent.page_crc = page_crc;
+                extent.which ^= 1;
+            }
+        }
+        self.checkpoint.written = written;
+        self.checkpoint.which ^= 1;
+        self.checkpoint.sequence += 1;
+        self.checkpoint.phase = Phase::Idle;
+        self.journal.tail = self.checkpoint.tail;
+        Counters::add(&self.shared.counters.checkpoints, 1);
+    }
+}

@@ -1,0 +1,272 @@
+//! Scrubbing: every block with data is read and held against its sum, in the background, at a bounded rate.
+//!
+//! What is being written meanwhile is left to the write. A block that does not match is read again before it counts: a write
+//! may have overtaken the read. Regions that were in the activity log at a crash are verified without being asked for.
+//! Where a run stands is kept in the checkpoints, so that it goes on after a restart.
+
+use std::sync::atomic::Ordering;
+
+use torus_uring::{Blocks, IoError};
+
+use super::{Shard, kind};
+use crate::store::Disk;
+use crate::store::extent::extents::ExtentId;
+use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
+use crate::store::extent::shared::Counters;
+use crate::store::release_blocks;
+
+/// Blocks of one read.
+const READ_BLOCKS: u16 = 64;
+/// How often a block that does not match is read again.
+const RETRIES: u8 = 2;
+
+/// A run that is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScrubTask {
+    /// Its number: another one starts anew.
+    pub run: u64,
+    /// Bytes a second for this shard.
+    pub rate_bytes_per_s: u64,
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ScrubProgress {
+    /// The run; 0 when there was none.
+    pub run: u64,
+    /// Places of the extent table that it has behind it; `u32::MAX` when it has all.
+    pub cursor: u32,
+    /// Bad blocks found.
+    pub errors: u32,
+}
+
+/// A read in flight.
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    extent: ExtentId,
+    slot: u32,
+    first_block: u16,
+    tries: u8,
+    /// It verifies a suspect region, and is no part of a run.
+    suspect: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct ScrubState {
+    task: Option<ScrubTask>,
+    progress: ScrubProgress,
+    /// Next block of the extent at the cursor.
+    block: u16,
+    reading: Option<Reading>,
+    /// Extents that were active at a crash, last one first.
+    suspects: Option<Vec<ExtentId>>,
+    /// Next block of the last of them.
+    suspect_block: u16,
+    suspect_bad: bool,
+    next_ns: u64,
+}
+
+impl ScrubState {
+    pub(super) fn new(progress: ScrubProgress) -> ScrubState {
+        ScrubState {
+            task: None,
+            progress,
+            block: 0,
+            reading: None,
+            suspects: None,
+            suspect_block: 0,
+            suspect_bad: false,
+            next_ns: 0,
+        }
+    }
+
+    pub(super) fn progress(&self) -> ScrubProgress {
+        self.progress
+    }
+
+    pub(super) fn stop(&mut self) {
+        self.task = None;
+        self.suspects = Some(Vec::new());
+    }
+
+    /// When the next read is due.
+    pub(super) fn due_ns(&self) -> Option<u64> {
+        let runs = self.task.is_some() && self.progress.cursor != u32::MAX;
+        let verifies = self.suspects.as_ref().is_none_or(|suspects| !suspects.is_empty());
+        (self.reading.is_none() && (runs || verifies)).then_some(self.next_ns)
+    }
+}
+
+impl Shard {
+    /// Says which run is wanted; `None` stops.
+    pub fn set_scrub(&mut self, task: Option<ScrubTask>) {
+        if let Some(task) = task
+            && task.run != self.scrub.progress.run
+        {
+            self.scrub.progress = ScrubProgress { run: task.run, ..ScrubProgress::default() };
+            self.scrub.block = 0;
+        }
+        self.scrub.task = task;
+    }
+
+    /// Where the last run stands.
+    #[must_use]
+    pub fn scrub_progress(&self) -> ScrubProgress {
+        self.scrub.progress
+    }
+
+    pub(super) fn advance_scrub(&mut self, disk: &mut impl Disk) {
+        if self.closing || self.scrub.reading.is_some() || self.now_ns < self.scrub.next_ns {
+            return;
+        }
+        if disk.pool().free_chunks() < disk.pool().chunk_capacity() / 2 {
+            return;
+        }
+        if self.scrub.suspects.is_none() {
+            let suspects = self.extents.iter().filter(|(_, extent)| extent.suspect).map(|(id, _)| id);
+            self.scrub.suspects = Some(suspects.collect());
+        }
+        if self.read_suspect(disk) {
+            return;
+        }
+        if self.scrub.task.is_some() && self.scrub.progress.cursor != u32::MAX {
+            self.read_next(disk);
+        }
+    }
+
+    /// Goes on verifying suspect regions; whether a read was begun.
+    fn read_suspect(&mut self, disk: &mut impl Disk) -> bool {
+        while let Some(&id) = self.scrub.suspects.as_ref().and_then(|suspects| suspects.last()) {
+            let alive = self.extents.at(id.0).is_some_and(|(_, extent)| extent.suspect && !extent.ended);
+            let run = if alive { self.next_run(id, self.scrub.suspect_block) } else { None };
+            if let Some((first_block, count)) = run {
+                self.scrub.suspect_block = first_block + count;
+                return self.send_scrub(id, first_block, count, 0, true, disk);
+            }
+            if alive && !std::mem::take(&mut self.scrub.suspect_bad) {
+                self.extents.get_mut(id).suspect = false;
+            }
+            self.scrub.suspect_block = 0;
+            if let Some(suspects) = &mut self.scrub.suspects {
+                suspects.pop();
+            }
+        }
+        false
+    }
+
+    fn read_next(&mut self, disk: &mut impl Disk) {
+        while self.scrub.progress.cursor < self.extents.places() {
+            let place = self.scrub.progress.cursor;
+            if let Some((id, _)) = self.extents.at(place).filter(|(_, extent)| !extent.ended)
+                && let Some((first_block, count)) = self.next_run(id, self.scrub.block)
+            {
+                self.scrub.block = first_block + count;
+                self.send_scrub(id, first_block, count, 0, false, disk);
+                return;
+            }
+            self.scrub.block = 0;
+            self.scrub.progress.cursor += 1;
+        }
+        self.scrub.progress.cursor = u32::MAX;
+        self.tell_scrub();
+    }
+
+    /// The next blocks with data in place, from `block` on.
+    fn next_run(&self, id: ExtentId, block: u16) -> Option<(u16, u16)> {
+        let extent = self.extents.get(id);
+        let blocks = u16::try_from(EXTENT_BLOCKS).expect("1024");
+        let in_place = |block: &u16| {
+            extent.sums[usize::from(*block)].is_data() && !self.pending.contains_key(&(id.0, *block))
+        };
+        let first = (block..blocks).find(in_place)?;
+        let run = (first..blocks.min(first + READ_BLOCKS)).take_while(in_place).count();
+        Some((first, u16::try_from(run).expect("at most a read")))
+    }
+
+    fn send_scrub(
+        &mut self,
+        id: ExtentId,
+        first_block: u16,
+        count: u16,
+        tries: u8,
+        suspect: bool,
+        disk: &mut impl Disk,
+    ) -> bool {
+        let mut blocks = Blocks::with_capacity(usize::from(count));
+        for _ in 0..count {
+            match disk.pool().take_chunk() {
+                Some(chunk) => blocks.push(chunk),
+                None => {
+                    release_blocks(disk.pool(), blocks);
+                    return false;
+                }
+            }
+        }
+        let slot = self.extents.get(id).slot;
+        self.scrub.reading = Some(Reading { extent: id, slot, first_block, tries, suspect });
+        if let Some(task) = self.scrub.task {
+            let bytes = u64::from(count) * BLOCK;
+            let pause_ns = bytes.saturating_mul(1_000_000_000) / task.rate_bytes_per_s.max(1);
+            self.scrub.next_ns = self.now_ns.saturating_add(pause_ns);
+        }
+        let offset_bytes = self.block_offset(id, first_block);
+        let token = self.token(kind::SCRUB, 0);
+        disk.read(offset_bytes, blocks, token);
+        true
+    }
+
+    pub(super) fn scrub_ended(&mut self, blocks: Blocks, result: Result<(), IoError>, disk: &mut impl Disk) {
+        let Some(reading) = self.scrub.reading.take() else { unreachable!("a scrub read was in flight") };
+        let id = reading.extent;
+        let same =
+            self.extents.at(id.0).is_some_and(|(_, extent)| !extent.ended && extent.slot == reading.slot);
+        let region = std::sync::Arc::clone(disk.pool().region());
+        let mut bad = Vec::new();
+        if same {
+            for (block, chunk) in (reading.first_block..).zip(blocks.iter()) {
+                let sum = self.extents.get(id).sums[usize::from(block)];
+                let settled = sum.is_data() && !self.pending.contains_key(&(id.0, block));
+                if settled && (result.is_err() || Sum::of(region.bytes(chunk)) != sum) {
+                    bad.push(block);
+                }
+            }
+        }
+        let read_blocks = blocks.len() as u64;
+        release_blocks(disk.pool(), blocks);
+        match bad.first() {
+            Some(&block) if reading.tries < RETRIES || bad.len() > 1 => {
+                // One by one, as often as it takes to tell a write that overtook the read from a bad block.
+                let tries = if bad.len() > 1 { 0 } else { reading.tries + 1 };
+                if self.send_scrub(id, block, 1, tries, reading.suspect, disk) {
+                    let at =
+                        if reading.suspect { &mut self.scrub.suspect_block } else { &mut self.scrub.block };
+                    *at = block + 1;
+                    return;
+                }
+            }
+            Some(_) => self.found_bad(reading.suspect),
+            None => {}
+        }
+        if !reading.suspect {
+            self.shared.scrubbed(self.name.shard, read_blocks * BLOCK);
+            self.tell_scrub();
+        }
+    }
+
+    fn found_bad(&mut self, suspect: bool) {
+        Counters::add(&self.shared.counters.checksum_errors, 1);
+        if suspect {
+            self.scrub.suspect_bad = true;
+        } else {
+            self.scrub.progress.errors = self.scrub.progress.errors.saturating_add(1);
+        }
+    }
+
+    fn tell_scrub(&self) {
+        if let Some(cell) = self.shared.scrubs.get(usize::from(self.name.shard)) {
+            cell.errors.store(u64::from(self.scrub.progress.errors), Ordering::Relaxed);
+            let finished = if self.scrub.progress.cursor == u32::MAX { self.scrub.progress.run } else { 0 };
+            cell.finished_run.store(finished, Ordering::Release);
+        }
+    }
+}
