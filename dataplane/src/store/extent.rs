@@ -15,6 +15,8 @@ pub mod format;
 pub mod recovery;
 pub mod shard;
 pub mod shared;
+#[cfg(test)]
+mod sim;
 
 use af_xdp::region::Pool;
 use torus_uring::{Blocks, IoError};

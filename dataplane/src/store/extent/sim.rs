@@ -1,0 +1,86 @@
+//! The proof of the extent store: histories by seed on a simulated disk, with a crash after every disk request begun or
+//! ended, and everything that was acknowledged looked for after each.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
+
+mod disk;
+mod model;
+mod world;
+
+use self::disk::{Faults, Rng};
+use self::world::{Lab, Plan, World};
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
+/// Says how to repeat the history that failed.
+struct Repeat(&'static str, u64);
+
+impl Drop for Repeat {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Repeat(test, seed) = self;
+            println!("repeat it with: TORUS_STORE_SEED={seed} cargo test -p torus-dataplane --lib {test}");
+        }
+    }
+}
+
+/// Runs histories until so many crash points were explored, or the one history of `TORUS_STORE_SEED`.
+fn explore(test: &'static str, crash_points: u64, plan: impl Fn(&mut Rng) -> Plan) -> Option<Lab> {
+    let mut lab = Lab::default();
+    let only = number("TORUS_STORE_SEED");
+    let factor = number("TORUS_STORE_FACTOR").unwrap_or(1);
+    let mut seed = only.or(number("TORUS_STORE_FROM")).unwrap_or(1);
+    loop {
+        let repeat = Repeat(test, seed);
+        let mut rng = Rng::new(seed);
+        let plan = plan(&mut rng);
+        let mut world = World::fresh(&plan, rng.next(), &mut lab);
+        world.run(&mut lab);
+        world.finish(&mut lab);
+        lab.coverage.histories += 1;
+        drop(repeat);
+        seed += 1;
+        if only.is_some() || lab.coverage.crash_points >= crash_points * factor {
+            break;
+        }
+    }
+    println!("{test}: {:#?}", lab.coverage);
+    only.is_none().then_some(lab)
+}
+
+fn plan(rng: &mut Rng) -> Plan {
+    Plan {
+        shards: 1 + rng.below(3) as u16,
+        slots: 3 + rng.below(8) as u32,
+        journal_blocks: [10, 16, 24, 40][rng.index(4)],
+        active_max: 1 + rng.below(4) as u32,
+        atomic: false,
+        replicated: 0,
+        chunks: [32, 96, 600][rng.index(3)],
+        longest: [3, 8, 40][rng.index(3)],
+        objects: 1 + rng.below(4) as u32,
+        extents: 1 + rng.below(3) as u32,
+        steps: 100 + rng.below(200) as u32,
+        concurrent: 1 + rng.index(32),
+        scrub: rng.one_in(2),
+        unmaps: rng.one_in(2),
+        faults: Faults::default(),
+        nest: 40,
+    }
+}
+
+#[test]
+fn a_sole_copy_survives_every_crash() {
+    explore("a_sole_copy_survives_every_crash", 30_000, plan);
+}
+
+#[test]
+fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
+    let test = "a_copy_written_in_place_is_right_or_suspect_after_every_crash";
+    explore(test, 30_000, |rng| {
+        let atomic = rng.below(4) > 0;
+        Plan { atomic, replicated: 2 + rng.below(7), ..plan(rng) }
+    });
+}
+

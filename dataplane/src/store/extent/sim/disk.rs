@@ -1,0 +1,414 @@
+//! A simulated disk: sparse, in memory, with a write-back cache, that tears and reorders what is not durable.
+//!
+//! Invariants of the model:
+//! * A write ended as [`Durable::AtEnd`] is durable; one ended as [`Durable::AtSync`] is after a sync that was begun later.
+//! * At a power cut each sector of everything else has landed or not, by the seed; whole blocks on an atomic device.
+//! * When a process is killed its requests in flight all land, and what was cached stays so.
+//! * Two writes in flight never overlap: a real device would take them in either order, so a store must not send them.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use af_xdp::region::Pool;
+use torus_uring::{Blocks, IoError};
+
+use crate::store::extent::extents::FoldMap;
+use crate::store::extent::recovery::Medium;
+use crate::store::{BLOCK_BYTES, Disk, Durable};
+
+/// Errors of the operating system that are injected.
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+const SECTORS: usize = BLOCK_BYTES / SECTOR;
+/// Bytes of a sector.
+pub(super) const SECTOR: usize = 512;
+
+/// A block's content.
+pub(super) type Data = Arc<[u8; BLOCK_BYTES]>;
+
+/// Numbers by a seed (splitmix64).
+#[derive(Debug, Clone)]
+pub(super) struct Rng(u64);
+
+impl Rng {
+    pub(super) fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x9e37_79b9_7f4a_7c15)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    pub(super) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+
+    pub(super) fn one_in(&mut self, count: u64) -> bool {
+        self.below(count) == 0
+    }
+
+    pub(super) fn index(&mut self, len: usize) -> usize {
+        self.below(len as u64) as usize
+    }
+}
+
+/// What is on the device and in its cache.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Media {
+    durable: FoldMap<u64, Data>,
+    /// Ended writes that no sync has covered, in order, by block.
+    cached: BTreeMap<u64, Vec<(u64, Data)>>,
+    sequence: u64,
+    pub(super) atomic: bool,
+}
+
+/// How a power cut leaves what was not durable.
+#[derive(Debug, Clone, Copy)]
+struct Style {
+    /// Of 8, how many blocks land.
+    land: u64,
+    /// Of 8, how many blocks are torn.
+    tear: u64,
+}
+
+impl Media {
+    pub(super) fn visible(&self, block: u64) -> Option<&Data> {
+        self.cached.get(&block).and_then(|list| list.last()).map(|(_, data)| data).or_else(|| self.durable.get(&block))
+    }
+
+    fn end_write(&mut self, block: u64, data: Data, until: Durable) {
+        self.sequence += 1;
+        match until {
+            Durable::AtEnd => {
+                self.durable.insert(block, data);
+                self.cached.remove(&block);
+            }
+            Durable::AtSync => self.cached.entry(block).or_default().push((self.sequence, data)),
+        }
+    }
+
+    fn end_sync(&mut self, sequence: u64) {
+        let durable = &mut self.durable;
+        self.cached.retain(|block, list| {
+            let covered = list.iter().take_while(|(at, _)| *at <= sequence).count();
+            if let Some((_, data)) = list.drain(..covered).next_back() {
+                durable.insert(*block, data);
+            }
+            !list.is_empty()
+        });
+    }
+
+    /// Everything is durable now.
+    pub(super) fn settle(&mut self) {
+        self.end_sync(u64::MAX);
+    }
+
+    /// The power fails.
+    pub(super) fn cut(&mut self, rng: &mut Rng) {
+        let style = Style { land: rng.below(9), tear: if self.atomic { 0 } else { rng.below(5) } };
+        for (block, list) in std::mem::take(&mut self.cached) {
+            let versions = list.len();
+            let torn = rng.below(8) < style.tear;
+            if !torn {
+                if rng.below(8) < style.land {
+                    // The newest, mostly: a cache seldom keeps an older one.
+                    let which = if rng.one_in(4) { rng.index(versions) } else { versions - 1 };
+                    self.durable.insert(block, Arc::clone(&list[which].1));
+                }
+                continue;
+            }
+            let mut content = self.durable.get(&block).map_or([0; BLOCK_BYTES], |data| **data);
+            for sector in 0..SECTORS {
+                let which = rng.index(versions + 1);
+                if let Some((_, data)) = list.get(which) {
+                    let bytes = sector * SECTOR..(sector + 1) * SECTOR;
+                    content[bytes.clone()].copy_from_slice(&data[bytes]);
+                }
+            }
+            self.durable.insert(block, Arc::new(content));
+        }
+    }
+
+    /// Changes a block behind everybody's back.
+    pub(super) fn rot(&mut self, block: u64, byte: usize) -> bool {
+        let Some(data) = self.visible(block) else { return false };
+        let mut content = **data;
+        content[byte] ^= 0x10;
+        self.durable.insert(block, Arc::new(content));
+        self.cached.remove(&block);
+        true
+    }
+
+    /// Puts content somewhere, durably.
+    pub(super) fn put(&mut self, block: u64, bytes: &[u8]) {
+        for (block, bytes) in (block..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
+            self.end_write(block, Arc::new(bytes.try_into().unwrap()), Durable::AtEnd);
+        }
+    }
+
+    /// Blocks that have something, from a block on, below another one; in order.
+    pub(super) fn written(&self, range: std::ops::Range<u64>) -> Vec<u64> {
+        let mut blocks: Vec<u64> =
+            self.durable.keys().chain(self.cached.keys()).copied().filter(|at| range.contains(at)).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        blocks
+    }
+}
+
+/// A disk as recovery sees it.
+#[derive(Debug)]
+pub(super) struct Still(pub(super) RefCell<Media>);
+
+impl Medium for Still {
+    type Error = Infallible;
+
+    fn read_at(&self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), Infallible> {
+        let media = self.0.borrow();
+        for (block, bytes) in (offset_bytes / BLOCK_BYTES as u64..).zip(bytes.chunks_exact_mut(BLOCK_BYTES)) {
+            match media.visible(block) {
+                Some(data) => bytes.copy_from_slice(&data[..]),
+                None => bytes.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset_bytes: u64, bytes: &[u8]) -> Result<(), Infallible> {
+        let mut media = self.0.borrow_mut();
+        for (block, bytes) in (offset_bytes / BLOCK_BYTES as u64..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
+            media.end_write(block, Arc::new(bytes.try_into().unwrap()), Durable::AtSync);
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), Infallible> {
+        self.0.borrow_mut().settle();
+        Ok(())
+    }
+}
+
+/// How often something goes wrong: once in so many requests of its kind; 0 for never.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Faults {
+    pub(super) read: u64,
+    pub(super) write: u64,
+    pub(super) sync: u64,
+    pub(super) no_space: u64,
+    pub(super) stale: u64,
+    pub(super) lost: u64,
+    pub(super) rot: u64,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Read,
+    Write { data: Vec<Data>, until: Durable },
+    Sync { sequence: u64 },
+}
+
+#[derive(Debug)]
+struct Request {
+    token: u64,
+    block: u64,
+    blocks: Blocks,
+    kind: Kind,
+}
+
+/// The disk of running shards.
+#[derive(Debug)]
+pub(super) struct SimDisk {
+    pub(super) media: Media,
+    pub(super) pool: Pool,
+    requests: Vec<Request>,
+    /// Grows with each request begun or ended.
+    pub(super) events: u64,
+    pub(super) faults: Faults,
+    /// Faults that were injected.
+    pub(super) injected: u64,
+    /// Which of a token's kinds is a placement.
+    pub(super) is_placement: fn(u64) -> bool,
+    previous: FoldMap<u64, Option<Data>>,
+}
+
+impl SimDisk {
+    pub(super) fn new(media: Media, pool: Pool, is_placement: fn(u64) -> bool) -> SimDisk {
+        SimDisk {
+            media,
+            pool,
+            requests: Vec::new(),
+            events: 0,
+            faults: Faults::default(),
+            injected: 0,
+            is_placement,
+            previous: FoldMap::default(),
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// What a crash at this moment leaves, whose pieces are chosen by the seed: of the power, or of the process.
+    pub(super) fn crash(&self, power: bool, rng: &mut Rng) -> Media {
+        let mut media = self.media.clone();
+        for request in &self.requests {
+            if let Kind::Write { data, until } = &request.kind {
+                for (block, data) in (request.block..).zip(data) {
+                    let until = if power { Durable::AtSync } else { *until };
+                    media.end_write(block, Arc::clone(data), until);
+                }
+            }
+        }
+        if power {
+            media.cut(rng);
+        }
+        media
+    }
+
+    /// Gives the chunks of all requests back, and the pool and what is on the disk.
+    pub(super) fn dissolve(mut self) -> (Pool, Media) {
+        for request in self.requests {
+            crate::store::release_blocks(&mut self.pool, request.blocks);
+        }
+        (self.pool, self.media)
+    }
+
+    fn fails(rate: u64, rng: &mut Rng) -> bool {
+        rate > 0 && rng.one_in(rate)
+    }
+
+    /// Ends one of the requests.
+    pub(super) fn end_any(&mut self, rng: &mut Rng) -> Option<(u64, Blocks, Result<(), IoError>)> {
+        if self.requests.is_empty() {
+            return None;
+        }
+        let at = rng.index(self.requests.len());
+        let mut request = self.requests.swap_remove(at);
+        self.events += 1;
+        let result = match request.kind {
+            Kind::Read => self.end_read(request.block, &mut request.blocks, rng),
+            Kind::Write { data, until } => self.end_write(request.token, request.block, &data, until, rng),
+            Kind::Sync { sequence } => {
+                if Self::fails(self.faults.sync, rng) {
+                    self.injected += 1;
+                    // What it could not write is forgotten, as by a kernel.
+                    let atomic = self.media.atomic;
+                    self.media.cut(rng);
+                    self.media.atomic = atomic;
+                    Err(IoError::Errno(EIO))
+                } else {
+                    self.media.end_sync(sequence);
+                    Ok(())
+                }
+            }
+        };
+        Some((request.token, request.blocks, result))
+    }
+
+    fn end_read(&mut self, first: u64, blocks: &mut Blocks, rng: &mut Rng) -> Result<(), IoError> {
+        if Self::fails(self.faults.read, rng) {
+            self.injected += 1;
+            return Err(if rng.one_in(2) { IoError::Errno(EIO) } else { IoError::Short { done_bytes: 512 } });
+        }
+        for (block, index) in (first..).zip(0..blocks.len()) {
+            let mut content = self.media.visible(block).map_or([0; BLOCK_BYTES], |data| **data);
+            // A write in flight may be seen in part.
+            for request in &self.requests {
+                if let Kind::Write { data, .. } = &request.kind
+                    && let Some(data) = block.checked_sub(request.block).and_then(|at| data.get(at as usize))
+                {
+                    let mask = rng.next();
+                    for sector in (0..SECTORS).filter(|sector| mask >> sector & 1 == 1) {
+                        let bytes = sector * SECTOR..(sector + 1) * SECTOR;
+                        content[bytes.clone()].copy_from_slice(&data[bytes]);
+                    }
+                }
+            }
+            if Self::fails(self.faults.rot, rng) && self.media.rot(block, rng.index(BLOCK_BYTES)) {
+                self.injected += 1;
+                content = self.media.visible(block).map_or([0; BLOCK_BYTES], |data| **data);
+            }
+            if Self::fails(self.faults.stale, rng)
+                && let Some(older) = self.previous.remove(&block)
+            {
+                self.injected += 1;
+                content = older.map_or([0; BLOCK_BYTES], |data| *data);
+            }
+            self.pool.bytes_mut(blocks.get_mut(index)).copy_from_slice(&content);
+        }
+        Ok(())
+    }
+
+    fn end_write(
+        &mut self,
+        token: u64,
+        first: u64,
+        data: &[Data],
+        until: Durable,
+        rng: &mut Rng,
+    ) -> Result<(), IoError> {
+        let no_space = (self.is_placement)(token) && Self::fails(self.faults.no_space, rng);
+        let failed = no_space || Self::fails(self.faults.write, rng);
+        let short = rng.index(data.len());
+        let lost = Self::fails(self.faults.lost, rng);
+        self.injected += u64::from(failed) + u64::from(lost);
+        for (at, (block, data)) in (first..).zip(data).enumerate() {
+            if lost || (failed && (no_space || at >= short)) {
+                continue;
+            }
+            if self.faults.stale > 0 {
+                self.previous.insert(block, self.media.visible(block).cloned());
+            }
+            let until = if failed { Durable::AtSync } else { until };
+            self.media.end_write(block, Arc::clone(data), until);
+        }
+        match failed {
+            false => Ok(()),
+            true if no_space => Err(IoError::Errno(ENOSPC)),
+            true if rng.one_in(2) => Err(IoError::Short { done_bytes: short * BLOCK_BYTES }),
+            true => Err(IoError::Errno(EIO)),
+        }
+    }
+
+    fn begin(&mut self, offset_bytes: u64, blocks: Blocks, kind: Kind, token: u64) {
+        assert!(offset_bytes.is_multiple_of(BLOCK_BYTES as u64));
+        self.events += 1;
+        self.requests.push(Request { token, block: offset_bytes / BLOCK_BYTES as u64, blocks, kind });
+    }
+}
+
+impl Disk for SimDisk {
+    fn read(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
+        self.begin(offset_bytes, blocks, Kind::Read, token);
+    }
+
+    fn write(&mut self, offset_bytes: u64, blocks: Blocks, until: Durable, token: u64) {
+        let first = offset_bytes / BLOCK_BYTES as u64;
+        let end = first + blocks.len() as u64;
+        for other in &self.requests {
+            if let Kind::Write { data, .. } = &other.kind {
+                let overlap = other.block < end && first < other.block + data.len() as u64;
+                assert!(!overlap, "two writes of one block are in flight: {other:?} and one to {first}..{end}");
+            }
+        }
+        let region = Arc::clone(self.pool.region());
+        let data = blocks.iter().map(|chunk| Arc::new(region.bytes(chunk).try_into().unwrap())).collect();
+        self.begin(offset_bytes, blocks, Kind::Write { data, until }, token);
+    }
+
+    fn sync(&mut self, token: u64) {
+        let sequence = self.media.sequence;
+        self.begin(0, Blocks::new(), Kind::Sync { sequence }, token);
+    }
+
+    fn pool(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+}

@@ -1,0 +1,120 @@
+//! What a store may answer: for each sector the last acknowledged value, and those of writes whose end is not known.
+//!
+//! A value that was read, or found when the store was opened, stays: only a new write may change it.
+
+use crate::store::BLOCK_BYTES;
+use crate::store::extent::extents::FoldMap;
+
+use super::disk::SECTOR;
+
+/// Sectors of a block.
+pub(super) const SECTORS: usize = BLOCK_BYTES / SECTOR;
+/// The value of a sector whose content is gone: nothing matches it.
+const GONE: u64 = u64::MAX;
+
+/// Values of a block's sectors; zeros are 0.
+pub(super) type Values = [u64; SECTORS];
+
+/// What a block is found to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Held {
+    Values(Values),
+    /// It does not match its checksum.
+    Bad,
+    /// The store says that it is lost.
+    Lost,
+}
+
+/// What is known of a block.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Known {
+    pub(super) values: Values,
+    /// Writes whose end is not known: a bit for each sector, and their values.
+    pub(super) maybe: Vec<(u8, Values)>,
+    /// No good content is here until the block is wholly written.
+    pub(super) bad: bool,
+}
+
+impl Known {
+    fn allows(&self, sector: usize, value: u64) -> bool {
+        let is_maybe = |(mask, values): &(u8, Values)| mask >> sector & 1 == 1 && values[sector] == value;
+        self.values[sector] == value || self.maybe.iter().any(is_maybe)
+    }
+
+    /// Whether the block may hold this, where bad content is excused by `excused`.
+    pub(super) fn check(&self, held: &Held, excused: bool) -> Result<(), String> {
+        match held {
+            Held::Values(values) => {
+                match (0..SECTORS).find(|sector| !self.allows(*sector, values[*sector])) {
+                    None => Ok(()),
+                    Some(sector) => Err(format!("sector {sector} holds {:#x}, known is {self:x?}", values[sector])),
+                }
+            }
+            Held::Bad | Held::Lost if excused || self.bad => Ok(()),
+            _ => Err(format!("{held:?} without a reason, known is {self:x?}")),
+        }
+    }
+
+    /// It was found to hold this: so it stays.
+    pub(super) fn settle(&mut self, held: &Held) {
+        self.maybe.clear();
+        match held {
+            Held::Values(values) => {
+                self.values = *values;
+                self.bad = false;
+            }
+            Held::Bad | Held::Lost => {
+                self.values = [GONE; SECTORS];
+                self.bad = true;
+            }
+        }
+    }
+
+    /// A write of it begins.
+    pub(super) fn begin(&mut self, mask: u8, values: Values) {
+        self.maybe.push((mask, values));
+    }
+
+    /// A write of it was acknowledged.
+    pub(super) fn acknowledge(&mut self, mask: u8, values: &Values) {
+        for sector in (0..SECTORS).filter(|sector| mask >> sector & 1 == 1) {
+            self.values[sector] = values[sector];
+        }
+        for maybe in &mut self.maybe {
+            maybe.0 &= !mask;
+        }
+        self.maybe.retain(|(mask, _)| *mask != 0);
+        if mask == u8::MAX {
+            self.bad = false;
+        }
+    }
+}
+
+/// Layer and block in it.
+pub(super) type Key = (u32, u64);
+
+/// Everything that was ever written.
+pub(super) type Model = FoldMap<Key, Known>;
+
+/// The sectors' values, if every sector holds one value over and over.
+pub(super) fn values_of(bytes: &[u8]) -> Result<Values, String> {
+    let mut values = [0; SECTORS];
+    for (sector, bytes) in bytes.chunks_exact(SECTOR).enumerate() {
+        let (words, _) = bytes.as_chunks::<8>();
+        let first = words[0];
+        if words.iter().any(|word| *word != first) {
+            return Err(format!("sector {sector} is torn inside"));
+        }
+        values[sector] = u64::from_le_bytes(first);
+    }
+    Ok(values)
+}
+
+/// Writes values.
+pub(super) fn fill(bytes: &mut [u8], values: &Values) {
+    for (bytes, value) in bytes.chunks_exact_mut(SECTOR).zip(values) {
+        for word in bytes.chunks_exact_mut(8) {
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+}

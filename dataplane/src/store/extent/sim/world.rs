@@ -1,0 +1,838 @@
+//! Shards at work on a simulated disk: requests by the seed, ended disk requests in any order, and a crash at every step.
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use af_xdp::region::{Pool, Region, RegionConfig};
+use torus_uring::Blocks;
+
+use crate::store::extent::extents::{FoldMap, FreeSlot};
+use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, ShardName, Sum, Superblock};
+use crate::store::extent::recovery::{self, Image, RecoveryError};
+use crate::store::extent::shard::{Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms};
+use crate::store::extent::shared::{ShardEvent, Shared};
+use crate::store::{BLOCK_BYTES, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
+
+use super::disk::{Faults, Media, Rng, SECTOR, SimDisk, Still};
+use super::model::{Held, Key, Model, SECTORS, Values, fill, values_of};
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// What has been explored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Coverage {
+    pub(super) histories: u64,
+    pub(super) crash_points: u64,
+    pub(super) power_cuts: u64,
+    pub(super) second_crashes: u64,
+    pub(super) third_crashes: u64,
+    pub(super) crashes_in_recovery: u64,
+    pub(super) recoveries: u64,
+    pub(super) checkpoints: u64,
+    pub(super) wrapped: u64,
+    pub(super) torn_tails: u64,
+    pub(super) replaced_blocks: u64,
+    pub(super) suspect_regions: u64,
+    pub(super) suspect_blocks: u64,
+    pub(super) starved: u64,
+    pub(super) merges: u64,
+    pub(super) refused_merges: u64,
+    pub(super) moved_slots: u64,
+    pub(super) no_space: u64,
+    pub(super) no_memory: u64,
+    pub(super) growths: u64,
+    pub(super) closes: u64,
+    pub(super) settled: u64,
+    pub(super) acknowledged: u64,
+    pub(super) reads: u64,
+    pub(super) long: u64,
+    pub(super) in_place: u64,
+    pub(super) unmaps: u64,
+    pub(super) faults: u64,
+    pub(super) named_errors: u64,
+    pub(super) refused_opens: u64,
+}
+
+/// What a history is like.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    pub(super) shards: u16,
+    pub(super) slots: u32,
+    pub(super) journal_blocks: u32,
+    pub(super) active_max: u32,
+    pub(super) atomic: bool,
+    /// Of 8, how many writes have another copy.
+    pub(super) replicated: u64,
+    pub(super) chunks: u32,
+    pub(super) longest: u64,
+    pub(super) objects: u32,
+    pub(super) extents: u32,
+    pub(super) steps: u32,
+    pub(super) concurrent: usize,
+    pub(super) scrub: bool,
+    pub(super) unmaps: bool,
+    pub(super) faults: Faults,
+    /// Of so many crash points one is gone on from.
+    pub(super) nest: u64,
+}
+
+impl Plan {
+    pub(super) fn layout(&self) -> Superblock {
+        use cluster_map::{ClusterId, NodeId, StoreId};
+        let (cluster, node, store) = (ClusterId([1; 16]), NodeId([2; 16]), StoreId([3; 16]));
+        let mut layout = Superblock::new(cluster, node, store, [7; 16], 64 << 20, Shape::default()).unwrap();
+        layout.shards = self.shards;
+        layout.journal_blocks = self.journal_blocks;
+        layout.checkpoint_blocks = 2;
+        layout.active_max = self.active_max;
+        layout.open_count = 1;
+        let pages_offset = layout.checkpoint_offset(self.shards, 0);
+        let data_offset = pages_offset + u64::from(self.slots) * 2 * BLOCK;
+        layout.segments[0] = Segment { pages_offset, data_offset, slots: self.slots };
+        layout.device_bytes = data_offset + u64::from(self.slots) * EXTENT_BYTES;
+        layout
+    }
+
+    pub(super) fn formatted(&self, layout: &Superblock) -> Media {
+        let mut media = Media::default();
+        media.atomic = self.atomic;
+        let layout = Arc::new(layout.clone());
+        for shard in 0..layout.shards {
+            media.put(layout.checkpoint_offset(shard, 0) / BLOCK, &recovery::first_checkpoint(&layout, shard));
+        }
+        media
+    }
+}
+
+/// Pools that no world has: making one takes longer than a short history.
+#[derive(Debug, Default)]
+pub(super) struct Pools(FoldMap<u32, Vec<Pool>>);
+
+impl Pools {
+    fn take(&mut self, chunks: u32) -> Pool {
+        self.0.entry(chunks).or_default().pop().unwrap_or_else(|| {
+            let config = RegionConfig { cores: 1, chunks_per_core: chunks, headers_per_core: 1 };
+            Region::new(config).unwrap().pool(0).unwrap()
+        })
+    }
+
+    fn give(&mut self, pool: Pool) {
+        assert_eq!(pool.free_chunks(), pool.chunk_capacity(), "every chunk came back");
+        self.0.entry(pool.chunk_capacity() as u32).or_default().push(pool);
+    }
+}
+
+/// What all worlds of a run have in common.
+#[derive(Debug, Default)]
+pub(super) struct Lab {
+    pub(super) pools: Pools,
+    pub(super) coverage: Coverage,
+}
+
+#[derive(Debug)]
+enum Doing {
+    Read,
+    Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
+    Unmap,
+}
+
+#[derive(Debug)]
+struct Op {
+    token: u32,
+    object: u32,
+    first: u64,
+    count: u64,
+    doing: Doing,
+}
+
+/// A store after it was opened.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) images: Vec<Image>,
+    pub(super) media: Media,
+    pub(super) found: Vec<(Key, Held)>,
+}
+
+/// Opens all shards, puts everything in place, and holds what is there against the model.
+pub(super) fn open(
+    layout: &Superblock,
+    media: Media,
+    model: &Model,
+    excused: &dyn Fn(&Key) -> bool,
+    lab: &mut Lab,
+    ghost: Option<&mut Rng>,
+) -> Result<Result<Opened, RecoveryError<Infallible>>, String> {
+    lab.coverage.recoveries += 1;
+    let still = Still(RefCell::new(media));
+    let mut images = Vec::new();
+    for shard in 0..layout.shards {
+        match recovery::read(layout, shard, &still) {
+            Ok(image) => images.push(image),
+            Err(error) => return Ok(Err(error)),
+        }
+    }
+    for (shard, image) in (0..).zip(&mut images) {
+        if let Err(error) = recovery::place(layout, shard, &still, image) {
+            return Ok(Err(error));
+        }
+    }
+    if let Some(rng) = ghost {
+        let mut media = still.0.borrow().clone();
+        media.cut(rng);
+        lab.coverage.crashes_in_recovery += 1;
+        match open(layout, media, model, excused, lab, None)? {
+            Ok(_) => {}
+            Err(error) => return Err(format!("after a crash while it was opened: {error}")),
+        }
+    }
+    let mut media = still.0.into_inner();
+    media.settle();
+    for image in &images {
+        lab.coverage.torn_tails += u64::from(image.findings.torn_tail);
+        lab.coverage.replaced_blocks += image.findings.replaced_blocks;
+        lab.coverage.suspect_regions += u64::from(image.findings.suspect_regions);
+        let journal = &image.recovered.journal;
+        if journal.head >= layout.journal_blocks || journal.tail >= layout.journal_blocks {
+            return Err(format!("the journal is nowhere: {journal:?}"));
+        }
+        lab.coverage.wrapped += u64::from(journal.head < journal.tail);
+    }
+    let found = examine(layout, &images, &media, model, excused)?;
+    lab.coverage.suspect_blocks += found.iter().filter(|(_, held)| *held == Held::Bad).count() as u64;
+    Ok(Ok(Opened { images, media, found }))
+}
+
+fn examine(
+    layout: &Superblock,
+    images: &[Image],
+    media: &Media,
+    model: &Model,
+    excused: &dyn Fn(&Key) -> bool,
+) -> Result<Vec<(Key, Held)>, String> {
+    let free = recovery::free_slots(layout, images.iter()).ok_or("a slot has two owners")?;
+    let mut extents = FoldMap::default();
+    let mut data_blocks = 0;
+    for (shard, image) in images.iter().enumerate() {
+        for (_, extent) in image.recovered.extents.iter() {
+            if extent.object as usize % images.len() != shard {
+                return Err("an extent is on another shard".into());
+            }
+            extents.insert((extent.object, extent.number), extent);
+            data_blocks += extent.sums.iter().filter(|sum| sum.is_data() || **sum == Sum::LOST).count();
+        }
+    }
+    if free.len() + extents.len() != layout.slots() as usize {
+        return Err(format!("{} slots are free, {} are taken", free.len(), extents.len()));
+    }
+    let mut found = Vec::with_capacity(model.len());
+    for (key, known) in model {
+        let (number, block) = ((key.1 / u64::from(EXTENT_BLOCKS)) as u32, key.1 % u64::from(EXTENT_BLOCKS));
+        let extent = extents.get(&(key.0, number));
+        let sum = extent.map_or(Sum::ABSENT, |extent| extent.sums[block as usize]);
+        let mut suspect = false;
+        let held = match extent {
+            Some(extent) if sum.is_data() => {
+                data_blocks -= 1;
+                suspect = extent.suspect;
+                match media.visible(layout.data_offset(extent.slot) / BLOCK + block) {
+                    Some(data) if Sum::of(&data[..]) == sum => Held::Values(
+                        values_of(&data[..]).map_err(|error| format!("{key:?}: {error}"))?,
+                    ),
+                    _ => Held::Bad,
+                }
+            }
+            Some(_) if sum == Sum::LOST => {
+                data_blocks -= 1;
+                Held::Lost
+            }
+            _ => Held::Values([0; SECTORS]),
+        };
+        known
+            .check(&held, excused(key))
+            .map_err(|error| format!("object {} block {}, extent {number}: {error}", key.0, key.1))?;
+        if held == Held::Bad && !suspect && !excused(&(u32::MAX, 0)) {
+            return Err(format!("{key:?} is bad and not suspect; known is {known:x?}"));
+        }
+        found.push((*key, held));
+    }
+    if data_blocks != 0 {
+        return Err(format!("{data_blocks} blocks have data that nobody wrote"));
+    }
+    Ok(found)
+}
+
+/// A running store.
+#[derive(Debug)]
+pub(super) struct World {
+    plan: Plan,
+    layout: Arc<Superblock>,
+    shared: Arc<Shared>,
+    shards: Vec<Shard>,
+    pub(super) disk: SimDisk,
+    pub(super) model: Model,
+    ops: Vec<Op>,
+    outcomes: Vec<Outcome>,
+    rng: Rng,
+    now_ns: u64,
+    next_token: u32,
+    next_value: u64,
+    version: u64,
+    /// Slots that are being prepared.
+    held_back: Vec<u32>,
+    /// Shards that take no more writes.
+    failed: bool,
+    depth: u32,
+    /// Faults were injected before this world began.
+    tainted: bool,
+}
+
+fn is_placement(token: u64) -> bool {
+    // `kind::PLACE`, the bits above the shard's number.
+    token >> 44 == 3
+}
+
+impl World {
+    /// A fresh store.
+    pub(super) fn fresh(plan: &Plan, seed: u64, lab: &mut Lab) -> World {
+        let layout = plan.layout();
+        let media = plan.formatted(&layout);
+        let opened = open(&layout, media, &Model::default(), &|_| false, lab, None).unwrap().unwrap();
+        World::on(plan, layout, opened, Model::default(), Rng::new(seed), 0, false, lab)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all of a world")]
+    fn on(
+        plan: &Plan,
+        mut layout: Superblock,
+        opened: Opened,
+        mut model: Model,
+        mut rng: Rng,
+        depth: u32,
+        tainted: bool,
+        lab: &mut Lab,
+    ) -> World {
+        for (key, held) in &opened.found {
+            model.get_mut(key).unwrap().settle(held);
+        }
+        layout.open_count += 1;
+        let shared = Arc::new(Shared::new(layout.slots(), layout.shards));
+        let mut held_back = recovery::free_slots(&layout, opened.images.iter()).unwrap();
+        // Some are prepared later.
+        let now = if rng.one_in(2) { held_back.len() } else { rng.index(held_back.len() + 1) };
+        for slot in held_back.drain(..now) {
+            shared.give_back(FreeSlot::new(slot));
+        }
+        shared.set_no_more(held_back.is_empty());
+        let layout = Arc::new(layout);
+        let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks), is_placement);
+        disk.faults = plan.faults;
+        let shards = (0..).zip(opened.images).map(|(shard, image)| {
+            let config = ShardConfig {
+                layout: Arc::clone(&layout),
+                shard,
+                atomic_blocks: plan.atomic,
+                shared: Arc::clone(&shared),
+            };
+            Shard::new(config, image.recovered)
+        });
+        let mut shards: Vec<Shard> = shards.collect();
+        if plan.scrub {
+            let run = 1 + rng.below(3);
+            shards.iter_mut().for_each(|shard| {
+                shard.set_scrub(Some(ScrubTask { run, rate_bytes_per_s: 1 << 30 }));
+            });
+        }
+        let next_value = (u64::from(depth) + 1) << 40;
+        World {
+            plan: plan.clone(),
+            layout,
+            shared,
+            shards,
+            disk,
+            model,
+            ops: Vec::new(),
+            outcomes: Vec::new(),
+            now_ns: 1_000_000 * rng.below(1000),
+            rng,
+            next_token: 0,
+            next_value,
+            version: u64::from(depth) << 32,
+            held_back,
+            failed: false,
+            depth,
+            tainted,
+        }
+    }
+
+    /// Whether errors may be told that the store has no other reason for.
+    fn excused(&self) -> bool {
+        self.tainted || self.disk.injected > 0
+    }
+
+    /// Does so many steps, with a crash after each that changed what a crash would leave.
+    pub(super) fn run(&mut self, lab: &mut Lab) {
+        let mut events = u64::MAX;
+        for _ in 0..self.plan.steps {
+            self.step(lab);
+            if std::mem::replace(&mut events, self.disk.events) != self.disk.events {
+                self.crash_here(lab);
+            }
+        }
+    }
+
+    fn step(&mut self, lab: &mut Lab) {
+        match self.rng.below(16) {
+            0..5 if self.ops.len() < self.plan.concurrent => self.begin_op(lab),
+            0..8 => self.turn(),
+            8 if !self.held_back.is_empty() && self.rng.one_in(4) => self.prepare_slots(),
+            _ => self.end_request(),
+        }
+        self.collect(lab);
+    }
+
+    fn prepare_slots(&mut self) {
+        for slot in self.held_back.drain(..) {
+            self.shared.give_back(FreeSlot::new(slot));
+        }
+        self.shared.set_no_more(true);
+    }
+
+    fn turn(&mut self) {
+        self.now_ns += match self.rng.below(8) {
+            0 => 250_000_000,
+            1 => 1_100_000_000,
+            _ => self.rng.below(2_000_000),
+        };
+        let at = self.rng.index(self.shards.len());
+        self.shards[at].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
+    }
+
+    fn end_request(&mut self) {
+        let Some((token, blocks, result)) = self.disk.end_any(&mut self.rng) else { return self.turn() };
+        let shard = (token >> SHARD_SHIFT & SHARD_MASK) as usize;
+        let token = token & !(SHARD_MASK << SHARD_SHIFT);
+        self.shards[shard].finished(token, blocks, result, &mut self.disk, &mut self.outcomes);
+        // The reactor gives a turn after a batch of them.
+        if self.rng.one_in(2) {
+            self.now_ns += 10_000;
+            self.shards[shard].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
+        }
+    }
+
+    fn shard_of(&self, object: u32) -> usize {
+        object as usize % self.shards.len()
+    }
+
+    fn begin_op(&mut self, lab: &mut Lab) {
+        let object = self.rng.below(self.plan.objects.into()) as u32;
+        let extent = self.rng.below(self.plan.extents.into());
+        if self.plan.unmaps && self.rng.one_in(24) {
+            return self.begin_unmap(object, extent as u32, lab);
+        }
+        let within = match self.rng.below(4) {
+            0 => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
+            _ => self.rng.below(6),
+        };
+        let first = extent * u64::from(EXTENT_BLOCKS) + within;
+        let count = match self.rng.below(24) {
+            0 => 1 + self.rng.below(self.plan.longest),
+            _ => 1 + self.rng.below(3.min(self.plan.longest)),
+        };
+        if self.conflicts(object, first, count) {
+            return;
+        }
+        let mut blocks = Blocks::with_capacity(count as usize);
+        for _ in 0..count {
+            match self.disk.pool.take_chunk() {
+                Some(chunk) => blocks.push(chunk),
+                None => return release_blocks(&mut self.disk.pool, blocks),
+            }
+        }
+        let token = self.next_token;
+        self.next_token += 1;
+        let shard = self.shard_of(object);
+        let request = RequestToken(token);
+        if self.rng.one_in(3) {
+            self.ops.push(Op { token, object, first, count, doing: Doing::Read });
+            self.shards[shard].read(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
+            return;
+        }
+        let (mut head, mut tail) = (0, 0);
+        if self.rng.one_in(2) {
+            head = self.rng.below(8);
+            tail = self.rng.below(if count == 1 { 8 - head } else { 8 });
+            lab.coverage.merges += 1;
+        }
+        let mut masks = vec![u8::MAX; count as usize];
+        masks[0] &= u8::MAX << head;
+        masks[count as usize - 1] &= u8::MAX >> tail;
+        self.next_value += 1;
+        let write = self.next_value;
+        let special = self.rng.below(6);
+        let mut values = Vec::new();
+        for (index, mask) in masks.iter().enumerate() {
+            let block = first + index as u64;
+            let one = std::array::from_fn(|sector| match special {
+                0 => 0,
+                1 => 5,
+                _ => write << 12 | (block & 0xff) << 3 | sector as u64,
+            });
+            self.model.entry((object, block)).or_default().begin(*mask, one);
+            fill(self.disk.pool.bytes_mut(blocks.get_mut(index)), &one);
+            // What is not part of the write must not matter.
+            for sector in (0..SECTORS).filter(|sector| mask >> sector & 1 == 0) {
+                self.disk.pool.bytes_mut(blocks.get_mut(index))[sector * SECTOR..][..SECTOR].fill(0xbd);
+            }
+            values.push(one);
+        }
+        let replicated = self.rng.below(8) < self.plan.replicated;
+        let versions = self.ops.iter().filter_map(|op| match op.doing {
+            Doing::Write { version, .. } => Some(version),
+            _ => None,
+        });
+        let stable_version = versions.min().unwrap_or(self.version + 1) - 1;
+        self.version += 1;
+        let version = self.version;
+        let copies = if replicated { Copies::Others { stable_version } } else { Copies::Sole };
+        let in_place = replicated && self.plan.atomic;
+        lab.coverage.in_place += u64::from(in_place);
+        lab.coverage.long += u64::from(count > 3);
+        let doing = Doing::Write { masks, values, in_place, version };
+        self.ops.push(Op { token, object, first, count, doing });
+        let terms = WriteTerms {
+            keep_head_bytes: (head as usize * SECTOR) as u16,
+            keep_tail_bytes: (tail as usize * SECTOR) as u16,
+            copies,
+            version: if self.plan.replicated > 0 { version } else { 0 },
+        };
+        let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
+        self.shards[shard].write(request, object, first, blocks, terms, disk, outcomes);
+    }
+
+    fn begin_unmap(&mut self, object: u32, from_extent: u32, lab: &mut Lab) {
+        let first = u64::from(from_extent) * u64::from(EXTENT_BLOCKS);
+        if self.conflicts(object, first, u64::MAX - first) {
+            return;
+        }
+        for ((_, _), known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first) {
+            known.begin(u8::MAX, [0; SECTORS]);
+        }
+        lab.coverage.unmaps += 1;
+        self.ops.push(Op { token: u32::MAX, object, first, count: u64::MAX - first, doing: Doing::Unmap });
+        let shard = self.shard_of(object);
+        self.shards[shard].unmap(object, from_extent);
+    }
+
+    fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
+        self.ops.iter().any(|op| op.object == object && op.first < first + count && first < op.first + op.count)
+    }
+
+    /// Takes what the shards tell.
+    fn collect(&mut self, lab: &mut Lab) {
+        for outcome in std::mem::take(&mut self.outcomes) {
+            let at = self.ops.iter().position(|op| op.token == outcome.request.0).expect("one outcome each");
+            let op = self.ops.swap_remove(at);
+            self.ended(op, &outcome, lab);
+            release_blocks(&mut self.disk.pool, outcome.blocks);
+        }
+        while let Some(event) = self.shared.events.pop() {
+            match event {
+                ShardEvent::Unmapped { object, from_extent } => {
+                    let first = u64::from(from_extent) * u64::from(EXTENT_BLOCKS);
+                    let is_it = |op: &Op| {
+                        matches!(op.doing, Doing::Unmap) && op.object == object && op.first == first
+                    };
+                    let at = self.ops.iter().position(is_it).expect("an unmap that was asked for");
+                    self.ops.swap_remove(at);
+                    for (_, known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first)
+                    {
+                        known.acknowledge(u8::MAX, &[0; SECTORS]);
+                    }
+                }
+                ShardEvent::Failed { why, .. } => {
+                    assert!(self.excused(), "a shard failed: {why}");
+                    self.failed = true;
+                }
+            }
+        }
+    }
+
+    fn ended(&mut self, op: Op, outcome: &Outcome, lab: &mut Lab) {
+        let region = Arc::clone(self.disk.pool.region());
+        let what = format!("{op:?}");
+        match (op.doing, outcome.result) {
+            (Doing::Read, Ok(())) => {
+                assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
+                lab.coverage.reads += 1;
+                for (block, chunk) in (op.first..).zip(outcome.blocks.iter()) {
+                    let held = Held::Values(
+                        values_of(region.bytes(chunk)).unwrap_or_else(|error| panic!("{what}: {error}")),
+                    );
+                    let Some(known) = self.model.get_mut(&(op.object, block)) else {
+                        assert_eq!(held, Held::Values([0; SECTORS]), "{what}: data from nowhere");
+                        continue;
+                    };
+                    known.check(&held, false).unwrap_or_else(|error| panic!("{what} read {block}: {error}"));
+                    // A shard that failed does not know what its last writes have become.
+                    if !self.failed {
+                        known.settle(&held);
+                    }
+                }
+            }
+            (Doing::Read, Err(error)) => {
+                assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
+                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
+            }
+            (Doing::Write { masks, values, .. }, Ok(())) => {
+                lab.coverage.acknowledged += 1;
+                for ((block, mask), values) in (op.first..).zip(masks).zip(&values) {
+                    let known = self.model.get_mut(&(op.object, block)).unwrap();
+                    assert!(!known.bad || mask == u8::MAX, "{what}: a bad block was merged into: {known:x?}");
+                    known.acknowledge(mask, values);
+                }
+            }
+            (Doing::Write { .. }, Err(error)) => {
+                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
+            }
+            (Doing::Unmap, _) => unreachable!("unmaps end with an event"),
+        }
+    }
+
+    fn check_error(
+        &self,
+        what: &str,
+        object: u32,
+        blocks: std::ops::Range<u64>,
+        error: StoreError,
+        lab: &mut Lab,
+    ) {
+        lab.coverage.named_errors += 1;
+        let bad = || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
+        let is_write = what.contains("Write");
+        let fine = match error {
+            StoreError::Corrupt { suspect } => {
+                lab.coverage.refused_merges += u64::from(is_write);
+                (bad() && suspect) || self.excused()
+            }
+            StoreError::NoSpace => {
+                lab.coverage.no_space += 1;
+                // Requests reach into the extent behind the last one.
+                self.layout.slots() < self.plan.objects * (self.plan.extents + 1)
+            }
+            StoreError::NoMemory => {
+                lab.coverage.no_memory += 1;
+                true
+            }
+            StoreError::Unwritable(_) => is_write && self.excused(),
+            StoreError::Unreadable(_) | StoreError::Lost => self.excused(),
+            StoreError::OutOfRange => false,
+        };
+        assert!(fine, "{what}: {error:?} without a reason");
+    }
+
+    /// Whether a crash now may leave a block that matches no record.
+    fn in_place_now(&self) -> impl Fn(&Key) -> bool + use<> {
+        let in_flight: Vec<(u32, u64, u64)> = self
+            .ops
+            .iter()
+            .filter(|op| matches!(op.doing, Doing::Write { in_place: true, .. }))
+            .map(|op| (op.object, op.first, op.first + op.count))
+            .collect();
+        let all = self.excused();
+        move |key| all || in_flight.iter().any(|(object, from, to)| *object == key.0 && (*from..*to).contains(&key.1))
+    }
+
+    /// Whether a store that cannot be opened is explained by what was done to it.
+    fn may_refuse(&self) -> bool {
+        self.excused() && self.plan.faults.lost + self.plan.faults.rot > 0
+    }
+
+    fn crash_here(&mut self, lab: &mut Lab) {
+        let power = !self.rng.one_in(4);
+        let mut rng = Rng::new(self.rng.next());
+        let media = self.disk.crash(power, &mut rng);
+        lab.coverage.crash_points += 1;
+        lab.coverage.power_cuts += u64::from(power);
+        match self.depth {
+            0 => {}
+            1 => lab.coverage.second_crashes += 1,
+            _ => lab.coverage.third_crashes += 1,
+        }
+        let ghost = rng.one_in(8);
+        let mut ghost_rng = Rng::new(rng.next());
+        let excused = self.in_place_now();
+        let result =
+            open(&self.layout, media, &self.model, &excused, lab, ghost.then_some(&mut ghost_rng));
+        let opened = match result {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error)) if self.may_refuse() => {
+                lab.coverage.refused_opens += 1;
+                let _ = error;
+                return;
+            }
+            Ok(Err(error)) => panic!("crash {} at depth {}: {error}", lab.coverage.crash_points, self.depth),
+            Err(error) => {
+                panic!("crash at depth {} (power {power}): {error}\nin progress: {:?}", self.depth, self.ops)
+            }
+        };
+        if self.depth < 2 && rng.one_in(self.plan.nest) {
+            let mut layout = (*self.layout).clone();
+            if rng.one_in(6)
+                && let Some(grown) = layout.grown(layout.device_bytes + 2 * (EXTENT_BYTES + 2 * BLOCK) + (2 << 20))
+            {
+                layout = grown;
+                lab.coverage.growths += 1;
+            }
+            let mut plan = self.plan.clone();
+            plan.steps = 12 + rng.below(30) as u32;
+            plan.faults = Faults::default();
+            let tainted = self.excused();
+            let model = self.model.clone();
+            let mut child = World::on(&plan, layout, opened, model, rng, self.depth + 1, tainted, lab);
+            child.version = self.version;
+            child.next_value = self.next_value + (1 << 30) * (1 + child.rng.below(1 << 8));
+            child.run(lab);
+            if child.rng.one_in(2) {
+                child.finish(lab);
+            } else {
+                child.abandon(lab);
+            }
+        }
+    }
+
+    fn count_moves(&mut self, lab: &mut Lab) {
+        lab.coverage.checkpoints += self.shared.counters.checkpoints.load(std::sync::atomic::Ordering::Relaxed);
+        lab.coverage.faults += self.disk.injected;
+    }
+
+    /// Leaves everything as it is.
+    pub(super) fn abandon(mut self, lab: &mut Lab) {
+        self.count_moves(lab);
+        for shard in self.shards {
+            shard.abandon(&mut self.disk.pool);
+        }
+        for outcome in self.outcomes {
+            release_blocks(&mut self.disk.pool, outcome.blocks);
+        }
+        let (pool, _) = self.disk.dissolve();
+        lab.pools.give(pool);
+    }
+
+    fn until(&mut self, lab: &mut Lab, what: &str, done: impl Fn(&World) -> bool) {
+        for _ in 0..100_000 {
+            if done(self) {
+                return;
+            }
+            if self.disk.in_flight() > 0 {
+                self.end_request();
+            }
+            self.now_ns += 20_000_000;
+            for at in 0..self.shards.len() {
+                self.shards[at].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
+            }
+            self.collect(lab);
+        }
+        panic!("{what} does not come to its end: {:?}\n{:?}", self.ops, self.shards);
+    }
+
+    /// Lets everything end, closes, opens again, and reads all of it.
+    pub(super) fn finish(mut self, lab: &mut Lab) {
+        if !self.held_back.is_empty() {
+            self.prepare_slots();
+        }
+        // What is injected would go on forever.
+        self.disk.faults = Faults::default();
+        self.until(lab, "the work", |world| {
+            world.disk.in_flight() == 0 && world.ops.iter().all(|op| world.failed && matches!(op.doing, Doing::Unmap))
+        });
+        if self.rng.one_in(2) {
+            self.read_all(lab);
+        }
+        self.shards.iter_mut().for_each(Shard::close);
+        self.until(lab, "closing", |world| world.shards.iter().all(Shard::is_closed));
+        lab.coverage.closes += 1;
+        self.count_moves(lab);
+        let excused_bad = self.excused();
+        let layout = (*self.layout).clone();
+        for shard in self.shards {
+            shard.dissolve(&mut self.disk.pool);
+        }
+        let failed = self.failed;
+        let (pool, mut media) = self.disk.dissolve();
+        lab.pools.give(pool);
+        if self.rng.one_in(2) {
+            media.cut(&mut self.rng);
+        }
+        let opened = match open(&layout, media, &self.model, &|_| excused_bad, lab, None).unwrap() {
+            Ok(opened) => opened,
+            Err(_) if excused_bad => {
+                lab.coverage.refused_opens += 1;
+                return;
+            }
+            Err(error) => panic!("after it was closed: {error}"),
+        };
+        let known_bad = self.model.values().any(|known| known.bad);
+        for image in &opened.images {
+            if !failed {
+                assert_eq!(image.findings.replaced_blocks, 0, "all was in place: {:?}", image.findings);
+                assert!(!image.findings.torn_tail);
+            }
+            lab.coverage.settled += u64::from(!failed && !known_bad && image.findings.suspect_regions == 0);
+        }
+        let mut plan = self.plan.clone();
+        plan.faults = Faults::default();
+        let mut again = World::on(&plan, layout, opened, self.model, self.rng, self.depth, excused_bad, lab);
+        again.read_all(lab);
+        again.abandon(lab);
+    }
+
+    fn read_all(&mut self, lab: &mut Lab) {
+        let mut keys: Vec<Key> = self.model.keys().copied().collect();
+        keys.sort_unstable();
+        for (object, block) in keys {
+            let mut blocks = Blocks::new();
+            if self.conflicts(object, block, 1) {
+                continue;
+            }
+            let Some(chunk) = self.disk.pool.take_chunk() else { continue };
+            blocks.push(chunk);
+            let token = self.next_token;
+            self.next_token += 1;
+            self.ops.push(Op { token, object, first: block, count: 1, doing: Doing::Read });
+            let shard = self.shard_of(object);
+            let request = RequestToken(token);
+            self.shards[shard].read(request, object, block, blocks, &mut self.disk, &mut self.outcomes);
+            self.collect(lab);
+            while self.disk.in_flight() > 0 {
+                self.end_request();
+                self.collect(lab);
+            }
+        }
+    }
+
+    /// Lets everything end, without closing: what a damage test begins with.
+    pub(super) fn rest(mut self, lab: &mut Lab) -> (Superblock, Media, Model) {
+        if !self.held_back.is_empty() {
+            self.prepare_slots();
+        }
+        self.until(lab, "the work", |world| {
+            world.disk.in_flight() == 0
+                && world.ops.is_empty()
+                && world.shards.iter().all(|shard| shard.is_idle() && shard.wants_turn_at_ns().is_none())
+        });
+        let (layout, model) = ((*self.layout).clone(), self.model.clone());
+        self.count_moves(lab);
+        for shard in self.shards {
+            shard.dissolve(&mut self.disk.pool);
+        }
+        let (pool, media) = self.disk.dissolve();
+        lab.pools.give(pool);
+        (layout, media, model)
+    }
+}
+
+/// Whose a shard's structures are.
+pub(super) fn name_of(layout: &Superblock, shard: u16) -> ShardName {
+    ShardName { store: layout.store, shard }
+}
