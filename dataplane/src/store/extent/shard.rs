@@ -228,6 +228,8 @@ pub struct Shard {
     /// Finish what is durable, settle, and rest.
     closing: bool,
     open_count: u64,
+    /// The first batch since the store was opened has ended.
+    begun: bool,
 }
 
 /// What a shard is after it was opened: see [`super::recovery`].
@@ -288,6 +290,7 @@ impl Shard {
             committed_ns: 0,
             now_ns: 0,
             closing: false,
+            begun: false,
             layout: config.layout,
             shared: config.shared,
             extents,

@@ -112,6 +112,12 @@ impl Shard {
         if self.batch.in_flight || self.ready.is_empty() {
             return;
         }
+        if !self.begun {
+            // A batch that was torn when the store crashed may lie at the head, whole but for some of its data. Blocks of a
+            // new one behind a header that never lands could complete it: so its header is overwritten alone, first.
+            self.begin_mark(disk);
+            return;
+        }
         let room = self.journal_room() as usize;
         let waiting = self.pending.len();
         // The header and at least one block.
@@ -209,6 +215,7 @@ impl Shard {
         self.journal.lsn += 1;
         self.journal.chain = self.batch.chain;
         self.batch.in_flight = false;
+        self.begun = true;
         self.batch.sets = 0;
         let lsn = self.journal.lsn;
         self.committed.push_back(Committed { lsn, unplaced: 0 });

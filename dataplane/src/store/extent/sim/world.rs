@@ -402,6 +402,10 @@ impl World {
         self.now_ns += match self.rng.below(8) {
             0 => 250_000_000,
             1 => 1_100_000_000,
+            2 => {
+                self.tell_stable();
+                1000
+            }
             _ => self.rng.below(2_000_000),
         };
         let at = self.rng.index(self.shards.len());
@@ -417,6 +421,24 @@ impl World {
         if self.rng.one_in(2) {
             self.now_ns += 10_000;
             self.shards[shard].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
+        }
+    }
+
+    /// Writes with a version up to this are on all copies.
+    fn stable_version(&self) -> u64 {
+        let versions = self.ops.iter().filter_map(|op| match op.doing {
+            Doing::Write { version, .. } => Some(version),
+            _ => None,
+        });
+        versions.min().unwrap_or(self.version + 1) - 1
+    }
+
+    /// The heads tell how far all copies are.
+    fn tell_stable(&mut self) {
+        let version = self.stable_version();
+        for object in 0..self.plan.objects {
+            let shard = self.shard_of(object);
+            self.shards[shard].set_stable(object, version);
         }
     }
 
@@ -487,11 +509,7 @@ impl World {
             values.push(one);
         }
         let replicated = self.rng.below(8) < self.plan.replicated;
-        let versions = self.ops.iter().filter_map(|op| match op.doing {
-            Doing::Write { version, .. } => Some(version),
-            _ => None,
-        });
-        let stable_version = versions.min().unwrap_or(self.version + 1) - 1;
+        let stable_version = self.stable_version();
         self.version += 1;
         let version = self.version;
         let copies = if replicated { Copies::Others { stable_version } } else { Copies::Sole };
@@ -728,6 +746,7 @@ impl World {
                 self.end_request();
             }
             self.now_ns += 20_000_000;
+            self.tell_stable();
             for at in 0..self.shards.len() {
                 self.shards[at].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
             }
