@@ -66,6 +66,8 @@ pub struct Extent {
     pub suspect: bool,
     /// An activation is on its way to the journal.
     pub activating: bool,
+    /// Its way out of the activity log is on the way to the journal.
+    pub deactivating: bool,
     /// Its region was written since the activity log last looked for one to leave.
     pub touched: bool,
     /// CRC32C of the sum page that the checkpoint in progress has written.
@@ -235,6 +237,7 @@ impl Extent {
             active: false,
             suspect: false,
             activating: false,
+            deactivating: false,
             touched: false,
             next_page_crc: None,
             writes_in_flight: 0,

@@ -689,6 +689,8 @@ pub struct BatchHeader {
     pub data_blocks: u16,
     /// Records.
     pub records: u16,
+    /// The store was closed with it: nothing was on its way to the device beside it, and nothing follows before another mark.
+    pub rest: bool,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -707,9 +709,11 @@ struct RawBatch {
     shard: U16,
     data_blocks: U16,
     records: U16,
-    reserved: [u8; BATCH_HEADER_BYTES - 74],
+    flags: u8,
+    reserved: [u8; BATCH_HEADER_BYTES - 75],
 }
 const _: () = assert!(size_of::<RawBatch>() == BATCH_HEADER_BYTES);
+const BATCH_REST: u8 = 1;
 
 /// One change of a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -891,7 +895,8 @@ pub fn encode_batch(header: &BatchHeader, name: JournalName, records: &[Record],
         shard: U16::new(name.shard),
         data_blocks: U16::new(header.data_blocks),
         records: U16::new(header.records),
-        reserved: [0; BATCH_HEADER_BYTES - 74],
+        flags: if header.rest { BATCH_REST } else { 0 },
+        reserved: [0; BATCH_HEADER_BYTES - 75],
     };
     let (head, body) = bytes[..BLOCK_BYTES].split_at_mut(BATCH_HEADER_BYTES);
     body.fill(0);
@@ -937,7 +942,11 @@ pub fn decode_batch(
         position,
         data_blocks: raw.data_blocks.get(),
         records: raw.records.get(),
+        rest: raw.flags & BATCH_REST != 0,
     };
+    if raw.flags & !BATCH_REST != 0 {
+        return Err(FormatError::Value);
+    }
     if usize::from(header.records) > RECORDS_MAX || usize::from(header.data_blocks) > BATCH_BLOCKS_MAX {
         return Err(FormatError::Length);
     }

@@ -316,7 +316,8 @@ impl<M: Medium> Reader<'_, M> {
     /// Whether a later batch proves that the one at `position`, which cannot be read, had been durable.
     fn refuse_damage(&mut self, position: u32, lsn: u64) -> Result<(), RecoveryError<M::Error>> {
         let blocks = self.layout.journal_blocks;
-        let longest = u32::try_from(BATCH_BLOCKS_MAX + 1).expect("a few blocks");
+        // Behind the data of a batch that reaches over this place may be what is left of another one: two lengths, then a header.
+        let longest = 2 * u32::try_from(BATCH_BLOCKS_MAX + 1).expect("a few blocks");
         for distance in 0..=longest.min(blocks - 1) {
             let Some((header, _, _)) = self.batch_at((position + distance) % blocks)? else { continue };
             if header.lsn > lsn {
@@ -464,10 +465,10 @@ impl<M: Medium> Reader<'_, M> {
             }
         }
         let last_lsn = found.last().map_or(checkpoint.lsn, |batch| batch.header.lsn);
-        // After a mark that covers all of them nothing was in flight.
-        let at_rest = !torn_tail && last_record_lsn < last_lsn && placed_lsn >= last_record_lsn;
+        // Only then was nothing in flight. Data may be in place whose record never landed, whatever batch is the last one.
+        let at_rest = !torn_tail && found.last().is_some_and(|batch| batch.header.rest);
         let mut suspect_regions = 0;
-        if !at_rest && last_record_lsn > 0 {
+        if !at_rest {
             for place in 0..extents.places() {
                 let Some(id) = extents.at(place).filter(|(_, extent)| extent.active).map(|(id, _)| id) else {
                     continue;

@@ -45,6 +45,9 @@ pub use self::writing::WriteTerms;
 
 /// Blocks that wait for their place at most; more writes wait, so that a slow device does not take all memory.
 const PENDING_MAX: usize = 4096;
+/// Chunks that a shard keeps: one for a batch's header, one for a checkpoint. Writes that wait may hold all others, and without
+/// these two nothing would ever end and free them. They are taken in a shard's first turn.
+const RESERVE_CHUNKS: usize = 2;
 /// Kinds of disk request, in the upper bits of a token.
 mod kind {
     pub(super) const READ: u64 = 0;
@@ -228,8 +231,12 @@ pub struct Shard {
     /// Finish what is durable, settle, and rest.
     closing: bool,
     open_count: u64,
-    /// The first batch since the store was opened has ended.
+    /// A batch that marks the beginning of this open, or what follows a rest, has ended.
     begun: bool,
+    /// The last batch says that the store rests.
+    rested: bool,
+    /// Chunks for what frees others: see [`RESERVE_CHUNKS`].
+    reserve: Vec<Chunk>,
 }
 
 /// What a shard is after it was opened: see [`super::recovery`].
@@ -291,6 +298,8 @@ impl Shard {
             now_ns: 0,
             closing: false,
             begun: false,
+            rested: false,
+            reserve: Vec::with_capacity(RESERVE_CHUNKS),
             layout: config.layout,
             shared: config.shared,
             extents,
@@ -353,6 +362,23 @@ impl Shard {
             }
         }
         self.batch.release_memory(pool);
+        for chunk in self.reserve.drain(..) {
+            pool.release(chunk);
+        }
+    }
+
+    fn fill_reserve(&mut self, pool: &mut Pool) {
+        while self.reserve.len() < RESERVE_CHUNKS {
+            match pool.take_chunk() {
+                Some(chunk) => self.reserve.push(chunk),
+                None => break,
+            }
+        }
+    }
+
+    /// A chunk for what frees others. Of those who ask each has one at most at a time, or takes from the pool.
+    fn take_reserved(&mut self, pool: &mut Pool) -> Option<Chunk> {
+        pool.take_chunk().or_else(|| self.reserve.pop())
     }
 
     /// Goes on after a disk request has ended. `token` is without the shard's number.
@@ -370,6 +396,7 @@ impl Shard {
             kind::READ => self.read_ended(index, blocks, result, disk, outcomes),
             kind::JOURNAL | kind::BESIDE => {
                 release_blocks(disk.pool(), blocks);
+                self.fill_reserve(disk.pool());
                 if token >> KIND_SHIFT == kind::BESIDE {
                     self.extents
                         .get_mut(ExtentId(u32::try_from(index).expect("32 bits")))
@@ -384,10 +411,12 @@ impl Shard {
             kind::SYNC => self.sync_ended(result, disk, outcomes),
             kind::PAGE => {
                 release_blocks(disk.pool(), blocks);
+                self.fill_reserve(disk.pool());
                 self.page_ended(index, result, disk, outcomes);
             }
             kind::TABLE => {
                 release_blocks(disk.pool(), blocks);
+                self.fill_reserve(disk.pool());
                 self.table_part_ended(result, disk, outcomes);
             }
             kind::SCRUB => self.scrub_ended(blocks, result, disk),
@@ -399,6 +428,7 @@ impl Shard {
     /// in a while.
     pub fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         self.now_ns = now_ns;
+        self.fill_reserve(disk.pool());
         if self.failed.is_some() {
             self.fail_waiting(disk, outcomes);
         } else {
@@ -458,6 +488,11 @@ impl Shard {
         }
     }
 
+    /// Whether a region of the activity log waits for its verification.
+    fn has_suspects(&self) -> bool {
+        self.active.iter().any(|id| self.extents.get(*id).suspect)
+    }
+
     /// The header of the next batch.
     fn next_header(&self, records: &[Record], data_blocks: usize) -> BatchHeader {
         BatchHeader {
@@ -469,6 +504,7 @@ impl Shard {
             position: self.journal.head,
             data_blocks: u16::try_from(data_blocks).expect("at most a batch's"),
             records: u16::try_from(records.len()).expect("at most a batch's"),
+            rest: self.closing && records.is_empty() && self.is_idle() && !self.has_suspects(),
         }
     }
 }

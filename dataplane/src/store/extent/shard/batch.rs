@@ -56,6 +56,7 @@ pub(super) struct Batch {
     failure: Option<IoError>,
     chain: u32,
     placed_lsn: u64,
+    rest: bool,
 }
 
 impl Batch {
@@ -70,6 +71,7 @@ impl Batch {
             failure: None,
             chain: 0,
             placed_lsn: 0,
+            rest: false,
         }
     }
 
@@ -124,7 +126,7 @@ impl Shard {
         if room < 2 || waiting >= PENDING_MAX {
             return;
         }
-        let Some(header) = disk.pool().take_chunk() else { return };
+        let Some(header) = self.take_reserved(disk.pool()) else { return };
         let data_max = (room - 1).min(BATCH_BLOCKS_MAX).min(PENDING_MAX - waiting);
         while let Some(&at) = self.ready.front() {
             match self.take_into_batch(at, data_max, disk) {
@@ -156,7 +158,7 @@ impl Shard {
         if self.journal_room() == 0 {
             return;
         }
-        if let Some(header) = disk.pool().take_chunk() {
+        if let Some(header) = self.take_reserved(disk.pool()) {
             self.send_batch(header, disk);
         }
     }
@@ -166,6 +168,7 @@ impl Shard {
         self.batch.chain =
             encode_batch(&fields, self.journal_name, &self.batch.records, disk.pool().bytes_mut(&mut header));
         self.batch.placed_lsn = fields.placed_lsn;
+        self.batch.rest = fields.rest;
         let mut blocks = Blocks::with_capacity(1 + self.batch.data.len());
         blocks.push(header);
         for chunk in self.batch.data.drain(..) {
@@ -215,7 +218,9 @@ impl Shard {
         self.journal.lsn += 1;
         self.journal.chain = self.batch.chain;
         self.batch.in_flight = false;
-        self.begun = true;
+        self.rested = self.batch.rest;
+        // What follows a rest begins as what follows an opening.
+        self.begun = !self.rested;
         self.batch.sets = 0;
         let lsn = self.journal.lsn;
         self.committed.push_back(Committed { lsn, unplaced: 0 });
@@ -254,7 +259,11 @@ impl Shard {
                 extent.activating = false;
                 extent.active = true;
             }
-            Applied::Deactivated { extent: id } => self.extents.get_mut(id).active = false,
+            Applied::Deactivated { extent: id } => {
+                let extent = self.extents.get_mut(id);
+                extent.deactivating = false;
+                extent.active = false;
+            }
             Applied::Freed { op, extent: id } => {
                 self.free_extent(id, disk);
                 self.ops[op as usize].committed += 1;
@@ -305,6 +314,8 @@ impl Shard {
             }
         }
         self.unsent.retain(|(extent, _)| *extent != id);
+        // Another extent may have its place in the table before these are sent again.
+        self.sync.retry.retain(|(extent, _)| *extent != id);
         self.extents.end(id);
         self.shared.counters.allocated.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
         self.give_slot_back_if_quiet(id);

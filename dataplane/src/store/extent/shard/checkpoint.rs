@@ -82,7 +82,8 @@ impl CheckpointState {
 impl Shard {
     /// Goes on with the checkpoint in progress, or begins one when half of the journal is in use.
     pub(super) fn advance_checkpoint(&mut self, disk: &mut impl Disk) {
-        if self.checkpoint.phase == Phase::Idle && self.journal_used() > self.layout.journal_blocks / 2 {
+        let is_due = self.journal_used() > self.layout.journal_blocks / 2 && !self.rested;
+        if self.checkpoint.phase == Phase::Idle && is_due {
             self.begin_checkpoint();
         }
         if self.checkpoint.phase == Phase::Placing && self.placed_lsn() >= self.checkpoint.lsn {
@@ -122,10 +123,12 @@ impl Shard {
                 self.checkpoint.at += 1;
                 continue;
             }
-            if disk.pool().free_chunks() <= CHUNKS_LEFT.min(disk.pool().chunk_capacity() / 4) {
+            let is_short = disk.pool().free_chunks() <= CHUNKS_LEFT.min(disk.pool().chunk_capacity() / 4);
+            // One at a time goes on even then: memory may be short because the journal is full.
+            if is_short && self.checkpoint.in_flight > 0 {
                 break;
             }
-            let Some(mut chunk) = disk.pool().take_chunk() else { break };
+            let Some(mut chunk) = self.take_reserved(disk.pool()) else { break };
             let extent = self.extents.get_mut(id);
             let bytes = disk.pool().bytes_mut(&mut chunk);
             encode_page(&extent.sums, bytes);
@@ -221,7 +224,11 @@ impl Shard {
             let mut blocks = Blocks::with_capacity(count);
             let begin = self.checkpoint.table_at;
             while blocks.len() < count {
-                let Some(mut chunk) = disk.pool().take_chunk() else { break };
+                let taken = match self.checkpoint.in_flight + u32::from(!blocks.is_empty()) {
+                    0 => self.take_reserved(disk.pool()),
+                    _ => disk.pool().take_chunk(),
+                };
+                let Some(mut chunk) = taken else { break };
                 let at = begin + blocks.len() * BLOCK_BYTES;
                 disk.pool()
                     .bytes_mut(&mut chunk)

@@ -37,7 +37,7 @@ pub(super) struct SyncState {
     placed_lsn: u64,
     unsynced_blocks: u32,
     /// Blocks that the file system had no room for.
-    retry: Vec<(ExtentId, u16)>,
+    pub(super) retry: Vec<(ExtentId, u16)>,
     retry_at_ns: u64,
 }
 
@@ -59,10 +59,7 @@ impl Shard {
     /// Sends what has become pending to its place.
     pub(super) fn send_placements(&mut self, disk: &mut impl Disk) {
         if !self.sync.retry.is_empty() && self.now_ns >= self.sync.retry_at_ns {
-            let extents = &self.extents;
-            let again = self.sync.retry.drain(..);
-            self.unsent
-                .extend(again.filter(|(id, _)| extents.at(id.0).is_some_and(|(_, extent)| !extent.ended)));
+            self.unsent.append(&mut self.sync.retry);
         }
         if self.unsent.is_empty() {
             return;
@@ -177,7 +174,8 @@ impl Shard {
     /// Whether the next one to open the shard finds all data in place, and every batch proved by a later one.
     pub(super) fn is_settled(&self) -> bool {
         let proved = self.last_record_lsn < self.journal.lsn || self.last_record_lsn == 0;
-        self.pending.is_empty() && proved && self.marked_placed_lsn >= self.last_record_lsn
+        let rests = !self.closing || self.rested || self.active.is_empty() || self.has_suspects();
+        self.pending.is_empty() && proved && self.marked_placed_lsn >= self.last_record_lsn && rests
     }
 
     fn settle_step(&mut self, disk: &mut impl Disk) {

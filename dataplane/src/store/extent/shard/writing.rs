@@ -192,6 +192,10 @@ impl Shard {
                 },
             };
             let replicated = matches!(copies, Copies::Others { .. });
+            if replicated && self.extents.get(id).deactivating {
+                // This batch takes its region out of the log: the next one can put it back.
+                return Taken::Part;
+            }
             if replicated && !self.extents.get(id).active && !self.activate(id) {
                 return Taken::Part;
             }
@@ -270,7 +274,9 @@ impl Shard {
         if self.extents.get(id).activating {
             return true;
         }
-        if self.active.len() >= self.layout.active_max as usize && !self.evict_region() {
+        // Suspect regions stay until they were verified, and must not keep others out for so long.
+        let counted = self.active.iter().filter(|id| !self.extents.get(**id).suspect).count();
+        if counted >= self.layout.active_max as usize && !self.evict_region() {
             return false;
         }
         let extent = self.extents.get_mut(id);
@@ -291,11 +297,14 @@ impl Shard {
             let is_stable = self.stable_versions.get(&object).is_some_and(|stable| version <= *stable);
             let in_batch = self.batch.concerns(id);
             let extent = self.extents.get_mut(id);
-            let busy = extent.writes_in_flight > 0 || extent.activating || in_batch || !is_stable;
+            // The next one to open the store must know of a suspect region too.
+            let kept = extent.activating || extent.suspect;
+            let busy = extent.writes_in_flight > 0 || in_batch || !is_stable || kept;
             if std::mem::take(&mut extent.touched) || busy {
                 self.active.push_back(id);
                 continue;
             }
+            extent.deactivating = true;
             let slot = extent.slot;
             self.batch.records.push(Record::Deactivate { slot });
             self.batch.applied.push(Applied::Deactivated { extent: id });
