@@ -434,6 +434,8 @@ impl Shard {
         } else {
             self.feed_starved();
             self.send_placements(disk);
+            // Between two batches: with writes waiting there is always one in flight after this.
+            self.begin_checkpoint_if_due();
             self.begin_batch(disk, outcomes);
             self.begin_sync(disk);
             self.advance_checkpoint(disk);

@@ -247,7 +247,7 @@ impl Shard {
                 if let Some(chunk) = chunk {
                     self.make_pending(id, block, lsn, chunk, disk);
                 }
-                self.ops[op as usize].committed += 1;
+                self.count_committed(op);
                 self.end_if_committed(op, disk, outcomes);
             }
             Applied::Allocated { extent: id } => {
@@ -266,10 +266,17 @@ impl Shard {
             }
             Applied::Freed { op, extent: id } => {
                 self.free_extent(id, disk);
-                self.ops[op as usize].committed += 1;
+                self.count_committed(op);
                 self.end_if_committed(op, disk, outcomes);
             }
         }
+    }
+
+    fn count_committed(&mut self, op: u32) {
+        let op = &mut self.ops[op as usize];
+        op.committed += 1;
+        // Something else failed while the batch was in flight.
+        op.failure = op.failure.or(self.failed);
     }
 
     /// Ends a request whose last batch has ended.

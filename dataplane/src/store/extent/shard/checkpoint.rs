@@ -80,12 +80,8 @@ impl CheckpointState {
 }
 
 impl Shard {
-    /// Goes on with the checkpoint in progress, or begins one when half of the journal is in use.
+    /// Goes on with the checkpoint in progress.
     pub(super) fn advance_checkpoint(&mut self, disk: &mut impl Disk) {
-        let is_due = self.journal_used() > self.layout.journal_blocks / 2 && !self.rested;
-        if self.checkpoint.phase == Phase::Idle && is_due {
-            self.begin_checkpoint();
-        }
         if self.checkpoint.phase == Phase::Placing && self.placed_lsn() >= self.checkpoint.lsn {
             self.checkpoint.phase = Phase::Pages;
             self.checkpoint.snapshot_lsn = self.journal.lsn;
@@ -103,9 +99,11 @@ impl Shard {
         }
     }
 
-    fn begin_checkpoint(&mut self) {
-        // While a batch is in flight the journal's head is behind it, and so is the tail to be.
-        if self.batch_in_flight() {
+    /// Begins one when half of the journal is in use.
+    pub(super) fn begin_checkpoint_if_due(&mut self) {
+        let is_due = self.journal_used() > self.layout.journal_blocks / 2 && !self.rested;
+        // While a batch is in flight the journal's head is behind it, and so would be the tail.
+        if self.checkpoint.phase != Phase::Idle || !is_due || self.batch_in_flight() {
             return;
         }
         self.checkpoint.phase = Phase::Placing;

@@ -10,7 +10,8 @@ use crate::store::extent::extents::ExtentId;
 use crate::store::{Disk, Durable, Outcome};
 
 /// Blocks in place and not durable there, after which a sync is due: what opening the store after a crash must do again.
-const SYNC_BLOCKS: u32 = 2048;
+/// The simulated histories are too short for that.
+const SYNC_BLOCKS: u32 = if cfg!(test) { 16 } else { 2048 };
 /// How long a shard is at rest before it puts its last data in place durably and says so in the journal.
 const SETTLE_NS: u64 = 200_000_000;
 /// How long data wait that the file system had no room for.

@@ -20,6 +20,9 @@ const READ_BLOCKS: u16 = 64;
 /// How often a block that does not match is read again.
 const RETRIES: u8 = 2;
 
+/// How long a suspect region with bad blocks rests before it is verified again.
+const AGAIN_NS: u64 = 10_000_000_000;
+
 /// A run that is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScrubTask {
@@ -63,6 +66,8 @@ pub(super) struct ScrubState {
     /// Next block of the last of them.
     suspect_block: u16,
     suspect_bad: bool,
+    /// Not before.
+    suspects_at_ns: u64,
     next_ns: u64,
 }
 
@@ -76,6 +81,7 @@ impl ScrubState {
             suspects: None,
             suspect_block: 0,
             suspect_bad: false,
+            suspects_at_ns: 0,
             next_ns: 0,
         }
     }
@@ -93,7 +99,9 @@ impl ScrubState {
     pub(super) fn due_ns(&self) -> Option<u64> {
         let runs = self.task.is_some() && self.progress.cursor != u32::MAX;
         let verifies = self.suspects.as_ref().is_none_or(|suspects| !suspects.is_empty());
-        (self.reading.is_none() && (runs || verifies)).then_some(self.next_ns)
+        let runs = runs.then_some(self.next_ns);
+        let verifies = verifies.then_some(self.next_ns.max(self.suspects_at_ns));
+        runs.into_iter().chain(verifies).min().filter(|_| self.reading.is_none())
     }
 }
 
@@ -136,19 +144,32 @@ impl Shard {
 
     /// Goes on verifying suspect regions; whether a read was begun.
     fn read_suspect(&mut self, disk: &mut impl Disk) -> bool {
+        if self.now_ns < self.scrub.suspects_at_ns {
+            return false;
+        }
         while let Some(&id) = self.scrub.suspects.as_ref().and_then(|suspects| suspects.last()) {
             let alive = self.extents.at(id.0).is_some_and(|(_, extent)| extent.suspect && !extent.ended);
             let run = if alive { self.next_run(id, self.scrub.suspect_block) } else { None };
             if let Some((first_block, count)) = run {
-                self.scrub.suspect_block = first_block + count;
-                return self.send_scrub(id, first_block, count, 0, true, disk);
+                let sent = self.send_scrub(id, first_block, count, 0, true, disk);
+                if sent {
+                    self.scrub.suspect_block = first_block + count;
+                }
+                return sent;
             }
-            if alive && !std::mem::take(&mut self.scrub.suspect_bad) {
+            let bad = std::mem::take(&mut self.scrub.suspect_bad);
+            if alive && !bad {
                 self.extents.get_mut(id).suspect = false;
             }
             self.scrub.suspect_block = 0;
             if let Some(suspects) = &mut self.scrub.suspects {
                 suspects.pop();
+                if alive && bad {
+                    // Until its bad blocks have been made good.
+                    suspects.insert(0, id);
+                    self.scrub.suspects_at_ns = self.now_ns + AGAIN_NS;
+                    return false;
+                }
             }
         }
         false
@@ -160,8 +181,9 @@ impl Shard {
             if let Some((id, _)) = self.extents.at(place).filter(|(_, extent)| !extent.ended)
                 && let Some((first_block, count)) = self.next_run(id, self.scrub.block)
             {
-                self.scrub.block = first_block + count;
-                self.send_scrub(id, first_block, count, 0, false, disk);
+                if self.send_scrub(id, first_block, count, 0, false, disk) {
+                    self.scrub.block = first_block + count;
+                }
                 return;
             }
             self.scrub.block = 0;
@@ -225,7 +247,8 @@ impl Shard {
         if same {
             for (block, chunk) in (reading.first_block..).zip(blocks.iter()) {
                 let sum = self.extents.get(id).sums[usize::from(block)];
-                let settled = sum.is_data() && !self.pending.contains_key(&(id.0, block));
+                let written = self.pending.contains_key(&(id.0, block)) || self.batch_has(id, block);
+                let settled = sum.is_data() && !written;
                 if settled && (result.is_err() || Sum::of(region.bytes(chunk)) != sum) {
                     bad.push(block);
                 }
@@ -237,10 +260,11 @@ impl Shard {
             Some(&block) if reading.tries < RETRIES || bad.len() > 1 => {
                 // One by one, as often as it takes to tell a write that overtook the read from a bad block.
                 let tries = if bad.len() > 1 { 0 } else { reading.tries + 1 };
-                if self.send_scrub(id, block, 1, tries, reading.suspect, disk) {
-                    let at =
-                        if reading.suspect { &mut self.scrub.suspect_block } else { &mut self.scrub.block };
-                    *at = block + 1;
+                let sent = self.send_scrub(id, block, 1, tries, reading.suspect, disk);
+                let at = if reading.suspect { &mut self.scrub.suspect_block } else { &mut self.scrub.block };
+                // Without memory the next read begins with it.
+                *at = block + u16::from(sent);
+                if sent {
                     return;
                 }
             }

@@ -313,7 +313,7 @@ impl Shard {
         false
     }
 
-    fn batch_has(&self, id: ExtentId, block: u16) -> bool {
+    pub(super) fn batch_has(&self, id: ExtentId, block: u16) -> bool {
         // A batch is short, and only requests of one block can meet here.
         self.batch.applied.iter().rev().any(|applied| {
             matches!(applied, Applied::Set { extent, block: other, .. } if *extent == id && *other == block)
