@@ -431,6 +431,8 @@ impl Shard {
         self.fill_reserve(disk.pool());
         if self.failed.is_some() {
             self.fail_waiting(disk, outcomes);
+        } else if self.shared.has_failed() {
+            self.fail_with_others(disk, outcomes);
         } else {
             self.feed_starved();
             self.send_placements(disk);
@@ -468,11 +470,18 @@ impl Shard {
 
     /// Nothing is acknowledged any more.
     fn fail(&mut self, why: &'static str, error: IoError, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.shared.set_failed();
         if self.failed.is_none() {
             self.failed = Some(StoreError::Unwritable(error));
             self.events.push_back(ShardEvent::Failed { shard: self.name.shard, why });
         }
         self.fail_waiting(disk, outcomes);
+    }
+
+    /// Another shard's write or sync has failed, and this one's may have without anybody being told.
+    fn fail_with_others(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        let error = IoError::Errno(rustix::io::Errno::IO.raw_os_error());
+        self.fail("another shard of the store failed", error, disk, outcomes);
     }
 
     /// Ends a request.

@@ -66,6 +66,7 @@ pub struct Shared {
     /// How far each shard's scrub is.
     pub scrubs: Box<[ScrubCell]>,
     no_more: AtomicBool,
+    failed: AtomicBool,
 }
 
 /// How far a shard's scrub is, for the manager to read.
@@ -92,6 +93,7 @@ impl Shared {
             counters: Counters::default(),
             scrubs: (0..shards).map(|_| ScrubCell::default()).collect(),
             no_more: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
         }
     }
 
@@ -104,6 +106,17 @@ impl Shared {
     /// The manager says whether it has slots that it has not queued yet.
     pub fn set_no_more(&self, no_more: bool) {
         self.no_more.store(no_more, Ordering::Release);
+    }
+
+    /// Whether a sync or a write has failed. A kernel tells of what it could not write once, to one of those who sync: so
+    /// no other shard's sync counts after that.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_failed(&self) {
+        self.failed.store(true, Ordering::Release);
     }
 
     /// A shard has verified so many bytes more.

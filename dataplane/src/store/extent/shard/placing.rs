@@ -137,6 +137,7 @@ impl Shard {
         }
         self.sync.retry_at_ns = self.now_ns + RETRY_NS;
         if !error.is_no_space() && self.failed.is_none() {
+            self.shared.set_failed();
             self.failed = Some(crate::store::StoreError::Unwritable(error));
             self.events.push_back(super::ShardEvent::Failed {
                 shard: self.name.shard,
@@ -212,6 +213,7 @@ impl Shard {
     ) {
         self.sync.in_flight = false;
         match result {
+            Ok(()) if self.shared.has_failed() => self.fail_with_others(disk, outcomes),
             Ok(()) => {
                 self.journal.placed_lsn = self.sync.target_lsn;
                 if std::mem::take(&mut self.sync.after_pages) {
