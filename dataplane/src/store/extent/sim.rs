@@ -2,6 +2,7 @@
 //! ended, and everything that was acknowledged looked for after each.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
 
+mod damage;
 mod disk;
 mod model;
 mod world;
@@ -88,3 +89,54 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
     });
 }
 
+
+#[test]
+fn what_a_device_does_wrong_is_found_and_named() {
+    explore("what_a_device_does_wrong_is_found_and_named", 15_000, |rng| {
+        let rate = 20 + rng.below(200);
+        let mut faults = Faults::default();
+        for _ in 0..1 + rng.below(2) {
+            let rate_of = match rng.below(7) {
+                0 => &mut faults.read,
+                1 => &mut faults.write,
+                2 => &mut faults.sync,
+                3 => &mut faults.no_space,
+                4 => &mut faults.stale,
+                5 => &mut faults.lost,
+                _ => &mut faults.rot,
+            };
+            *rate_of = rate;
+        }
+        let atomic = rng.one_in(2);
+        let replicated = if rng.one_in(2) { 4 } else { 0 };
+        Plan { faults, atomic, replicated, active_max: 64, ..plan(rng) }
+    });
+}
+
+#[test]
+fn a_block_that_rots_is_noticed_or_not_needed() {
+    let test = "a_block_that_rots_is_noticed_or_not_needed";
+    damage(test, 40, damage::rot_everywhere);
+}
+
+#[test]
+fn nonsense_on_the_device_is_an_error_and_no_panic() {
+    damage("nonsense_on_the_device_is_an_error_and_no_panic", 40, damage::nonsense);
+}
+
+fn damage(test: &'static str, histories: u64, what: fn(&Plan, u64, &mut Lab)) {
+    let mut lab = Lab::default();
+    let only = number("TORUS_STORE_SEED");
+    let from = only.or(number("TORUS_STORE_FROM")).unwrap_or(1);
+    let count = if only.is_some() { 1 } else { histories * number("TORUS_STORE_FACTOR").unwrap_or(1) };
+    for seed in from..from + count {
+        let repeat = Repeat(test, seed);
+        let mut rng = Rng::new(seed);
+        let plan = Plan { longest: 8, ..plan(&mut rng) };
+        what(&plan, rng.next(), &mut lab);
+        lab.coverage.histories += 1;
+        drop(repeat);
+    }
+    println!("{test}: {:#?}", lab.coverage);
+    assert!(only.is_some() || lab.coverage.recoveries > 20 * histories, "little was tried: {:?}", lab.coverage);
+}

@@ -8,7 +8,7 @@ use af_xdp::region::{Pool, Region, RegionConfig};
 use torus_uring::Blocks;
 
 use crate::store::extent::extents::{FoldMap, FreeSlot};
-use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, ShardName, Sum, Superblock};
+use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, Sum, Superblock};
 use crate::store::extent::recovery::{self, Image, RecoveryError};
 use crate::store::extent::shard::{Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms};
 use crate::store::extent::shared::{ShardEvent, Shared};
@@ -212,14 +212,15 @@ fn examine(
 ) -> Result<Vec<(Key, Held)>, String> {
     let free = recovery::free_slots(layout, images.iter()).ok_or("a slot has two owners")?;
     let mut extents = FoldMap::default();
-    let mut data_blocks = 0;
+    let (mut data_blocks, mut lost_blocks) = (0, 0);
     for (shard, image) in images.iter().enumerate() {
         for (_, extent) in image.recovered.extents.iter() {
             if extent.object as usize % images.len() != shard {
                 return Err("an extent is on another shard".into());
             }
             extents.insert((extent.object, extent.number), extent);
-            data_blocks += extent.sums.iter().filter(|sum| sum.is_data() || **sum == Sum::LOST).count();
+            data_blocks += extent.sums.iter().filter(|sum| sum.is_data()).count();
+            lost_blocks += extent.sums.iter().filter(|sum| **sum == Sum::LOST).count();
         }
     }
     if free.len() + extents.len() != layout.slots() as usize {
@@ -244,7 +245,7 @@ fn examine(
                 }
             }
             Some(_) if sum == Sum::LOST => {
-                data_blocks -= 1;
+                lost_blocks -= 1;
                 Held::Lost
             }
             _ => Held::Values([0; SECTORS]),
@@ -259,6 +260,10 @@ fn examine(
     }
     if data_blocks != 0 {
         return Err(format!("{data_blocks} blocks have data that nobody wrote"));
+    }
+    // A sum page that is gone takes with it that its other blocks have nothing.
+    if lost_blocks != 0 && !excused(&(u32::MAX, 0)) {
+        return Err(format!("{lost_blocks} blocks are lost that nobody wrote"));
     }
     Ok(found)
 }
@@ -286,11 +291,8 @@ pub(super) struct World {
     depth: u32,
     /// Faults were injected before this world began.
     tainted: bool,
-}
-
-fn is_placement(token: u64) -> bool {
-    // `kind::PLACE`, the bits above the shard's number.
-    token >> 44 == 3
+    /// The shard that each slot was seen with last.
+    owners: FoldMap<u32, usize>,
 }
 
 impl World {
@@ -326,7 +328,7 @@ impl World {
         }
         shared.set_no_more(held_back.is_empty());
         let layout = Arc::new(layout);
-        let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks), is_placement);
+        let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks));
         disk.faults = plan.faults;
         let shards = (0..).zip(opened.images).map(|(shard, image)| {
             let config = ShardConfig {
@@ -363,6 +365,7 @@ impl World {
             failed: false,
             depth,
             tainted,
+            owners: FoldMap::default(),
         };
         // Before the first request: see `RESERVE_CHUNKS`.
         for shard in &mut world.shards {
@@ -387,11 +390,24 @@ impl World {
         }
     }
 
+    /// The same without a crash.
+    pub(super) fn run_quietly(&mut self, lab: &mut Lab) {
+        for _ in 0..self.plan.steps {
+            self.step(lab);
+        }
+    }
+
     fn step(&mut self, lab: &mut Lab) {
         match self.rng.below(16) {
             0..5 if self.ops.len() < self.plan.concurrent => self.begin_op(lab),
             0..8 => self.turn(),
-            8 if !self.held_back.is_empty() && self.rng.one_in(4) => self.prepare_slots(),
+            8 if !self.held_back.is_empty() && self.rng.one_in(4) => {
+                let waits = |op: &&Op| matches!(op.doing, Doing::Write { .. });
+                if self.shared.free.is_empty() {
+                    lab.coverage.starved += self.ops.iter().filter(waits).count() as u64;
+                }
+                self.prepare_slots();
+            }
             _ => self.end_request(),
         }
         self.collect(lab);
@@ -700,6 +716,12 @@ impl World {
                 panic!("crash at depth {} (power {power}): {error}\nin progress: {:?}", self.depth, self.ops)
             }
         };
+        for (shard, image) in opened.images.iter().enumerate() {
+            for (_, extent) in image.recovered.extents.iter() {
+                let before = self.owners.insert(extent.slot, shard);
+                lab.coverage.moved_slots += u64::from(before.is_some_and(|before| before != shard));
+            }
+        }
         if self.depth < 2 && rng.one_in(self.plan.nest) {
             let mut layout = (*self.layout).clone();
             if rng.one_in(6)
@@ -855,9 +877,4 @@ impl World {
         lab.pools.give(pool);
         (layout, media, model)
     }
-}
-
-/// Whose a shard's structures are.
-pub(super) fn name_of(layout: &Superblock, shard: u16) -> ShardName {
-    ShardName { store: layout.store, shard }
 }
