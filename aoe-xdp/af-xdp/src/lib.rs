@@ -16,6 +16,8 @@
 mod ring;
 
 #[cfg(not(loom))]
+mod assembly;
+#[cfg(not(loom))]
 pub mod bpf;
 #[cfg(not(loom))]
 mod error;
@@ -23,6 +25,8 @@ mod error;
 pub mod frame;
 #[cfg(not(loom))]
 pub mod frame_filter;
+#[cfg(not(loom))]
+pub mod lane;
 #[cfg(not(loom))]
 mod netdev;
 #[cfg(not(loom))]
