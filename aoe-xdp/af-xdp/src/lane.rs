@@ -66,12 +66,7 @@ impl Lane {
 
     /// Takes up to `max` received frames; the chunks of frames that cannot be delivered go to `home`, to be sent to the
     /// queue's owner.
-    pub fn receive(
-        &mut self,
-        max: usize,
-        home: impl FnMut(Chunk),
-        deliver: impl FnMut(RxFrame),
-    ) -> usize {
+    pub fn receive(&mut self, max: usize, home: impl FnMut(Chunk), deliver: impl FnMut(RxFrame)) -> usize {
         let received = self.assembly.receive(self.socket.ring_mut(), max, home, deliver);
         if received.chunks > 0 {
             self.taken.add(received.chunks);

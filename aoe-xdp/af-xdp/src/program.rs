@@ -452,7 +452,14 @@ mod tests {
     }
 
     /// What steering on an interface of `queues` queues makes of a frame, with one address that has a lane.
-    fn steer(filter: &FrameFilter, frame: &[u8], queue: u32, queues: u32, known: [u8; 6], lane: u32) -> Outcome {
+    fn steer(
+        filter: &FrameFilter,
+        frame: &[u8],
+        queue: u32,
+        queues: u32,
+        known: [u8; 6],
+        lane: u32,
+    ) -> Outcome {
         let program = Program::redirect_by_address(filter, MAP_FD, ADDRESSES_FD, queues);
         let lookup = |key| (key == address_key(known)).then_some(lane * queues);
         interpret(program.instructions(), frame, queue, lookup)
@@ -591,8 +598,16 @@ mod tests {
             assert_eq!(full.errno(), Some(libc::E2BIG), "{full}");
             for frame in [frame_of([0x88, 0xa2], 60), tagged_frame(5, 0)] {
                 assert_eq!(run(&to(macs[0], frame.clone())), XDP_REDIRECT);
-                assert_eq!(run(&to(macs[1], frame.clone())), XDP_PASS.cast_unsigned(), "a lane without a socket");
-                assert_eq!(run(&to(macs[2], frame.clone())), XDP_PASS.cast_unsigned(), "lane 0 has no socket here");
+                assert_eq!(
+                    run(&to(macs[1], frame.clone())),
+                    XDP_PASS.cast_unsigned(),
+                    "a lane without a socket"
+                );
+                assert_eq!(
+                    run(&to(macs[2], frame.clone())),
+                    XDP_PASS.cast_unsigned(),
+                    "lane 0 has no socket here"
+                );
             }
             assert_eq!(run(&to(macs[0], tagged_frame(6, 0))), XDP_PASS.cast_unsigned());
             addresses.set(macs[1], 2).unwrap();

@@ -179,9 +179,8 @@ impl SocketBuilder {
         let offsets = self.make_rings(fd.as_fd(), &[libc::XDP_RX_RING])?;
         let entries = self.ring_entries;
         // SAFETY: the only ring of this socket, mapped once, with the entry type the kernel defines for it.
-        let (receive, mapping) = unsafe {
-            map_ring::<libc::xdp_desc>(fd.as_fd(), &offsets.rx, libc::XDP_PGOFF_RX_RING, entries)?
-        };
+        let (receive, mapping) =
+            unsafe { map_ring::<libc::xdp_desc>(fd.as_fd(), &offsets.rx, libc::XDP_PGOFF_RX_RING, entries)? };
         bind(fd.as_fd(), &address_of(ifindex, queue, libc::XDP_SHARED_UMEM, Some(umem.fd.as_fd())))?;
         let memory = Arc::clone(&umem.memory);
         Ok(ReceiveSocket { ring: Consumer::new(receive), _mapping: mapping, fd, _memory: memory })

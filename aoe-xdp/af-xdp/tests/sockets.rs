@@ -191,8 +191,7 @@ impl Shared {
         let region =
             Region::new(RegionConfig { cores: 2, chunks_per_core: 256, headers_per_core: 64 }).unwrap();
         let mut pool = region.pool(0).unwrap();
-        let filter =
-            FrameFilter { ethertype: ETHERTYPE, untagged: true, vlans: vec![7], rejected_flags: 0 };
+        let filter = FrameFilter { ethertype: ETHERTYPE, untagged: true, vlans: vec![7], rejected_flags: 0 };
         let (addresses, sockets) = (AddressMap::new(4, 1).unwrap(), XskMap::new(2).unwrap());
         let program = LoadedProgram::load_steering(&filter, &sockets, &addresses).unwrap();
         let link = XdpLink::attach(&program, index, mode).unwrap();
@@ -324,7 +323,11 @@ fn a_lane_that_nobody_reads_stops_nobody() {
         assert_eq!(shared.lane.statistics().unwrap().rx_ring_full, 84);
         let mut away = Vec::new();
         assert_eq!(shared.by_lane(&mut away).len(), 16);
-        assert_eq!(shared.queue.fill_chunks(), 32, "what was taken out of the lane is not the kernel's any more");
+        assert_eq!(
+            shared.queue.fill_chunks(),
+            32,
+            "what was taken out of the lane is not the kernel's any more"
+        );
         shared.queue.fill(&mut shared.pool);
         for chunk in away {
             shared.pool.release(chunk);
