@@ -4,36 +4,17 @@
 //!
 //! * A lane only receives. The queue's fill and completion rings stay with the queue's owner, whose chunks the lane's
 //!   frames are in: they must be sent home to its pool.
-//! * The owner knows how many chunks the kernel holds, because each lane tells how many it has taken out ([`Taken`]).
+//! * The owner knows how many chunks the kernel holds, because each lane tells how many it has taken out.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::assembly::Assembly;
 use crate::error::Error;
 use crate::frame::RxFrame;
 use crate::region::{Chunk, Region};
 use crate::socket::{ReceiveSocket, SocketBuilder, SocketStatistics, Umem};
-
-/// How many chunks a lane has taken out of its ring, ever, modulo 2³²: written by the lane's core, read by the queue's owner.
-///
-/// Nothing is published by it: the chunks themselves go home another way. A late look sees too many chunks with the kernel,
-/// never too few, and the next look is right.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-pub(crate) struct Taken(AtomicU32);
-
-impl Taken {
-    pub(crate) fn load(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// The lane's core alone calls this.
-    fn add(&self, chunks: u32) {
-        self.0.store(self.load().wrapping_add(chunks), Ordering::Relaxed);
-    }
-}
+use crate::taken::Taken;
 
 /// A claim to one more socket on a queue; made by [`Queue::share`](crate::queue::Queue::share).
 #[derive(Debug)]

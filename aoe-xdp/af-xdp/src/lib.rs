@@ -11,9 +11,10 @@
 //!   when the process ends, however it ends.
 //! * What was obtained from the kernel (mode, zero-copy, segments) is readable, never assumed.
 //!
-//! Under `--cfg loom` only the ring cursors are built, for the model check.
+//! Under `--cfg loom` only the ring cursors and the count of what lanes take are built, for the model check.
 
 mod ring;
+mod taken;
 
 #[cfg(not(loom))]
 mod assembly;

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use crate::assembly::Assembly;
 use crate::error::Error;
 use crate::frame::{RxFrame, Segment, TxFrame};
-use crate::lane::{Share, Taken};
+use crate::lane::Share;
 use crate::region::{Handle, Pool, Region};
 use crate::socket::{Obtained, Socket, SocketBuilder, SocketStatistics, Umem};
+use crate::taken::Taken;
 
 /// Kicks of one [`Queue::flush`]: enough to send a full ring at the kernel's smallest budget.
 const KICKS_MAX: u32 = 128;
