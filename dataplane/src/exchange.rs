@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
+use af_xdp::region::RECEIVE_CHUNKS_MIN;
 use aoe_xdp::link::{Chunk, RxFrame, Segments};
 use aoe_xdp::target::{ChangeOutcome, ExportTable, Ingress, ReplyHead};
 use cluster_map::{Durability, LinkLosses};
@@ -24,9 +25,9 @@ use crate::store::linear::Placement;
 /// Messages that may wait for a core: a few receive batches from every other core.
 const MESSAGES_MAX: usize = 4096;
 
-/// Chunks on their way home that may wait for a sleeper: few next to what a queue has with the kernel, so that other cores
-/// never receive a queue dry whose owner sleeps.
-const HOMECOMING_MAX: usize = 32;
+/// A sleeper is woken when this many messages wait for it, though they be chunks only: half of what the kernel has at
+/// least for every queue, so that other cores never receive a queue dry whose owner sleeps.
+const HOMECOMING_MAX: usize = RECEIVE_CHUNKS_MIN as usize / 2;
 
 /// What one core asks another to do.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use aoe_xdp::wire::{Address, AtaArg, AtaHead, Header, Mac, command};
 use cluster_map::{Counter, DesiredExport, LinkChoice, LinkLosses, SteeringChoice};
@@ -41,8 +42,11 @@ fn verified_beside(
     initiators.into_iter().map(|one| one.join().expect("no error and no wrong data")).collect()
 }
 
+/// Rounds in a second that no core makes which is not woken by its frames: it looks at them twice a second.
+const AWAKE: u32 = 10;
+
 fn at_leisure() {
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(1));
 }
 
 /// Verified requests to exports of both cores at once, with one queue, which is the first core's: the second core gets its
@@ -56,7 +60,7 @@ fn two_cores(link: LinkChoice, steering: SteeringChoice, expected_note: &str, st
     assert!(seen.links[0].note.contains(expected_note), "{}", seen.links[0].note);
     let exports: Vec<_> = (0..4).map(export).map(|one| (one.clone(), mac_on(&one, 0))).collect();
     let rounds = verified_beside("b0", &[(0, 0)], &exports, at_leisure);
-    assert!(rounds.iter().all(|rounds| *rounds > 0), "{rounds:?}");
+    assert!(rounds.iter().all(|rounds| *rounds > AWAKE), "{rounds:?}");
     let (received, handed) = (counts(&node, Counter::RxFrames), counts(&node, Counter::HandedOver));
     let requests = |core: usize| 2 * u64::from(rounds[core] + rounds[core + 2]);
     if steered {
@@ -122,7 +126,7 @@ fn frames_are_steered_behind_the_generic_hook() {
         assert!(seen.links[0].note.contains("steers 2 of 2"), "{}", seen.links[0].note);
         let exports = [0, 1].map(export).map(|one| (one.clone(), mac_on(&one, 0)));
         let rounds = verified_beside("a0", &[(0, 0)], &exports, at_leisure);
-        assert!(rounds.iter().all(|rounds| *rounds > 0), "{rounds:?}");
+        assert!(rounds.iter().all(|rounds| *rounds > AWAKE), "{rounds:?}");
         assert_eq!(counts(&node, Counter::HandedOver), [0, 0]);
         assert!(counts(&node, Counter::RxFrames)[1] > 0);
         node.stop();
@@ -189,6 +193,16 @@ fn the_map_follows_the_exports_under_load() {
     });
 }
 
+/// A write of 8 KiB with that tag, or the same to a slot that nobody has, which is met with silence.
+fn jumbo_write(exported: &DesiredExport, tag: u32, is_served: bool) -> Vec<u8> {
+    let client = Mac([0x02, 0, 0, 0, 0xc1, 0x70]);
+    let slot = if is_served { exported.slot } else { 200 };
+    let address = Address { shelf: exported.shelf, slot };
+    let header = Header::request(mac_on(exported, 0), client, address, command::ATA, tag);
+    let arg = AtaArg::read_write_ext(u64::from(tag % 400) * 16, 16, true);
+    [AtaHead { header, arg }.as_bytes(), &[tag.to_le_bytes()[0]; 8192]].concat()
+}
+
 /// Frames of several chunks each, far more of them than the node has memory for: every chunk comes back, for requests that
 /// are served and for those that are refused, from the owner of the queue and from the other core.
 #[test]
@@ -200,23 +214,11 @@ fn no_chunk_is_lost_in_a_long_run() {
         let mut node = Node::start_steering(&["a0"], LinkChoice::AfXdp, SteeringChoice::Program, 2, 2);
         node.export(vec![export(0), export(1)]);
         let mut station = Station::open();
-        let client = Mac([0x02, 0, 0, 0, 0xc1, 0x70]);
-        let frame = |tag: u32| {
-            let exported = export(u16::try_from(tag % 2).unwrap());
-            let address = Address { shelf: exported.shelf, slot: exported.slot };
-            let header = Header::request(mac_on(&exported, 0), client, address, command::ATA, tag);
-            let arg = AtaArg::read_write_ext(u64::from(tag % 400) * 16, 16, true);
-            let mut frame = [AtaHead { header, arg }.as_bytes(), &[tag.to_le_bytes()[0]; 8192]].concat();
-            if tag % 8 > 5 {
-                // One sector less than it says: silence.
-                frame.truncate(36 + 15 * 512);
-            }
-            frame
-        };
         let is_served = |tag: u32| tag % 8 <= 5;
         let mut waiting = BTreeSet::new();
         for tag in 1..=REQUESTS {
-            station.send(&frame(tag));
+            let exported = export(u16::try_from(tag % 2).unwrap());
+            station.send(&jumbo_write(&exported, tag, is_served(tag)));
             if is_served(tag) {
                 waiting.insert(tag);
             }
@@ -231,6 +233,38 @@ fn no_chunk_is_lost_in_a_long_run() {
         assert_eq!(counts(&node, Counter::MemoryExhausted), [0, 0]);
         let seen = node.wait("it serves", |_| true);
         assert_eq!(seen.links[0].losses, LinkLosses::default());
+        node.stop();
+    });
+}
+
+/// The owner of the queue has nothing to do, and sleeps, while the other core receives what needs no answer: it is woken to
+/// give the kernel chunks again.
+#[test]
+fn an_owner_that_sleeps_keeps_the_others_in_chunks() {
+    const BURSTS: u32 = 2000;
+    const BURST: u32 = 4;
+    isolated("steering::an_owner_that_sleeps_keeps_the_others_in_chunks", || {
+        veth_pair(9000, 1);
+        let mut node = Node::start_steering(&["a0"], LinkChoice::AfXdp, SteeringChoice::Program, 2, 2);
+        node.export(vec![export(0), export(1)]);
+        let mut station = Station::open();
+        let received = || counts(&node, Counter::RxFrames);
+        let before = received();
+        let mut slow = 0;
+        for _ in 0..BURSTS {
+            let wanted = received()[1] + u64::from(BURST);
+            let sent = Instant::now();
+            for tag in 0..BURST {
+                station.send(&jumbo_write(&export(1), tag, false));
+            }
+            // Leaves the CPUs to the cores.
+            while received()[1] < wanted && sent.elapsed() < Duration::from_millis(300) {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            slow += u32::from(received()[1] < wanted);
+        }
+        assert!(slow <= 2, "{slow} times there were no chunks until the owner looked by itself");
+        assert_eq!(received()[0], before[0], "the owner had no frame");
         node.stop();
     });
 }
