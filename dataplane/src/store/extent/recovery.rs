@@ -120,6 +120,11 @@ pub struct Image {
     unplaced: BTreeMap<(u32, u16), (u32, Sum)>,
 }
 
+/// A batch's header, checksum and records.
+type Batch = (BatchHeader, u32, Vec<Record>);
+/// The batches behind a checkpoint, whether a torn one follows, and where the next one goes with the checksum that it repeats.
+type Journal = (Vec<Found>, bool, (u32, u32));
+
 /// Blocks read from the journal in one go.
 const WINDOW_BLOCKS: u32 = 64;
 /// Sum pages read in one go, where many are wanted.
@@ -249,10 +254,7 @@ impl<M: Medium> Reader<'_, M> {
     }
 
     /// The batch at a place of the journal, if a whole header is there.
-    fn batch_at(
-        &mut self,
-        position: u32,
-    ) -> Result<Option<(BatchHeader, u32, Vec<Record>)>, RecoveryError<M::Error>> {
+    fn batch_at(&mut self, position: u32) -> Result<Option<Batch>, RecoveryError<M::Error>> {
         let in_window = position.checked_sub(self.window_at).filter(|at| *at < WINDOW_BLOCKS);
         let at = match in_window {
             Some(at) => at,
@@ -273,10 +275,7 @@ impl<M: Medium> Reader<'_, M> {
     }
 
     /// All batches behind the checkpoint, whether a torn one follows, and where the next one goes.
-    fn read_journal(
-        &mut self,
-        checkpoint: &CheckpointHeader,
-    ) -> Result<(Vec<Found>, bool, (u32, u32)), RecoveryError<M::Error>> {
+    fn read_journal(&mut self, checkpoint: &CheckpointHeader) -> Result<Journal, RecoveryError<M::Error>> {
         let blocks = self.layout.journal_blocks;
         let mut found: Vec<Found> = Vec::new();
         let (mut position, mut chain, mut open_count) = (checkpoint.tail, checkpoint.chain, 0);

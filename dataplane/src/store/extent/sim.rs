@@ -85,10 +85,16 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
         // Writes that wait for room in the activity log must not be what keeps all regions in it from leaving.
         let active_max = 3 + rng.below(8) as u32;
         let concurrent = 1 + rng.index(active_max as usize / 3);
-        Plan { atomic, replicated: 2 + rng.below(7), active_max, concurrent, longest: plan.longest.min(8), ..plan }
+        Plan {
+            atomic,
+            replicated: 2 + rng.below(7),
+            active_max,
+            concurrent,
+            longest: plan.longest.min(8),
+            ..plan
+        }
     });
 }
-
 
 #[test]
 fn what_a_device_does_wrong_is_found_and_named() {
@@ -138,5 +144,9 @@ fn damage(test: &'static str, histories: u64, what: fn(&Plan, u64, &mut Lab)) {
         drop(repeat);
     }
     println!("{test}: {:#?}", lab.coverage);
-    assert!(only.is_some() || lab.coverage.recoveries > 20 * histories, "little was tried: {:?}", lab.coverage);
+    assert!(
+        only.is_some() || lab.coverage.recoveries > 20 * histories,
+        "little was tried: {:?}",
+        lab.coverage
+    );
 }

@@ -119,7 +119,7 @@ impl Shard {
         };
         let first = source_of(within);
         let same = |block: &u16| std::mem::discriminant(&source_of(*block)) == std::mem::discriminant(&first);
-        let room = u16::try_from(room.min(BLOCKS_LONG_MAX as u32)).expect("at most an extent's blocks");
+        let room = u16::try_from((room as usize).min(BLOCKS_LONG_MAX)).expect("at most an extent's blocks");
         let run = (within..within + room).take_while(same).count();
         (u32::try_from(run).expect("at most an extent's blocks"), first, Some((id, within)))
     }
@@ -232,4 +232,4 @@ pub(super) fn copy_chunk(pool: &mut Pool, from: &Chunk, to: &mut Chunk) {
     pool.copy_in(to, 0, &region.bytes(from)[..BLOCK_BYTES]);
 }
 
-const _: () = assert!(INDEX_MASK as usize >= BLOCKS_LONG_MAX);
+const _: () = assert!(INDEX_MASK >= BLOCKS_LONG_MAX as u64);
