@@ -10,8 +10,10 @@
 //! A volume belongs to one shard, so that its requests meet in one journal, and a shard to one core. Extent slots are common
 //! to all shards: a store is full when its last slot is taken, wherever its volumes are.
 
+pub mod catalog;
 pub mod extents;
 pub mod format;
+pub mod opening;
 pub mod recovery;
 pub mod shard;
 pub mod shared;
@@ -27,6 +29,10 @@ use super::{Disk, Operation, Outcome, RequestToken, Store};
 pub struct ExtentStore {
     /// By number; those of other cores are not here.
     shards: Vec<Option<Box<Shard>>>,
+    /// Something was given to a shard since the last turn.
+    touched: bool,
+    /// When the next turn is due without that; `u64::MAX` for never.
+    due_ns: u64,
 }
 
 impl ExtentStore {
@@ -47,6 +53,7 @@ impl ExtentStore {
         }
         assert!(self.shards[at].is_none(), "a shard is adopted once");
         self.shards[at] = Some(shard);
+        self.touched = true;
     }
 
     /// Whether a shard is here.
@@ -56,6 +63,7 @@ impl ExtentStore {
     }
 
     fn shard(&mut self, number: u16) -> &mut Shard {
+        self.touched = true;
         self.shards
             .get_mut(usize::from(number))
             .and_then(Option::as_mut)
@@ -66,13 +74,14 @@ impl ExtentStore {
         self.shards.iter_mut().flatten()
     }
 
-    /// Begins to take from a layer every extent from `from_extent` on; the shard tells when it has.
-    pub fn unmap(&mut self, object: Object, from_extent: u32) {
-        self.shard(object.shard).unmap(object.number, from_extent);
+    /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.
+    pub fn unmap(&mut self, object: Object, from_block: u64) {
+        self.shard(object.shard).unmap(object.number, from_block);
     }
 
     /// Says which scrub is wanted; the rate is that of one shard.
     pub fn set_scrub(&mut self, task: Option<ScrubTask>) {
+        self.touched = true;
         for shard in self.all() {
             shard.set_scrub(task);
         }
@@ -80,6 +89,7 @@ impl ExtentStore {
 
     /// Begins to bring everything to rest.
     pub fn close(&mut self) {
+        self.touched = true;
         for shard in self.all() {
             shard.close();
         }
@@ -97,16 +107,16 @@ impl ExtentStore {
         self.shards.iter().flatten().all(|shard| shard.is_idle())
     }
 
-    /// Whether a turn would do something that nothing else brings about.
+    /// Whether a turn would do something.
     #[must_use]
-    pub fn needs_turn(&self) -> bool {
-        self.shards.iter().flatten().any(|shard| shard.needs_turn())
+    pub fn needs_turn(&self, now_ns: u64) -> bool {
+        self.touched || now_ns >= self.due_ns
     }
 
-    /// When a turn is due, if nothing else gives one before; nanoseconds of the clock of [`Store::turn`].
+    /// When a turn is due, if nothing else gives one before; nanoseconds of the clock of [`Store::turn`], `u64::MAX` for never.
     #[must_use]
-    pub fn wants_turn_at_ns(&self) -> Option<u64> {
-        self.shards.iter().flatten().filter_map(|shard| shard.wants_turn_at_ns()).min()
+    pub fn due_ns(&self) -> u64 {
+        if self.touched { 0 } else { self.due_ns }
     }
 
     /// Gives up all memory of frames.
@@ -158,8 +168,12 @@ impl Store for ExtentStore {
     }
 
     fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.touched = false;
+        let mut due_ns = u64::MAX;
         for shard in self.all() {
             shard.turn(now_ns, disk, outcomes);
+            due_ns = due_ns.min(shard.wants_turn_at_ns().unwrap_or(u64::MAX));
         }
+        self.due_ns = due_ns;
     }
 }

@@ -12,7 +12,6 @@
 //! Reading does not write; [`place`] does, and doing it twice gives the same.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use super::extents::{Extent, Extents, FoldMap, FreeSlot};
 use super::format::{
@@ -100,6 +99,21 @@ pub struct Findings {
     pub lost_blocks: u64,
     /// Regions to be verified.
     pub suspect_regions: u32,
+}
+
+impl Findings {
+    /// Those of two shards together.
+    #[must_use]
+    pub fn and(self, other: Findings) -> Findings {
+        Findings {
+            batches: self.batches + other.batches,
+            records: self.records + other.records,
+            torn_tail: self.torn_tail || other.torn_tail,
+            replaced_blocks: self.replaced_blocks + other.replaced_blocks,
+            lost_blocks: self.lost_blocks + other.lost_blocks,
+            suspect_regions: self.suspect_regions + other.suspect_regions,
+        }
+    }
 }
 
 /// A batch that was found.
@@ -388,18 +402,18 @@ impl<M: Medium> Reader<'_, M> {
             if keys.insert((entry.object, entry.extent), ()).is_some() {
                 return Err(contradiction("an extent has two slots"));
             }
-            let mut extent = Extent::allocated(entry.object, entry.extent, FreeSlot::new(entry.slot), 0);
+            let is_whole = page.is_some();
+            let sums = page.unwrap_or_else(super::extents::fresh_page);
+            let free = FreeSlot { slot: entry.slot, sums };
+            let mut extent = Extent::allocated(entry.object, entry.extent, free, 0);
             extent.version = entry.version;
             extent.which = entry.which;
             extent.page_crc = entry.page_crc;
             extent.active = entry.active;
-            match page {
-                Some(sums) => extent.sums = sums,
-                None => {
-                    extent.sums.fill(Sum::LOST);
-                    extent.dirty = true;
-                    lost_blocks += u64::from(EXTENT_BLOCKS);
-                }
+            if !is_whole {
+                extent.sums.fill(Sum::LOST);
+                extent.dirty = true;
+                lost_blocks += u64::from(EXTENT_BLOCKS);
             }
             if by_slot.insert(entry.slot, extents.insert(extent)).is_some() {
                 return Err(contradiction("a slot has two extents"));
@@ -565,7 +579,7 @@ pub fn free_slots<'i>(layout: &Superblock, images: impl Iterator<Item = &'i Imag
 
 /// The checkpoint of an empty shard, as it is written at format.
 #[must_use]
-pub fn first_checkpoint(layout: &Arc<Superblock>, shard: u16) -> Vec<u8> {
+pub fn first_checkpoint(layout: &Superblock, shard: u16) -> Vec<u8> {
     let mut bytes = vec![0; BLOCK_BYTES];
     let name = ShardName { store: layout.store, shard };
     CheckpointHeader { sequence: 1, ..CheckpointHeader::default() }.encode(name, 0, &mut bytes);

@@ -33,7 +33,7 @@ use std::sync::Arc;
 
 use af_xdp::region::{Chunk, Pool};
 use slab::Slab;
-use torus_uring::{Blocks, IoError};
+use torus_uring::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError};
 
 use super::extents::{ExtentId, Extents, FoldMap};
 use super::format::{BatchHeader, JournalName, Record, ShardName, Superblock};
@@ -45,6 +45,10 @@ pub use self::writing::WriteTerms;
 
 /// Blocks that wait for their place at most; more writes wait, so that a slow device does not take all memory.
 const PENDING_MAX: usize = 4096;
+/// How soon a shard looks again for what others give back.
+const LOOK_AGAIN_NS: u64 = 1_000_000;
+/// Long lists of chunks that are kept from the start; more are made when they are needed, and kept too.
+const SPARE_LISTS: usize = 8;
 /// Kinds of disk request, in the upper bits of a token.
 mod kind {
     pub(super) const READ: u64 = 0;
@@ -135,9 +139,9 @@ enum What {
         copies: Copies,
         version: u64,
     },
-    /// Place in the table from which on extents have not been looked at, and the first extent to go.
+    /// The first block to go, and the place in the table from which on extents have not been looked at.
     Unmap {
-        from_extent: u32,
+        from_block: u64,
         place: u32,
     },
 }
@@ -215,6 +219,8 @@ pub struct Shard {
     active: VecDeque<ExtentId>,
     stable_versions: FoldMap<u32, u64>,
     events: VecDeque<ShardEvent>,
+    /// Empty long lists of chunks, for the next long disk requests.
+    spare: Vec<Blocks>,
     failed: Option<StoreError>,
     /// Disk requests that have not ended.
     in_flight: u32,
@@ -280,7 +286,8 @@ impl Shard {
             scrub: scrub::ScrubState::new(recovered.scrub),
             active,
             stable_versions: FoldMap::default(),
-            events: VecDeque::new(),
+            events: VecDeque::with_capacity(64),
+            spare: (0..SPARE_LISTS).map(|_| Blocks::with_capacity(BLOCKS_LONG_MAX)).collect(),
             failed: None,
             in_flight: 0,
             last_record_lsn: recovered.last_record_lsn,
@@ -317,12 +324,6 @@ impl Shard {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.in_flight == 0 && self.ops.is_empty()
-    }
-
-    /// Whether it has something to do that no disk request will wake it for.
-    #[must_use]
-    pub fn needs_turn(&self) -> bool {
-        !self.ready.is_empty() || (!self.starved.is_empty() && !self.shared.free.is_empty())
     }
 
     /// Gives up all memory of frames. Only when no disk request is in flight: those hold chunks too.
@@ -366,7 +367,7 @@ impl Shard {
         match token >> KIND_SHIFT {
             kind::READ => self.read_ended(index, blocks, result, disk, outcomes),
             kind::JOURNAL | kind::BESIDE => {
-                release_blocks(disk.pool(), blocks);
+                self.recycle(blocks, disk.pool());
                 if token >> KIND_SHIFT == kind::BESIDE {
                     self.extents
                         .get_mut(ExtentId(u32::try_from(index).expect("32 bits")))
@@ -375,7 +376,7 @@ impl Shard {
                 self.batch_part_ended(result, disk, outcomes);
             }
             kind::PLACE => {
-                release_blocks(disk.pool(), blocks);
+                self.recycle(blocks, disk.pool());
                 self.placement_ended(index, result, disk);
             }
             kind::SYNC => self.sync_ended(result, disk, outcomes),
@@ -384,7 +385,7 @@ impl Shard {
                 self.page_ended(index, result, disk, outcomes);
             }
             kind::TABLE => {
-                release_blocks(disk.pool(), blocks);
+                self.recycle(blocks, disk.pool());
                 self.table_part_ended(result, disk, outcomes);
             }
             kind::SCRUB => self.scrub_ended(blocks, result, disk),
@@ -417,7 +418,11 @@ impl Shard {
     /// When the shard wants a turn, if nothing gives it one before; nanoseconds of the clock of [`Shard::turn`].
     #[must_use]
     pub fn wants_turn_at_ns(&self) -> Option<u64> {
-        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).min()
+        // What waits for a slot or for memory looks again soon: others give them back.
+        let stands = self.in_flight == 0 && (!self.ready.is_empty() || self.checkpoint.is_in_progress());
+        let waits = self.failed.is_none() && (stands || !self.starved.is_empty());
+        let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
+        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).chain(again).min()
     }
 
     /// The head says that every write of a layer with a version up to this is on all in-sync copies.
@@ -429,6 +434,25 @@ impl Shard {
     fn token(&mut self, kind: u64, index: usize) -> u64 {
         self.in_flight += 1;
         kind << KIND_SHIFT | u64::from(self.name.shard) << SHARD_SHIFT | index as u64
+    }
+
+    /// An empty list for so many chunks.
+    fn list_for(&mut self, count: usize) -> Blocks {
+        if count <= BLOCKS_MAX {
+            return Blocks::new();
+        }
+        self.spare.pop().unwrap_or_else(|| Blocks::with_capacity(BLOCKS_LONG_MAX))
+    }
+
+    /// Gives the chunks of a list back, and keeps a long list.
+    fn recycle(&mut self, mut blocks: Blocks, pool: &mut Pool) {
+        let is_long = blocks.len() > BLOCKS_MAX;
+        while let Some(chunk) = blocks.pop() {
+            pool.release(chunk);
+        }
+        if is_long {
+            self.spare.push(blocks);
+        }
     }
 
     /// Nothing is acknowledged any more.
@@ -447,8 +471,8 @@ impl Shard {
         let result = op.failure.map_or(Ok(()), Err);
         match (op.request, op.what) {
             (Some(request), _) => outcomes.push(Outcome { request, blocks, result }),
-            (None, What::Unmap { from_extent, .. }) if result.is_ok() => {
-                self.events.push_back(ShardEvent::Unmapped { object: op.object, from_extent });
+            (None, What::Unmap { from_block, .. }) if result.is_ok() => {
+                self.events.push_back(ShardEvent::Unmapped { object: op.object, from_block });
                 release_blocks(disk.pool(), blocks);
             }
             (None, _) => release_blocks(disk.pool(), blocks),

@@ -15,12 +15,12 @@ use super::extents::FreeSlot;
 /// What a shard tells the manager.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ShardEvent {
-    /// Nothing is left of a layer from that extent on: durably.
+    /// Nothing is left of a layer from that block on: durably.
     Unmapped {
         /// The layer.
         object: u32,
-        /// The first extent that is gone; 0 when all are.
-        from_extent: u32,
+        /// The first block that is gone; 0 when all are.
+        from_block: u64,
     },
     /// The shard takes no more writes.
     Failed {

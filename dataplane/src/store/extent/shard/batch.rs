@@ -39,6 +39,13 @@ pub(super) enum Applied {
         op: u32,
         extent: ExtentId,
     },
+    Cleared {
+        op: u32,
+        extent: ExtentId,
+        /// All blocks from here on.
+        first: u16,
+        version: u64,
+    },
 }
 
 /// The batch in the making or in flight.
@@ -160,7 +167,7 @@ impl Shard {
         self.batch.chain =
             encode_batch(&fields, self.journal_name, &self.batch.records, disk.pool().bytes_mut(&mut header));
         self.batch.placed_lsn = fields.placed_lsn;
-        let mut blocks = Blocks::with_capacity(1 + self.batch.data.len());
+        let mut blocks = self.list_for(1 + self.batch.data.len());
         blocks.push(header);
         for chunk in self.batch.data.drain(..) {
             blocks.push(chunk);
@@ -248,6 +255,14 @@ impl Shard {
                 extent.active = true;
             }
             Applied::Deactivated { extent: id } => self.extents.get_mut(id).active = false,
+            Applied::Cleared { op, extent: id, first, version } => {
+                let extent = self.extents.get_mut(id);
+                extent.sums[usize::from(first)..].fill(Sum::ABSENT);
+                extent.version = extent.version.max(version);
+                self.mark_dirty(id);
+                self.ops[op as usize].committed += 1;
+                self.end_if_committed(op, disk, outcomes);
+            }
             Applied::Freed { op, extent: id } => {
                 self.free_extent(id, disk);
                 self.ops[op as usize].committed += 1;
@@ -347,7 +362,7 @@ impl Shard {
         for change in applied.drain(..) {
             let (op, chunk) = match change {
                 Applied::Set { op, chunk, .. } => (op, chunk),
-                Applied::Freed { op, .. } => (op, None),
+                Applied::Freed { op, .. } | Applied::Cleared { op, .. } => (op, None),
                 _ => continue,
             };
             if let Some(chunk) = chunk {

@@ -79,6 +79,13 @@ impl CheckpointState {
     }
 }
 
+impl CheckpointState {
+    /// Whether one is being made.
+    pub(super) fn is_in_progress(&self) -> bool {
+        self.phase != Phase::Idle
+    }
+}
+
 impl Shard {
     /// Goes on with the checkpoint in progress, or begins one when half of the journal is in use.
     pub(super) fn advance_checkpoint(&mut self, disk: &mut impl Disk) {
@@ -218,7 +225,7 @@ impl Shard {
             {
                 break;
             }
-            let mut blocks = Blocks::with_capacity(count);
+            let mut blocks = self.list_for(count);
             let begin = self.checkpoint.table_at;
             while blocks.len() < count {
                 let Some(mut chunk) = disk.pool().take_chunk() else { break };

@@ -13,10 +13,11 @@ use crate::store::Disk;
 use crate::store::extent::extents::ExtentId;
 use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
 use crate::store::extent::shared::Counters;
-use crate::store::release_blocks;
 
 /// Blocks of one read.
 const READ_BLOCKS: u16 = 64;
+/// How long it waits while requests have most of the memory.
+const WAIT_NS: u64 = 10_000_000;
 /// How often a block that does not match is read again.
 const RETRIES: u8 = 2;
 
@@ -120,6 +121,7 @@ impl Shard {
             return;
         }
         if disk.pool().free_chunks() < disk.pool().chunk_capacity() / 2 {
+            self.scrub.next_ns = self.now_ns + WAIT_NS;
             return;
         }
         if self.scrub.suspects.is_none() {
@@ -192,12 +194,12 @@ impl Shard {
         suspect: bool,
         disk: &mut impl Disk,
     ) -> bool {
-        let mut blocks = Blocks::with_capacity(usize::from(count));
+        let mut blocks = self.list_for(usize::from(count));
         for _ in 0..count {
             match disk.pool().take_chunk() {
                 Some(chunk) => blocks.push(chunk),
                 None => {
-                    release_blocks(disk.pool(), blocks);
+                    self.recycle(blocks, disk.pool());
                     return false;
                 }
             }
@@ -232,7 +234,7 @@ impl Shard {
             }
         }
         let read_blocks = blocks.len() as u64;
-        release_blocks(disk.pool(), blocks);
+        self.recycle(blocks, disk.pool());
         match bad.first() {
             Some(&block) if reading.tries < RETRIES || bad.len() > 1 => {
                 // One by one, as often as it takes to tell a write that overtook the read from a bad block.

@@ -78,11 +78,11 @@ impl Shard {
         self.merge_if_read(at, disk, outcomes);
     }
 
-    /// Begins to take from a layer every extent from `from_extent` on. The end is told as an event.
-    pub fn unmap(&mut self, object: u32, from_extent: u32) {
+    /// Begins to take from a layer every block from `from_block` on, which nobody uses any more. The end is told as an event.
+    pub fn unmap(&mut self, object: u32, from_block: u64) {
         let op = Op {
             request: None,
-            what: What::Unmap { from_extent, place: 0 },
+            what: What::Unmap { from_block, place: 0 },
             object,
             first_block: 0,
             count: 0,
@@ -150,7 +150,7 @@ impl Shard {
     pub(super) fn take_into_batch(&mut self, at: u32, data_max: usize, disk: &mut impl Disk) -> Taken {
         match self.ops[at as usize].what {
             What::Write { copies, version, .. } => self.take_write(at, copies, version, data_max, disk),
-            What::Unmap { from_extent, place } => self.take_unmap(at, from_extent, place),
+            What::Unmap { from_block, place } => self.take_unmap(at, from_block, place),
             What::Read => unreachable!("reads need no batch"),
         }
     }
@@ -311,30 +311,51 @@ impl Shard {
         })
     }
 
-    fn take_unmap(&mut self, at: u32, from_extent: u32, mut place: u32) -> Taken {
+    fn take_unmap(&mut self, at: u32, from_block: u64, mut place: u32) -> Taken {
         let object = self.ops[at as usize].object;
         while place < self.extents.places() {
-            if self.batch.records.len() >= RECORDS_MAX {
-                self.ops[at as usize].what = What::Unmap { from_extent, place };
-                return Taken::Part;
-            }
-            let gone = self.extents.at(place).filter(|(_, extent)| {
-                let here = extent.object == object && extent.number >= from_extent;
-                here && !extent.ending && !extent.ended
-            });
-            if let Some((id, extent)) = gone {
-                let slot = extent.slot;
-                self.extents.get_mut(id).ending = true;
-                self.batch.records.push(Record::Free { slot });
-                self.batch.applied.push(Applied::Freed { op: at, extent: id });
-                let op = &mut self.ops[at as usize];
-                op.count += 1;
-                op.queued += 1;
+            let stop = What::Unmap { from_block, place };
+            let full = self.batch.records.len() >= RECORDS_MAX;
+            let here = |extent: &Extent| extent.object == object && !extent.ending && !extent.ended;
+            let found = self.extents.at(place).filter(|(_, extent)| here(extent));
+            if let Some((id, first)) = found.map(|(id, extent)| (id, first_gone(extent.number, from_block)))
+                && u32::from(first) < EXTENT_BLOCKS
+            {
+                if full || (first > 0 && self.is_pending_from(id, first)) {
+                    self.ops[at as usize].what = stop;
+                    return Taken::Part;
+                }
+                self.take_extent(at, id, first);
             }
             place += 1;
         }
-        self.ops[at as usize].what = What::Unmap { from_extent, place: u32::MAX };
+        self.ops[at as usize].what = What::Unmap { from_block, place: u32::MAX };
         Taken::Whole
+    }
+
+    /// Takes the blocks of an extent from `first` on.
+    fn take_extent(&mut self, at: u32, id: ExtentId, first: u16) {
+        let version = self.journal.lsn + 1;
+        let extent = self.extents.get_mut(id);
+        let slot = extent.slot;
+        if first == 0 {
+            extent.ending = true;
+            self.batch.records.push(Record::Free { slot });
+            self.batch.applied.push(Applied::Freed { op: at, extent: id });
+        } else {
+            let count = u16::try_from(EXTENT_BLOCKS).expect("1024") - first;
+            self.batch.records.push(Record::Clear { slot, block: first, count, state: Sum::ABSENT, version });
+            self.batch.applied.push(Applied::Cleared { op: at, extent: id, first, version });
+        }
+        let op = &mut self.ops[at as usize];
+        op.count += 1;
+        op.queued += 1;
+    }
+
+    /// Whether data of these blocks are on their way to their place: what is written there later must not be overtaken.
+    fn is_pending_from(&self, id: ExtentId, first: u16) -> bool {
+        !self.pending.is_empty()
+            && self.pending.keys().any(|(extent, block)| *extent == id.0 && *block >= first)
     }
 
     /// Lets requests that waited for a slot try again.
@@ -359,6 +380,13 @@ impl Shard {
             }
         }
     }
+}
+
+/// The first block of an extent that is gone when a layer ends before `from_block`; 1024 when none is.
+fn first_gone(number: u32, from_block: u64) -> u16 {
+    let begin = u64::from(number) * u64::from(EXTENT_BLOCKS);
+    let first = from_block.saturating_sub(begin).min(u64::from(EXTENT_BLOCKS));
+    u16::try_from(first).expect("at most 1024")
 }
 
 /// Copies a part of the payload's block at `index` into `old`, which takes its place. The payload's own chunk is only read:
