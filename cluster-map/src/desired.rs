@@ -32,6 +32,8 @@ pub struct Desired {
     pub cores: Vec<u16>,
     /// How frames are sent and received. Read at data-plane start only.
     pub link: LinkChoice,
+    /// By what frames are to reach the core that serves their export. Read at data-plane start only.
+    pub steering: SteeringChoice,
     /// The logical interfaces to serve on, in ordinal order, at most [`MAX_INTERFACES`]: `eth0`, or `eth0@100` for the
     /// frames of VLAN 100. Read at data-plane start only.
     pub interfaces: Vec<String>,
@@ -58,6 +60,20 @@ pub enum LinkChoice {
     AfXdp,
     /// AF_PACKET.
     AfPacket,
+}
+
+/// By what frames are to reach the core that serves their export, where there are several cores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SteeringChoice {
+    /// By the NIC's receive rules where it takes them, else by the XDP program, else cores hand them over.
+    #[default]
+    Auto,
+    /// By the NIC's receive rules, as far as it takes them.
+    Nic,
+    /// By the XDP program.
+    Program,
+    /// Cores hand them over.
+    HandOver,
 }
 
 /// A store to open.
@@ -182,6 +198,7 @@ enum AllowKind {
 
 codes!(AllowKind { Nobody = 0, Anyone = 1, Only = 2, });
 codes!(LinkChoice { Auto = 0, AfXdp = 1, AfPacket = 2, });
+codes!(SteeringChoice { Auto = 0, Nic = 1, Program = 2, HandOver = 3, });
 codes!(VolumeIntent { Active = 0, Purging = 1, });
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -192,7 +209,8 @@ struct Head {
     node: [u8; 16],
     link: u8,
     drain: u8,
-    reserved: [u8; 2],
+    steering: u8,
+    reserved: u8,
     cores: Table,
     interfaces: Table,
     stores: Table,
@@ -428,7 +446,8 @@ impl Desired {
             node: self.node.0,
             link: self.link.code(),
             drain: self.drain.into(),
-            reserved: [0; 2],
+            steering: self.steering.code(),
+            reserved: 0,
             cores: to.table(&self.cores, |_, cpu| Ok(CoreRecord { cpu: (*cpu).into() }))?,
             interfaces: to
                 .table(&self.interfaces, |to, name| Ok(InterfaceRecord { name: to.text(name)? }))?,
@@ -452,6 +471,7 @@ impl Desired {
             node: NodeId(head.node),
             cores: from.table(&head.cores, |_, core: CoreRecord| Ok(core.cpu.get()))?,
             link: LinkChoice::from_code(head.link)?,
+            steering: SteeringChoice::from_code(head.steering)?,
             interfaces: from.table(&head.interfaces, |from, one: InterfaceRecord| from.text(one.name))?,
             stores: from.table(&head.stores, |from, store: StoreRecord| store.decode(from))?,
             volumes: from.table(&head.volumes, |_, volume: VolumeRecord| volume.decode())?,
@@ -525,8 +545,14 @@ pub(crate) mod tests {
     /// Any desired state, with version 0.
     pub(crate) fn any_desired() -> impl Strategy<Value = Desired> {
         let link = prop_oneof![Just(LinkChoice::Auto), Just(LinkChoice::AfXdp), Just(LinkChoice::AfPacket)];
+        let steering = prop_oneof![
+            Just(SteeringChoice::Auto),
+            Just(SteeringChoice::Nic),
+            Just(SteeringChoice::Program),
+            Just(SteeringChoice::HandOver)
+        ];
         let ids = (any::<[u8; 16]>(), any::<[u8; 16]>());
-        let start = (vec(any::<u16>(), 0..5), link, vec("[a-z0-9]{0,15}", 0..4));
+        let start = (vec(any::<u16>(), 0..5), link, steering, vec("[a-z0-9]{0,15}", 0..4));
         let rest = (
             vec(store(), 0..6),
             vec(volume(), 0..9),
@@ -535,13 +561,18 @@ pub(crate) mod tests {
             any::<bool>(),
         );
         (ids, start, rest).prop_map(
-            |((cluster, node), (cores, link, interfaces), (stores, volumes, exports, answers, drain))| {
+            |(
+                (cluster, node),
+                (cores, link, steering, interfaces),
+                (stores, volumes, exports, answers, drain),
+            )| {
                 Desired {
                     version: 0,
                     cluster: ClusterId(cluster),
                     node: NodeId(node),
                     cores,
                     link,
+                    steering,
                     interfaces,
                     stores,
                     volumes,

@@ -41,7 +41,7 @@ pub use change::{
 pub use clients::{ClientCounter, ClientSnapshot};
 pub use desired::{
     Allow, AoePolicy, Desired, DesiredExport, DesiredStore, DesiredVolume, EVERY_INTERFACE, LinkChoice,
-    MAX_INTERFACES, VolumeIntent,
+    MAX_INTERFACES, SteeringChoice, VolumeIntent,
 };
 pub use error::{MapError, Role};
 pub use ids::{ClusterId, NodeId, ParseIdError, StoreId, VolumeId};

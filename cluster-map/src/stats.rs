@@ -122,6 +122,8 @@ counters! {
     DiskWrites = "disk_writes",
     /// Writes dropped because a newer one of the same host to the same sectors had come before.
     LateWrites = "late_writes",
+    /// Frames handed to the core that serves their export, because they came in by another one.
+    HandedOver = "handed_over",
 }
 
 /// What durations a core measures.

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Parser, ValueEnum};
-use cluster_map::{ClusterId, ControlMap, LinkChoice, MapError, NodeId};
+use cluster_map::{ClusterId, ControlMap, LinkChoice, MapError, NodeId, SteeringChoice};
 use rustix::fs::FlockOperation;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
@@ -76,6 +76,9 @@ pub struct Options {
     /// How frames are received and sent
     #[arg(long, env = "TORUS_LINK", value_name = "MODE", default_value = "auto")]
     pub link: LinkOption,
+    /// By what frames reach the core that serves their export
+    #[arg(long, env = "TORUS_STEERING", value_name = "WAY", default_value = "auto")]
+    pub steering: SteeringOption,
     /// Address of the HTTP API
     #[arg(long, env = "TORUS_API", value_name = "ADDR", default_value = "127.0.0.1:4321")]
     pub api: SocketAddr,
@@ -110,6 +113,30 @@ impl From<LinkOption> for LinkChoice {
             LinkOption::Auto => Self::Auto,
             LinkOption::AfXdp => Self::AfXdp,
             LinkOption::AfPacket => Self::AfPacket,
+        }
+    }
+}
+
+/// `--steering`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SteeringOption {
+    /// The NIC's receive rules where it takes them, else the XDP program, else hand-over
+    Auto,
+    /// The NIC's receive rules, as far as it takes them
+    Nic,
+    /// The XDP program
+    Program,
+    /// Nothing: cores hand frames over
+    HandOver,
+}
+
+impl From<SteeringOption> for SteeringChoice {
+    fn from(option: SteeringOption) -> Self {
+        match option {
+            SteeringOption::Auto => Self::Auto,
+            SteeringOption::Nic => Self::Nic,
+            SteeringOption::Program => Self::Program,
+            SteeringOption::HandOver => Self::HandOver,
         }
     }
 }
@@ -188,7 +215,8 @@ fn check(options: &Options) -> Result<Checked> {
     stores.iter().try_for_each(checks::check_store_path)?;
     let named_stores = stores.iter().map(|s| s.path.clone()).collect();
     let interfaces = interfaces.iter().map(ToString::to_string).collect();
-    let settings = Settings { cores, link, interfaces, named_stores };
+    let steering = options.steering.into();
+    let settings = Settings { cores, link, steering, interfaces, named_stores };
     Ok(Checked { name, settings, stores, program })
 }
 

@@ -631,6 +631,7 @@ impl Follower {
             desired.cores.clone_from(&self.settings.cores);
             desired.interfaces.clone_from(&self.settings.interfaces);
             desired.link = self.settings.link;
+            desired.steering = self.settings.steering;
             desired.drain = false;
             self.put(desired)?;
         }

@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_map::{
     Desired, DesiredExport, DesiredStore, DesiredVolume, Durability, EVERY_INTERFACE, ExportState,
-    LinkChoice, LinkMode, NodeId, Observed, ObservedVolume, StoreState, VolumeIntent, VolumeObserved,
+    LinkChoice, LinkMode, NodeId, Observed, ObservedVolume, SteeringChoice, StoreState, VolumeIntent,
+    VolumeObserved,
 };
 
 use crate::meta::{Compare, Txn};
@@ -31,6 +32,8 @@ pub struct Settings {
     pub cores: Vec<u16>,
     /// Which kind of link.
     pub link: LinkChoice,
+    /// By what frames reach their cores.
+    pub steering: SteeringChoice,
     /// Interfaces to serve on.
     pub interfaces: Vec<String>,
     /// Paths of the stores that are named at start, as opposed to those added later.
@@ -84,6 +87,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         node,
         cores: settings.cores.clone(),
         link: settings.link,
+        steering: settings.steering,
         interfaces: settings.interfaces.clone(),
         stores: stores.collect(),
         volumes: volumes.collect(),

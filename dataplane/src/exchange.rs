@@ -3,13 +3,16 @@
 //! Invariants:
 //! * A queue that is full refuses; the sender counts a drop and keeps what it wanted to send. Nothing waits.
 //! * A sleeper is never missed: it announces its sleep before it looks at its queues a last time, and a sender queues
-//!   before it looks for the announcement, both with sequentially consistent order between the two steps.
+//!   before it looks for the announcement, both with sequentially consistent order between the two steps. One sender takes
+//!   the announcement away, and with it the duty to wake.
+//! * Chunks on their way home wake nobody until a batch of them waits: a sleeper needs them only when it is awake.
 //! * Chunks travel with the message that names them and go home to the core that owns them.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
+use af_xdp::region::RECEIVE_CHUNKS_MIN;
 use aoe_xdp::link::{Chunk, RxFrame, Segments};
 use aoe_xdp::target::{ChangeOutcome, ExportTable, Ingress, ReplyHead};
 use cluster_map::{Durability, LinkLosses};
@@ -21,6 +24,10 @@ use crate::store::extent::shard::{Object, ScrubTask, Shard};
 
 /// Messages that may wait for a core: a few receive batches from every other core.
 const MESSAGES_MAX: usize = 4096;
+
+/// A sleeper is woken when this many messages wait for it, though they be chunks only: half of what the kernel has at
+/// least for every queue, so that other cores never receive a queue dry whose owner sleeps.
+const HOMECOMING_MAX: usize = RECEIVE_CHUNKS_MIN as usize / 2;
 
 /// What one core asks another to do.
 #[derive(Debug)]
@@ -194,14 +201,18 @@ impl Mailbox {
         self.wake.get()
     }
 
-    /// Queues a message. Whether the owner sleeps and must be woken.
+    /// Queues a message. Whether the owner sleeps and must be woken, by this sender and no other.
     ///
     /// # Errors
     /// The message, when the box is full.
     pub fn send(&self, message: Message) -> Result<bool, Message> {
+        let may_wait = matches!(message, Message::TakeBack(_));
         self.messages.push(message)?;
         fence(Ordering::SeqCst);
-        Ok(self.sleeping.load(Ordering::Relaxed))
+        let must_wake = || !may_wait || self.messages.len() >= HOMECOMING_MAX;
+        Ok(self.sleeping.load(Ordering::Relaxed)
+            && must_wake()
+            && self.sleeping.swap(false, Ordering::Relaxed))
     }
 
     /// The next message.
@@ -273,6 +284,7 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aoe_xdp::link::{Region, RegionConfig};
 
     #[test]
     fn a_sender_sees_a_sleeper_and_a_sleeper_sees_a_message() {
@@ -288,6 +300,35 @@ mod tests {
         assert!(mailbox.receive().is_some());
         assert!(mailbox.begin_sleep());
         assert!(mailbox.send(message()).unwrap(), "must be woken");
+        assert!(!mailbox.send(message()).unwrap(), "somebody does that already");
+        assert!(!mailbox.begin_sleep());
+    }
+
+    #[test]
+    fn chunks_come_home_in_batches_and_anything_else_at_once() {
+        let config = RegionConfig { cores: 1, chunks_per_core: 64, headers_per_core: 64 };
+        let mut pool = Region::new(config).unwrap().pool(0).unwrap();
+        let mailbox = Mailbox::new().unwrap();
+        for interrupted in [false, true] {
+            assert!(mailbox.begin_sleep());
+            for count in 1..HOMECOMING_MAX {
+                let chunk = pool.take_chunk().unwrap();
+                assert!(!mailbox.send(Message::TakeBack(chunk)).unwrap(), "{count} may wait");
+            }
+            let last = if interrupted {
+                Message::Changed { token: 1, outcome: ChangeOutcome::Refused }
+            } else {
+                Message::TakeBack(pool.take_chunk().unwrap())
+            };
+            assert!(mailbox.send(last).unwrap());
+            assert!(!mailbox.begin_sleep(), "nobody sleeps on what waits");
+            while let Some(message) = mailbox.receive() {
+                if let Message::TakeBack(chunk) = message {
+                    pool.release(chunk);
+                }
+            }
+        }
+        assert_eq!(pool.free_chunks(), pool.chunk_capacity());
     }
 
     #[test]

@@ -22,7 +22,7 @@ mod waiting;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use aoe_xdp::link::{LinkStats, Pool, Queue, Region, RxFrame, TxFrame};
+use aoe_xdp::link::{Lane, LinkStats, Pool, Queue, Region, RxFrame, TxFrame};
 use cluster_map::{CoreClients, CoreStats};
 use rustix::time::{ClockId, clock_gettime};
 use torus_uring::{Ring, RingConfig, RingError};
@@ -47,7 +47,7 @@ const CLIENTS_MAX: u32 = REQUESTS_MAX;
 const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: CLIENTS_MAX, device_depth: 128 };
 /// Disk requests that a core has in flight; what its stores have beyond that waits. Enough for two at a time of every request.
 pub const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
-/// Frames taken from one queue in one go: large enough to spread the cost of a system call, small enough that a batch's
+/// Frames taken from one queue or lane in one go: large enough to spread the cost of a system call, small enough that a batch's
 /// first answer leaves soon.
 const RX_BATCH: usize = 64;
 /// Answers that wait for room in one transmit ring.
@@ -57,7 +57,7 @@ const SPIN_NS_MIN: u64 = 2_000;
 /// How often the kernel's counters are read.
 const LINK_STATS_NS: u64 = 1_000_000_000;
 
-/// `poll` tokens: queues by position, then the doorbell.
+/// `poll` tokens: queues by position, lanes by position after them, then the doorbell.
 const DOORBELL: u32 = u32::MAX;
 
 /// How answers leave by an interface.
@@ -79,6 +79,8 @@ pub struct Parts {
     pub pool: Pool,
     /// Its queues.
     pub queues: Vec<OwnedQueue>,
+    /// Its lanes on queues of other cores.
+    pub lanes: Vec<OwnedLane>,
     /// By interface ordinal.
     pub egress: Vec<Egress>,
     /// The letter boxes of all cores, its own among them.
@@ -111,6 +113,26 @@ impl OwnedQueue {
     }
 }
 
+/// A lane for a core to receive by.
+pub struct OwnedLane {
+    lane: Lane,
+    losses: Arc<Losses>,
+}
+
+impl OwnedLane {
+    /// For that lane.
+    #[must_use]
+    pub fn new(lane: Lane) -> OwnedLane {
+        OwnedLane { lane, losses: Arc::default() }
+    }
+
+    /// What the lane has lost, kept up to date by its core.
+    #[must_use]
+    pub fn losses(&self) -> Arc<Losses> {
+        Arc::clone(&self.losses)
+    }
+}
+
 struct OwnQueue {
     queue: Queue,
     armed: bool,
@@ -120,6 +142,13 @@ struct OwnQueue {
     backlog: VecDeque<(u8, TxFrame)>,
 }
 
+struct OwnLane {
+    lane: Lane,
+    armed: bool,
+    seen: LinkStats,
+    losses: Arc<Losses>,
+}
+
 /// A core at work.
 pub struct Reactor {
     core: u16,
@@ -127,6 +156,7 @@ pub struct Reactor {
     pool: Pool,
     ring: Ring,
     queues: Vec<OwnQueue>,
+    lanes: Vec<OwnLane>,
     egress: Vec<Egress>,
     mailboxes: Arc<[Mailbox]>,
     stats: CoreStats,
@@ -175,12 +205,19 @@ impl Reactor {
             losses: owned.losses,
             backlog: VecDeque::with_capacity(BACKLOG_MAX),
         });
+        let lanes = parts.lanes.into_iter().map(|owned| OwnLane {
+            lane: owned.lane,
+            armed: false,
+            seen: LinkStats::default(),
+            losses: owned.losses,
+        });
         Ok(Reactor {
             core: parts.core,
             region,
             pool: parts.pool,
             ring,
             queues: queues.collect(),
+            lanes: lanes.collect(),
             egress: parts.egress,
             mailboxes: parts.mailboxes,
             stats: parts.stats,

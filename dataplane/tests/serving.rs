@@ -142,6 +142,7 @@ impl Node {
             let parts = Parts {
                 core,
                 pool,
+                lanes: Vec::new(),
                 queues: queue.take().map(OwnedQueue::new).into_iter().collect(),
                 egress: vec![if core == 0 { Egress::Own(0) } else { Egress::Other(0) }],
                 mailboxes: Arc::clone(&node.mailboxes),

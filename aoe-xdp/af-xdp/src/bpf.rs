@@ -1,4 +1,4 @@
-//! The bpf(2) calls: an XSKMAP, a loaded program, and the link that attaches it to an interface.
+//! The bpf(2) calls: a map of sockets, one of addresses, a loaded program, and the link that attaches it to an interface.
 //!
 //! Each is a file descriptor owned by this process. When the link's is closed, by drop or by the end of
 //! the process, the kernel detaches the program; so a crash leaves nothing behind.
@@ -15,11 +15,14 @@ use crate::program::Program;
 // Commands, types and flags of include/uapi/linux/bpf.h and if_link.h.
 const BPF_MAP_CREATE: i32 = 0;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
+const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_PROG_LOAD: i32 = 5;
 #[cfg(test)]
 const BPF_PROG_TEST_RUN: i32 = 10;
 const BPF_LINK_CREATE: i32 = 28;
+const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_XSKMAP: u32 = 17;
+const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_PROG_TYPE_XDP: u32 = 6;
 const BPF_ATTACH_TYPE_XDP: u32 = 37;
 const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
@@ -39,7 +42,7 @@ struct MapCreate {
     map_flags: u32,
 }
 
-/// `union bpf_attr` of `BPF_MAP_UPDATE_ELEM`.
+/// `union bpf_attr` of `BPF_MAP_UPDATE_ELEM` and `BPF_MAP_DELETE_ELEM`, which looks at the key alone.
 #[repr(C)]
 struct MapUpdate {
     map_fd: i32,
@@ -111,7 +114,18 @@ fn address<T: ?Sized>(of: *const T) -> u64 {
     of.cast::<u8>().addr() as u64
 }
 
-/// A map from receive queue to AF_XDP socket.
+/// Makes a map of words or, for a hash, of address keys.
+fn create_map(map_type: u32, key_bytes: u32, entries: u32, map_flags: u32) -> Result<OwnedFd, Error> {
+    let mut attributes =
+        MapCreate { map_type, key_bytes, value_bytes: WORD_BYTES, max_entries: entries, map_flags };
+    // SAFETY: the structure of the command; no addresses.
+    unsafe { bpf_fd(BPF_MAP_CREATE, &mut attributes) }
+        .map_err(|source| Error::privileged("creating a BPF map", BPF_CAPABILITIES, source))
+}
+
+const WORD_BYTES: u32 = 4;
+
+/// A map from a number to an AF_XDP socket: the receive queue's, or one of several sockets on it.
 #[derive(Debug)]
 pub struct XskMap {
     fd: OwnedFd,
@@ -119,43 +133,104 @@ pub struct XskMap {
 }
 
 impl XskMap {
-    /// Makes a map for queues 0 to `entries` - 1.
+    /// Makes a map for the numbers 0 to `entries` - 1.
     ///
     /// # Errors
     ///
     /// [`Error::Privilege`] naming `CAP_BPF`, or what the kernel said.
     pub fn new(entries: u32) -> Result<Self, Error> {
-        let mut attributes = MapCreate {
-            map_type: BPF_MAP_TYPE_XSKMAP,
-            key_bytes: 4,
-            value_bytes: 4,
-            max_entries: entries,
-            map_flags: 0,
-        };
-        // SAFETY: the structure of the command; no addresses.
-        let fd = unsafe { bpf_fd(BPF_MAP_CREATE, &mut attributes) }
-            .map_err(|source| Error::privileged("creating a BPF map", BPF_CAPABILITIES, source))?;
-        Ok(Self { fd, entries })
+        Ok(Self { fd: create_map(BPF_MAP_TYPE_XSKMAP, WORD_BYTES, entries, 0)?, entries })
     }
 
-    /// Sends the frames of `queue` to `socket`. The entry goes away with the socket.
+    /// Puts `socket` at `number`. The entry goes away with the socket.
     ///
     /// # Errors
     ///
     /// What the kernel said.
-    pub fn set(&self, queue: u32, socket: BorrowedFd<'_>) -> Result<(), Error> {
-        debug_assert!(queue < self.entries);
+    pub fn set(&self, number: u32, socket: BorrowedFd<'_>) -> Result<(), Error> {
+        debug_assert!(number < self.entries);
         let value = socket.as_raw_fd();
         let mut attributes = MapUpdate {
             map_fd: self.fd.as_raw_fd(),
             padding: 0,
-            key: address(&raw const queue),
+            key: address(&raw const number),
             value: address(&raw const value),
             flags: 0,
         };
         // SAFETY: the structure of the command; key and value are four readable bytes each.
         unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attributes) }.map(drop).map_err(|source| {
             Error::privileged("putting an AF_XDP socket into the BPF map", BPF_CAPABILITIES, source)
+        })
+    }
+}
+
+/// Bytes of a key of an [`AddressMap`]: a MAC, then zeros.
+pub(crate) const ADDRESS_KEY_BYTES: usize = 8;
+
+/// A key as the program puts it together: four bytes, then two as a word.
+pub(crate) fn address_key(mac: [u8; 6]) -> [u8; ADDRESS_KEY_BYTES] {
+    let [a, b, c, d, e, f] = mac;
+    let [w, x, y, z] = u32::from(u16::from_ne_bytes([e, f])).to_ne_bytes();
+    [a, b, c, d, w, x, y, z]
+}
+
+/// A map from destination address to lane, which the program adds to the receive queue's place in the map of sockets.
+#[derive(Debug)]
+pub struct AddressMap {
+    fd: OwnedFd,
+    queues: u32,
+}
+
+impl AddressMap {
+    /// Makes a map with room for `entries` addresses, for an interface of `queues` receive queues.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Privilege`] naming `CAP_BPF`, or what the kernel said.
+    pub fn new(entries: u32, queues: u32) -> Result<Self, Error> {
+        let key_bytes = u32::try_from(ADDRESS_KEY_BYTES).expect("a few bytes");
+        // Entries are made as they come: most nodes have few.
+        let fd = create_map(BPF_MAP_TYPE_HASH, key_bytes, entries, BPF_F_NO_PREALLOC)?;
+        Ok(Self { fd, queues })
+    }
+
+    /// The place of a lane of a queue in the map of sockets. Lane 0 is where frames of unknown addresses go.
+    pub fn place(&self, lane: u16, queue: u32) -> u32 {
+        u32::from(lane) * self.queues + queue
+    }
+
+    /// Sends frames for `mac` to that lane from now on.
+    ///
+    /// # Errors
+    ///
+    /// `E2BIG` where the map is full; otherwise what the kernel said.
+    pub fn set(&self, mac: [u8; 6], lane: u16) -> Result<(), Error> {
+        let place = self.place(lane, 0);
+        self.change(BPF_MAP_UPDATE_ELEM, mac, Some(&place))
+    }
+
+    /// Sends frames for `mac` to lane 0 again.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` where it has no other lane; otherwise what the kernel said.
+    pub fn remove(&self, mac: [u8; 6]) -> Result<(), Error> {
+        self.change(BPF_MAP_DELETE_ELEM, mac, None)
+    }
+
+    fn change(&self, command: i32, mac: [u8; 6], value: Option<&u32>) -> Result<(), Error> {
+        let key = address_key(mac);
+        let mut attributes = MapUpdate {
+            map_fd: self.fd.as_raw_fd(),
+            padding: 0,
+            key: address(&raw const key),
+            // The kernel refuses what a command does not look at, unless it is zero.
+            value: value.map_or(0, |place| address(std::ptr::from_ref(place))),
+            flags: 0,
+        };
+        // SAFETY: the structure of the command; key and value are readable, of the sizes that the map was made with.
+        unsafe { bpf(command, &mut attributes) }.map(drop).map_err(|source| {
+            Error::privileged("steering an address by the BPF map", BPF_CAPABILITIES, source)
         })
     }
 }
@@ -173,8 +248,22 @@ impl LoadedProgram {
     ///
     /// [`Error::Privilege`] naming `CAP_BPF`, or [`Error::Verifier`] with the verifier's log.
     pub fn load(filter: &FrameFilter, map: &XskMap) -> Result<Self, Error> {
-        let program = Program::redirect_by_queue(filter, map.fd.as_raw_fd());
-        match load(&program, &mut []) {
+        Self::load_program(&Program::redirect_by_queue(filter, map.fd.as_raw_fd()))
+    }
+
+    /// Loads the program that sends the frames which `filter` wants to the socket in `map` at the place of their address's
+    /// lane on their queue.
+    ///
+    /// # Errors
+    ///
+    /// As for [`LoadedProgram::load`].
+    pub fn load_steering(filter: &FrameFilter, map: &XskMap, addresses: &AddressMap) -> Result<Self, Error> {
+        let (sockets, lanes) = (map.fd.as_raw_fd(), addresses.fd.as_raw_fd());
+        Self::load_program(&Program::redirect_by_address(filter, sockets, lanes, addresses.queues))
+    }
+
+    fn load_program(program: &Program) -> Result<Self, Error> {
+        match load(program, &mut []) {
             Ok(fd) => Ok(Self { fd }),
             Err(source) if matches!(source.raw_os_error(), Some(libc::EPERM)) => {
                 Err(Error::privileged("loading an XDP program", BPF_CAPABILITIES, source))
@@ -182,7 +271,7 @@ impl LoadedProgram {
             Err(source) => {
                 let mut log = vec![0; LOG_BYTES];
                 // Once more for the verifier's words; the error that counts is the first.
-                let _refused_again = load(&program, &mut log);
+                let _refused_again = load(program, &mut log);
                 let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
                 let text = String::from_utf8_lossy(&log[..end]).trim().to_owned();
                 Err(Error::Verifier { source, log: text })

@@ -142,13 +142,15 @@ impl RxFrame {
 
     /// Takes an 802.1Q tag out of the frame, where there is one: the addresses move four bytes towards it.
     ///
-    /// # Panics
+    /// # Safety
     ///
-    /// For chunks of another core's range.
-    pub fn take_tag_out(&mut self, pool: &mut Pool) {
+    /// The first slice's chunk must have no other handle, and the kernel must be done with it.
+    pub(crate) unsafe fn take_tag_out(&mut self, region: &Region) {
         let Some(first) = self.segments.slots[0].as_mut() else { return };
         let start = usize::from(first.offset);
-        let bytes = &mut pool.bytes_mut(&mut first.chunk)[start..start + usize::from(first.len)];
+        // SAFETY: the caller's word.
+        let whole = unsafe { region.sole_bytes_mut(&mut first.chunk) };
+        let bytes = &mut whole[start..start + usize::from(first.len)];
         let Some(&[protocol_high, protocol_low, control_high, control_low]) =
             bytes.get(TAG_AT..TAG_AT + TAG_LEN)
         else {

@@ -11,10 +11,13 @@
 //!   when the process ends, however it ends.
 //! * What was obtained from the kernel (mode, zero-copy, segments) is readable, never assumed.
 //!
-//! Under `--cfg loom` only the ring cursors are built, for the model check.
+//! Under `--cfg loom` only the ring cursors and the count of what lanes take are built, for the model check.
 
 mod ring;
+mod taken;
 
+#[cfg(not(loom))]
+mod assembly;
 #[cfg(not(loom))]
 pub mod bpf;
 #[cfg(not(loom))]
@@ -23,6 +26,8 @@ mod error;
 pub mod frame;
 #[cfg(not(loom))]
 pub mod frame_filter;
+#[cfg(not(loom))]
+pub mod lane;
 #[cfg(not(loom))]
 mod netdev;
 #[cfg(not(loom))]

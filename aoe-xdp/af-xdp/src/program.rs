@@ -1,7 +1,8 @@
 //! The XDP program, emitted as instructions: no compiler and no object file.
 //!
-//! What it does: a frame that the [`FrameFilter`] wants is redirected to the AF_XDP socket of the queue it came in on;
-//! everything else, and everything on a queue without a socket, goes to the host as before. It never drops. The
+//! What it does: a frame that the [`FrameFilter`] wants is redirected to the AF_XDP socket of the queue it came in on, or,
+//! where there are several on a queue, to the one of its destination's lane; everything else, and everything on a queue
+//! without a socket, goes to the host as before. It never drops. The
 //! instruction set is that of Documentation/bpf/standardization/instruction-set.rst.
 
 use crate::frame_filter::{FrameFilter, TAG_BYTES, TAG_PROTOCOL, VLAN_ID_MASK};
@@ -9,6 +10,8 @@ use crate::sys::BpfInsn;
 
 /// `XDP_PASS` of include/uapi/linux/bpf.h.
 pub(crate) const XDP_PASS: i32 = 2;
+/// `BPF_FUNC_map_lookup_elem` of include/uapi/linux/bpf.h.
+const HELPER_LOOKUP: i32 = 1;
 /// `BPF_FUNC_redirect_map` of include/uapi/linux/bpf.h.
 const HELPER_REDIRECT_MAP: i32 = 51;
 /// Offsets in `struct xdp_md`.
@@ -24,7 +27,8 @@ const PAYLOAD_OFFSET: i16 = 14;
 /// Where the tag's control information is.
 const TAG_OFFSET: i16 = 14;
 
-/// A register of the eBPF machine; `R0` is the result, `R1` to `R5` are arguments, `R6` survives calls.
+/// A register of the eBPF machine; `R0` is the result, `R1` to `R5` are arguments, `R6` and `R7` survive calls, `R10` is the
+/// end of the stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Register {
@@ -35,6 +39,8 @@ enum Register {
     R4 = 4,
     R5 = 5,
     R6 = 6,
+    R7 = 7,
+    R10 = 10,
 }
 
 /// How many bytes a load reads.
@@ -50,14 +56,17 @@ mod code {
     pub(super) const MOV_REGISTER: u8 = 0xbf;
     pub(super) const MOV_IMMEDIATE: u8 = 0xb7;
     pub(super) const ADD_IMMEDIATE: u8 = 0x07;
+    pub(super) const ADD_REGISTER: u8 = 0x0f;
     pub(super) const AND_IMMEDIATE: u8 = 0x57;
     pub(super) const LOAD_U32: u8 = 0x61;
     pub(super) const LOAD_U16: u8 = 0x69;
     pub(super) const LOAD_U8: u8 = 0x71;
+    pub(super) const STORE_U32: u8 = 0x63;
     pub(super) const LOAD_IMMEDIATE_64: u8 = 0x18;
     pub(super) const JUMP: u8 = 0x05;
     pub(super) const JUMP_EQUAL_IMMEDIATE: u8 = 0x15;
     pub(super) const JUMP_GREATER_REGISTER: u8 = 0x2d;
+    pub(super) const JUMP_GREATER_EQUAL_IMMEDIATE: u8 = 0x35;
     pub(super) const JUMP_ANY_BIT_IMMEDIATE: u8 = 0x45;
     pub(super) const JUMP_NOT_EQUAL_IMMEDIATE: u8 = 0x55;
     pub(super) const CALL: u8 = 0x85;
@@ -72,6 +81,7 @@ enum Label {
     Untagged,
     Tagged,
     Redirect,
+    Unknown,
     Pass,
 }
 
@@ -101,6 +111,10 @@ impl Assembler {
         self.emit(code::ADD_IMMEDIATE, target, 0, 0, value);
     }
 
+    fn add_register(&mut self, target: Register, source: Register) {
+        self.emit(code::ADD_REGISTER, target, source as u8, 0, 0);
+    }
+
     fn and(&mut self, target: Register, value: i32) {
         self.emit(code::AND_IMMEDIATE, target, 0, 0, value);
     }
@@ -112,6 +126,10 @@ impl Assembler {
             Width::U32 => code::LOAD_U32,
         };
         self.emit(code, target, source as u8, offset, 0);
+    }
+
+    fn store_u32(&mut self, target: Register, offset: i16, source: Register) {
+        self.emit(code::STORE_U32, target, source as u8, offset, 0);
     }
 
     fn load_map(&mut self, target: Register, map_fd: i32) {
@@ -159,6 +177,54 @@ impl Assembler {
     }
 }
 
+/// Goes on with the frames that `filter` wants: `R6` is the context, `R2` the frame's first byte. All others go to
+/// [`Label::Pass`].
+fn select(asm: &mut Assembler, filter: &FrameFilter) {
+    use Register::{R1, R2, R3, R5, R6};
+    asm.copy(R6, R1);
+    asm.load(Width::U32, R2, R6, CONTEXT_DATA);
+    asm.load(Width::U32, R3, R6, CONTEXT_DATA_END);
+    asm.require_bytes(PAYLOAD_OFFSET + 1);
+    asm.load(Width::U16, R5, R2, ETHERTYPE_OFFSET);
+    if filter.untagged {
+        asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R5, 0, on_wire(filter.ethertype), Label::Untagged);
+    }
+    asm.jump_if(code::JUMP_NOT_EQUAL_IMMEDIATE, R5, 0, on_wire(TAG_PROTOCOL), Label::Pass);
+    asm.require_bytes(PAYLOAD_OFFSET + TAG + 1);
+    asm.load(Width::U16, R5, R2, ETHERTYPE_OFFSET + TAG);
+    asm.jump_if(code::JUMP_NOT_EQUAL_IMMEDIATE, R5, 0, on_wire(filter.ethertype), Label::Pass);
+    asm.load(Width::U16, R5, R2, TAG_OFFSET);
+    asm.and(R5, on_wire(VLAN_ID_MASK));
+    for vlan in filter.vlan_ids() {
+        asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R5, 0, on_wire(vlan), Label::Tagged);
+    }
+    asm.jump(Label::Pass);
+    asm.bind(Label::Tagged);
+    let rejected = i32::from(filter.rejected_flags);
+    asm.load(Width::U8, R5, R2, PAYLOAD_OFFSET + TAG);
+    asm.jump_if(code::JUMP_ANY_BIT_IMMEDIATE, R5, 0, rejected, Label::Pass);
+    asm.jump(Label::Redirect);
+    if filter.untagged {
+        asm.bind(Label::Untagged);
+        asm.load(Width::U8, R5, R2, PAYLOAD_OFFSET);
+        asm.jump_if(code::JUMP_ANY_BIT_IMMEDIATE, R5, 0, rejected, Label::Pass);
+    }
+    asm.bind(Label::Redirect);
+}
+
+/// Ends the program: redirects to the socket at place `R2` of a map, and passes what jumped to [`Label::Pass`].
+fn redirect(asm: &mut Assembler, map_fd: i32) {
+    use Register::{R0, R1, R3};
+    asm.load_map(R1, map_fd);
+    // The lowest bits of the flags are what a missing socket gives.
+    asm.set(R3, XDP_PASS);
+    asm.call(HELPER_REDIRECT_MAP);
+    asm.exit();
+    asm.bind(Label::Pass);
+    asm.set(R0, XDP_PASS);
+    asm.exit();
+}
+
 /// What a 16-bit load gives for a number that the wire has in network order.
 fn on_wire(number: u16) -> i32 {
     i32::from(number.to_be())
@@ -174,46 +240,45 @@ impl Program {
     /// Redirects the frames that `filter` wants to the socket that the map of descriptor `map_fd` holds for their
     /// receive queue, and passes everything else.
     pub(crate) fn redirect_by_queue(filter: &FrameFilter, map_fd: i32) -> Self {
-        use Register::{R0, R1, R2, R3, R5, R6};
+        use Register::{R2, R6};
         let mut asm = Assembler::default();
-        asm.copy(R6, R1);
-        asm.load(Width::U32, R2, R6, CONTEXT_DATA);
-        asm.load(Width::U32, R3, R6, CONTEXT_DATA_END);
-        asm.require_bytes(PAYLOAD_OFFSET + 1);
-        asm.load(Width::U16, R5, R2, ETHERTYPE_OFFSET);
-        if filter.untagged {
-            asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R5, 0, on_wire(filter.ethertype), Label::Untagged);
-        }
-        asm.jump_if(code::JUMP_NOT_EQUAL_IMMEDIATE, R5, 0, on_wire(TAG_PROTOCOL), Label::Pass);
-        asm.require_bytes(PAYLOAD_OFFSET + TAG + 1);
-        asm.load(Width::U16, R5, R2, ETHERTYPE_OFFSET + TAG);
-        asm.jump_if(code::JUMP_NOT_EQUAL_IMMEDIATE, R5, 0, on_wire(filter.ethertype), Label::Pass);
-        asm.load(Width::U16, R5, R2, TAG_OFFSET);
-        asm.and(R5, on_wire(VLAN_ID_MASK));
-        for vlan in filter.vlan_ids() {
-            asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R5, 0, on_wire(vlan), Label::Tagged);
-        }
-        asm.jump(Label::Pass);
-        asm.bind(Label::Tagged);
-        let rejected = i32::from(filter.rejected_flags);
-        asm.load(Width::U8, R5, R2, PAYLOAD_OFFSET + TAG);
-        asm.jump_if(code::JUMP_ANY_BIT_IMMEDIATE, R5, 0, rejected, Label::Pass);
-        asm.jump(Label::Redirect);
-        if filter.untagged {
-            asm.bind(Label::Untagged);
-            asm.load(Width::U8, R5, R2, PAYLOAD_OFFSET);
-            asm.jump_if(code::JUMP_ANY_BIT_IMMEDIATE, R5, 0, rejected, Label::Pass);
-        }
-        asm.bind(Label::Redirect);
-        asm.load_map(R1, map_fd);
+        select(&mut asm, filter);
         asm.load(Width::U32, R2, R6, CONTEXT_RX_QUEUE);
-        // The lowest bits of the flags are what a missing socket gives.
-        asm.set(R3, XDP_PASS);
-        asm.call(HELPER_REDIRECT_MAP);
-        asm.exit();
-        asm.bind(Label::Pass);
-        asm.set(R0, XDP_PASS);
-        asm.exit();
+        redirect(&mut asm, map_fd);
+        Self { instructions: asm.finish() }
+    }
+
+    /// Redirects the frames that `filter` wants to the socket that the map of descriptor `sockets_fd` holds at their receive
+    /// queue's number, and further on by what the map of descriptor `addresses_fd` holds for their destination. Passes
+    /// everything else, and what comes by none of the first `queues` queues.
+    pub(crate) fn redirect_by_address(
+        filter: &FrameFilter,
+        sockets_fd: i32,
+        addresses_fd: i32,
+        queues: u32,
+    ) -> Self {
+        use Register::{R0, R1, R2, R5, R6, R7, R10};
+        let mut asm = Assembler::default();
+        select(&mut asm, filter);
+        // The key, as `address_key` makes it.
+        asm.load(Width::U32, R5, R2, 0);
+        asm.store_u32(R10, -8, R5);
+        asm.load(Width::U16, R5, R2, 4);
+        asm.store_u32(R10, -4, R5);
+        asm.load_map(R1, addresses_fd);
+        asm.copy(R2, R10);
+        asm.add(R2, -8);
+        asm.call(HELPER_LOOKUP);
+        asm.set(R7, 0);
+        asm.jump_if(code::JUMP_EQUAL_IMMEDIATE, R0, 0, 0, Label::Unknown);
+        asm.load(Width::U32, R7, R0, 0);
+        asm.bind(Label::Unknown);
+        asm.load(Width::U32, R2, R6, CONTEXT_RX_QUEUE);
+        // A queue that came later has no places: its number is that of another lane.
+        let queues = i32::try_from(queues).expect("queue counts have 16 bits");
+        asm.jump_if(code::JUMP_GREATER_EQUAL_IMMEDIATE, R2, 0, queues, Label::Pass);
+        asm.add_register(R2, R7);
+        redirect(&mut asm, sockets_fd);
         Self { instructions: asm.finish() }
     }
 
@@ -225,7 +290,7 @@ impl Program {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bpf::{LoadedProgram, XskMap};
+    use crate::bpf::{AddressMap, LoadedProgram, XskMap, address_key};
     use crate::frame_filter::tests::{aoe, tagged_frame};
     use crate::nic::Nic;
     use crate::region::{Region, RegionConfig};
@@ -237,6 +302,9 @@ mod tests {
     const MAP_FD: i32 = 77;
     const DATA: u64 = 0x1_0000;
     const CONTEXT: u64 = 0x9_0000;
+    const STACK_END: u64 = 0xa_0000;
+    const VALUE: u64 = 0xb_0000;
+    const ADDRESSES_FD: i32 = 78;
 
     /// What the program asked for.
     #[derive(Debug, PartialEq, Eq)]
@@ -246,8 +314,13 @@ mod tests {
     }
 
     /// Runs a program on a frame: the subset of the machine that programs here use, with every access
-    /// checked. The helper ends the run, because its result is the program's.
-    fn interpret(program: &[BpfInsn], frame: &[u8], queue: u32) -> Outcome {
+    /// checked. The redirection ends the run, because its result is the program's. `lookup` is the map of addresses.
+    fn interpret(
+        program: &[BpfInsn],
+        frame: &[u8],
+        queue: u32,
+        lookup: impl Fn([u8; 8]) -> Option<u32>,
+    ) -> Outcome {
         let end = DATA + frame.len() as u64;
         let context = |offset: u64| match offset {
             0 => DATA,
@@ -257,6 +330,8 @@ mod tests {
         };
         let mut registers = [0u64; 11];
         registers[1] = CONTEXT;
+        registers[10] = STACK_END;
+        let (mut stack, mut value) = ([None; 8], 0);
         let mut at = 0;
         let mut called = None;
         loop {
@@ -270,17 +345,29 @@ mod tests {
                 0xbf => registers[target] = registers[source],
                 0xb7 => registers[target] = immediate,
                 0x07 => registers[target] = registers[target].wrapping_add(immediate),
+                0x0f => registers[target] = registers[target].wrapping_add(registers[source]),
                 0x57 => registers[target] &= immediate,
-                0x61 => {
-                    let offset = registers[source].strict_add_signed(instruction.offset.into()) - CONTEXT;
-                    registers[target] = context(offset);
+                0x63 => {
+                    let at = registers[target].strict_add_signed(instruction.offset.into());
+                    let at = usize::try_from(at - (STACK_END - 8)).unwrap();
+                    let word = u32::try_from(registers[source]).unwrap().to_ne_bytes();
+                    stack[at..at + 4].copy_from_slice(&word.map(Some));
                 }
-                code @ (0x69 | 0x71) => {
-                    let bytes = if code == 0x69 { 2 } else { 1 };
+                0x61 if registers[source] == CONTEXT => {
+                    registers[target] = context(u64::try_from(instruction.offset).unwrap());
+                }
+                0x61 if registers[source] == VALUE => registers[target] = u64::from(value),
+                code @ (0x61 | 0x69 | 0x71) => {
+                    let bytes = match code {
+                        0x61 => 4,
+                        0x69 => 2,
+                        _ => 1,
+                    };
                     let start = registers[source].strict_add_signed(instruction.offset.into());
                     assert!(start >= DATA && start + bytes <= end, "read outside the frame");
                     let at = usize::try_from(start - DATA).unwrap();
                     registers[target] = match bytes {
+                        4 => u64::from(u32::from_ne_bytes(frame[at..at + 4].try_into().unwrap())),
                         2 => u64::from(u16::from_ne_bytes([frame[at], frame[at + 1]])),
                         _ => u64::from(frame[at]),
                     };
@@ -293,8 +380,17 @@ mod tests {
                 0x2d if registers[target] > registers[source] => at = jump,
                 0x15 if registers[target] == immediate => at = jump,
                 0x45 if registers[target] & immediate != 0 => at = jump,
+                0x35 if registers[target] >= immediate => at = jump,
                 0x55 if registers[target] != immediate => at = jump,
-                0x2d | 0x15 | 0x45 | 0x55 => {}
+                0x2d | 0x15 | 0x35 | 0x45 | 0x55 => {}
+                0x85 if instruction.immediate == 1 => {
+                    assert_eq!((registers[1], registers[2]), (78, STACK_END - 8), "map and key");
+                    let key = stack.map(|byte| byte.expect("the key was written"));
+                    let found = lookup(key);
+                    value = found.unwrap_or(0);
+                    registers[0] = found.map_or(0, |_| VALUE);
+                    registers[1..6].fill(0xdead_dead_dead);
+                }
                 0x85 => {
                     assert_eq!(instruction.immediate, 51);
                     called =
@@ -308,7 +404,8 @@ mod tests {
     }
 
     fn run(filter: &FrameFilter, frame: &[u8], queue: u32) -> Outcome {
-        interpret(Program::redirect_by_queue(filter, MAP_FD).instructions(), frame, queue)
+        let nothing = |_| panic!("no addresses are looked up");
+        interpret(Program::redirect_by_queue(filter, MAP_FD).instructions(), frame, queue, nothing)
     }
 
     fn is_redirected(filter: &FrameFilter, frame: &[u8]) -> bool {
@@ -354,6 +451,39 @@ mod tests {
         assert!(is_redirected(&filter, &tagged[..19]));
     }
 
+    /// What steering on an interface of `queues` queues makes of a frame, with one address that has a lane.
+    fn steer(
+        filter: &FrameFilter,
+        frame: &[u8],
+        queue: u32,
+        queues: u32,
+        known: [u8; 6],
+        lane: u32,
+    ) -> Outcome {
+        let program = Program::redirect_by_address(filter, MAP_FD, ADDRESSES_FD, queues);
+        let lookup = |key| (key == address_key(known)).then_some(lane * queues);
+        interpret(program.instructions(), frame, queue, lookup)
+    }
+
+    #[test]
+    fn a_frame_goes_to_its_destinations_lane_on_its_queue() {
+        let known = [0x02, 0xaa, 1, 2, 3, 0x10];
+        let filter = FrameFilter { vlans: vec![7], ..aoe() };
+        let place = |key| Outcome::Redirect { map: 77, key, flags: 2 };
+        for mut frame in [frame_of([0x88, 0xa2], 60), frame_of([0x88, 0xa2], 15), tagged_frame(7, 0)] {
+            frame[..6].copy_from_slice(&known);
+            for queue in 0..4 {
+                assert_eq!(steer(&filter, &frame, queue, 4, known, 3), place(12 + u64::from(queue)));
+            }
+            assert_eq!(steer(&filter, &frame, 4, 4, known, 3), Outcome::Return(2), "a queue that came later");
+            for at in 0..6 {
+                let mut other = frame.clone();
+                other[at] ^= 0x10;
+                assert_eq!(steer(&filter, &other, 2, 4, known, 3), place(2), "byte {at}");
+            }
+        }
+    }
+
     proptest! {
         /// What the filter's own definition says, for frames that are almost or wholly ours.
         #[test]
@@ -378,6 +508,8 @@ mod tests {
             }
             let filter = FrameFilter { ethertype: AOE, untagged, vlans, rejected_flags };
             prop_assert_eq!(is_redirected(&filter, &frame), filter.wants(&frame));
+            let steered = steer(&filter, &frame, 3, 4, [0; 6], 1);
+            prop_assert_eq!(steered != Outcome::Return(2), filter.wants(&frame));
         }
     }
 
@@ -436,6 +568,55 @@ mod tests {
             for (frame, expected) in cases {
                 assert_eq!(program.test_run(&frame).unwrap(), expected, "{:x?}", &frame[12..20]);
             }
+        });
+    }
+
+    /// In the kernel: only an address whose lane has a socket is redirected, until its lane is taken away.
+    #[test]
+    fn the_kernel_redirects_to_the_lane_of_an_address() {
+        const XDP_REDIRECT: u32 = 4;
+        crate::netns::isolated("program::tests::the_kernel_redirects_to_the_lane_of_an_address", || {
+            crate::netns::veth_pair(1500, 1);
+            let config = RegionConfig { cores: 1, chunks_per_core: 16, headers_per_core: 64 };
+            let region = Region::new(config).unwrap();
+            let index = Nic::open("a0").unwrap().index();
+            let socket = SocketBuilder::new().ring_entries(64).bind(&region, index, 0).unwrap();
+            let addresses = AddressMap::new(2, 1).unwrap();
+            let map = XskMap::new(3).unwrap();
+            let filter = FrameFilter { vlans: vec![5], ..aoe() };
+            let program = LoadedProgram::load_steering(&filter, &map, &addresses).unwrap();
+            map.set(addresses.place(2, 0), socket.as_fd()).unwrap();
+            let run = |frame: &[u8]| program.test_run(frame).unwrap();
+            let to = |mac: [u8; 6], mut frame: Vec<u8>| {
+                frame[..6].copy_from_slice(&mac);
+                frame
+            };
+            let macs = [1, 2, 3].map(|last| [0x02, 0xaa, 0, 0, 0, last]);
+            addresses.set(macs[0], 2).unwrap();
+            addresses.set(macs[1], 1).unwrap();
+            let full = addresses.set(macs[2], 2).unwrap_err();
+            assert_eq!(full.errno(), Some(libc::E2BIG), "{full}");
+            for frame in [frame_of([0x88, 0xa2], 60), tagged_frame(5, 0)] {
+                assert_eq!(run(&to(macs[0], frame.clone())), XDP_REDIRECT);
+                assert_eq!(
+                    run(&to(macs[1], frame.clone())),
+                    XDP_PASS.cast_unsigned(),
+                    "a lane without a socket"
+                );
+                assert_eq!(
+                    run(&to(macs[2], frame.clone())),
+                    XDP_PASS.cast_unsigned(),
+                    "lane 0 has no socket here"
+                );
+            }
+            assert_eq!(run(&to(macs[0], tagged_frame(6, 0))), XDP_PASS.cast_unsigned());
+            addresses.set(macs[1], 2).unwrap();
+            assert_eq!(run(&to(macs[1], frame_of([0x88, 0xa2], 60))), XDP_REDIRECT, "it has moved");
+            addresses.remove(macs[0]).unwrap();
+            assert_eq!(run(&to(macs[0], frame_of([0x88, 0xa2], 60))), XDP_PASS.cast_unsigned());
+            assert_eq!(addresses.remove(macs[0]).unwrap_err().errno(), Some(libc::ENOENT));
+            map.set(addresses.place(0, 0), socket.as_fd()).unwrap();
+            assert_eq!(run(&to(macs[0], frame_of([0x88, 0xa2], 60))), XDP_REDIRECT, "lane 0");
         });
     }
 }

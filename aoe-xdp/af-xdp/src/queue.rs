@@ -1,20 +1,21 @@
 //! Frames through an AF_XDP socket, as handles: the safe side of the rings.
 //!
 //! Invariants: a chunk in the fill ring, in the driver, or in a send descriptor has no handle; each comes
-//! back as exactly one handle, through [`Queue::receive`] or [`Queue::reap`]. Dropping a queue leaks what
-//! the kernel held: the memory is never handed out again.
+//! back as exactly one handle, through [`Queue::receive`], a [`Lane`](crate::lane::Lane) of the queue, or
+//! [`Queue::reap`]. Dropping a queue leaks what the kernel held: the memory is never handed out again.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use crate::assembly::Assembly;
 use crate::error::Error;
-use crate::frame::{RxFrame, Segment, Segments, TxFrame};
-use crate::region::{CHUNK_BYTES, Handle, Pool, Region};
+use crate::frame::{RxFrame, Segment, TxFrame};
+use crate::lane::Share;
+use crate::region::{Handle, Pool, Region};
 use crate::socket::{Obtained, Socket, SocketBuilder, SocketStatistics, Umem};
+use crate::taken::Taken;
 
-/// Bytes that the first slice of a received frame must hold, unless it is the whole frame: 36 of headers and a tag.
-const HEAD_BYTES: u16 = 40;
 /// Kicks of one [`Queue::flush`]: enough to send a full ring at the kernel's smallest budget.
 const KICKS_MAX: u32 = 128;
 
@@ -31,16 +32,14 @@ pub struct Flushed {
 #[derive(Debug)]
 pub struct Queue {
     socket: Socket,
-    region: Arc<Region>,
-    /// Chunks that the kernel holds for receiving.
-    fill_chunks: u32,
+    assembly: Assembly,
+    /// Chunks given to the kernel for receiving, less those that came back by this socket, modulo 2³².
+    given: u32,
+    /// Those that came back by other sockets of the queue.
+    lanes: Vec<Arc<Taken>>,
     fill_target: u32,
     /// Descriptors sent and not completed.
     outstanding: u32,
-    partial: Segments,
-    /// The frame being received cannot be delivered: drop what is left of it.
-    partial_bad: bool,
-    invalid_frames: u64,
 }
 
 impl Queue {
@@ -78,14 +77,19 @@ impl Queue {
         let fill_target = socket.ring_entries();
         Self {
             socket,
-            region,
-            fill_chunks: 0,
+            assembly: Assembly::new(region),
+            given: 0,
+            lanes: Vec::new(),
             fill_target,
             outstanding: 0,
-            partial: Segments::new(),
-            partial_bad: false,
-            invalid_frames: 0,
         }
+    }
+
+    /// A claim to one more socket on this queue, for another core to receive by.
+    pub fn share(&mut self) -> Share {
+        let taken = Arc::<Taken>::default();
+        self.lanes.push(Arc::clone(&taken));
+        Share { umem: self.socket.umem(), region: Arc::clone(self.assembly.region()), taken }
     }
 
     /// The socket, for its map entry and for sockets that share its UMEM.
@@ -98,19 +102,23 @@ impl Queue {
         self.socket.obtained()
     }
 
-    /// Limits how many chunks the kernel holds for receiving; the ring size is the limit otherwise.
+    /// Limits how many chunks the kernel holds for receiving, those that wait in rings included. Without lanes the ring
+    /// size is the limit otherwise.
     pub fn set_fill_target(&mut self, chunks: u32) {
-        self.fill_target = chunks.min(self.socket.ring_entries());
+        let most = if self.lanes.is_empty() { self.socket.ring_entries() } else { u32::MAX };
+        self.fill_target = chunks.min(most);
     }
 
     /// Gives the kernel empty chunks of `pool` up to the target.
     pub fn fill(&mut self, pool: &mut Pool) {
+        let mut held = self.fill_chunks();
         let fill = &mut self.socket.rings.fill;
         let mut pushed = false;
-        while self.fill_chunks < self.fill_target && fill.has_room(1) {
+        while held < self.fill_target && fill.has_room(1) {
             let Some(chunk) = pool.take_chunk() else { break };
             fill.push(chunk.into_offset());
-            self.fill_chunks += 1;
+            held += 1;
+            self.given = self.given.wrapping_add(1);
             pushed = true;
         }
         if pushed {
@@ -122,57 +130,13 @@ impl Queue {
         }
     }
 
-    /// Takes up to `max` received frames; the chunks of frames that cannot be delivered go back to `pool`,
-    /// which is the one that [`Queue::fill`] took from.
-    pub fn receive(&mut self, max: usize, pool: &mut Pool, mut deliver: impl FnMut(RxFrame)) -> usize {
-        let mut delivered = 0;
-        while delivered < max {
-            let Some(descriptor) = self.socket.rings.receive.pop() else { break };
-            self.fill_chunks = self.fill_chunks.saturating_sub(1);
-            let last = descriptor.options & libc::XDP_PKT_CONTD == 0;
-            self.collect(descriptor.addr, descriptor.len, last, pool);
-            if last {
-                delivered += usize::from(self.finish_frame(pool, &mut deliver));
-            }
-        }
-        self.socket.rings.receive.release();
-        delivered
-    }
-
-    /// Adds a received descriptor to the frame it belongs to.
-    fn collect(&mut self, address: u64, length: u32, last: bool, pool: &mut Pool) {
-        // SAFETY: the kernel gives each chunk of the fill ring back once, here.
-        let Some(chunk) = (unsafe { self.region.chunk_from_offset(address) }) else {
-            self.partial_bad = true;
-            return;
-        };
-        let offset = u16::try_from(address % CHUNK_BYTES as u64).expect("an offset in a chunk is small");
-        // Only a kernel that breaks its word gives a length beyond the chunk.
-        let len = u16::try_from(length).unwrap_or(u16::MAX);
-        let segment = Segment { chunk, offset, len };
-        let short_head = self.partial.is_empty() && !last && len < HEAD_BYTES;
-        if self.partial_bad || short_head || !segment.is_inside() {
-            self.partial_bad = true;
-            pool.release(segment.chunk);
-        } else if let Err(surplus) = self.partial.push(segment) {
-            self.partial_bad = true;
-            pool.release(surplus.chunk);
-        }
-    }
-
-    /// Delivers the frame whose last descriptor came; false where it cannot be.
-    fn finish_frame(&mut self, pool: &mut Pool, deliver: &mut impl FnMut(RxFrame)) -> bool {
-        let segments = std::mem::take(&mut self.partial);
-        if self.partial_bad || segments.is_empty() {
-            for segment in segments {
-                pool.release(segment.chunk);
-            }
-            self.partial_bad = false;
-            self.invalid_frames += 1;
-            return false;
-        }
-        deliver(RxFrame::new(segments));
-        true
+    /// Takes up to `max` received frames, an 802.1Q tag taken out of each; the chunks of frames that cannot be delivered go
+    /// back to `pool`, which is the one that [`Queue::fill`] took from.
+    pub fn receive(&mut self, max: usize, pool: &mut Pool, deliver: impl FnMut(RxFrame)) -> usize {
+        let ring = &mut self.socket.rings.receive;
+        let received = self.assembly.receive(ring, max, |chunk| pool.release(chunk), deliver);
+        self.given = self.given.wrapping_sub(received.chunks);
+        received.frames
     }
 
     /// Queues a frame as one descriptor for its header and one for each slice.
@@ -243,7 +207,7 @@ impl Queue {
         while let Some(address) = completion.pop() {
             self.outstanding = self.outstanding.saturating_sub(1);
             // SAFETY: the kernel completes each descriptor once, with the address that was queued.
-            if let Some(handle) = unsafe { self.region.handle_from_offset(address) } {
+            if let Some(handle) = unsafe { self.assembly.region().handle_from_offset(address) } {
                 done(handle);
             }
         }
@@ -260,9 +224,9 @@ impl Queue {
         self.socket.rings.send.pending() != 0
     }
 
-    /// Chunks that the kernel holds for receiving.
+    /// Chunks that the kernel holds for receiving, those that wait in the rings of this queue and of its lanes included.
     pub fn fill_chunks(&self) -> u32 {
-        self.fill_chunks
+        self.lanes.iter().fold(self.given, |held, lane| held.wrapping_sub(lane.load()))
     }
 
     /// Descriptors queued or sent and not reaped.
@@ -272,7 +236,7 @@ impl Queue {
 
     /// Frames dropped here: too many slices, or a head too short.
     pub fn invalid_frames(&self) -> u64 {
-        self.invalid_frames
+        self.assembly.invalid_frames()
     }
 
     /// The kernel's counters.

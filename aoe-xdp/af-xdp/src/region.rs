@@ -5,7 +5,8 @@
 //! * A handle ([`Chunk`], [`Header`]) is move-only and names its region, so no safe code can hold two
 //!   exclusive handles to one place, or use a handle with another region's memory.
 //! * Only the [`Pool`] that owns a range takes, shares and releases in it; a chunk has as many handles as
-//!   its reference count says. Bytes are writable only while that count is one.
+//!   its reference count says. Bytes are writable only while that count is one. Of a chunk that a receive
+//!   ring has just given back it is: only fresh chunks are given to the kernel for receiving.
 //! * The mapping lives as long as any pool, queue or ring that holds the [`Arc<Region>`](Region).
 //!
 //! Layout: core `c` owns `[c * stride, (c + 1) * stride)`; each range starts with its header slots (whole
@@ -298,6 +299,18 @@ impl Region {
         // SAFETY: `at` starts a whole chunk of this region; the handle exists, so neither the kernel nor
         // a `bytes_mut` (which needs the only handle, mutably) writes it while `chunk` is borrowed.
         unsafe { std::slice::from_raw_parts(at.as_ptr(), CHUNK_BYTES) }
+    }
+
+    /// The bytes of a chunk of any core's range, writable: for a chunk that came from the kernel a moment ago.
+    ///
+    /// # Safety
+    ///
+    /// The handle must be the only one to its chunk, and the kernel must be done with the chunk.
+    pub(crate) unsafe fn sole_bytes_mut<'a>(&'a self, chunk: &'a mut Chunk) -> &'a mut [u8] {
+        let at = self.chunk_pointer(chunk);
+        // SAFETY: `at` starts a whole chunk; no other handle exists, and this one is borrowed mutably. Another core's pool
+        // hands the chunk out again only after this handle has come home.
+        unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), CHUNK_BYTES) }
     }
 
     /// The bytes of a header slot.

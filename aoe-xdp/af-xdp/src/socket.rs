@@ -1,7 +1,7 @@
 //! AF_XDP sockets: a UMEM over memory of the caller's, four rings, a bind that says what it got.
 //!
-//! Invariants: a socket has its fill and completion rings to itself (one per queue, even where the UMEM is
-//! shared); its memory and mappings live as long as it does. Descriptors here are raw offsets;
+//! Invariants: a [`Socket`] has its fill and completion rings to itself (one per queue, even where the UMEM is
+//! shared); a [`ReceiveSocket`] has a receive ring and nothing else; memory and mappings live as long as the socket does. Descriptors here are raw offsets;
 //! [`Queue`](crate::queue::Queue) turns them into handles.
 
 use std::io;
@@ -168,6 +168,24 @@ impl SocketBuilder {
         self.finish(socket, Arc::clone(&umem.memory), &address, umem.inherited)
     }
 
+    /// Binds one more socket to the queue of the socket that registered `umem`: it receives what the XDP program sends to
+    /// it, into chunks of that socket's fill ring. Everything but the ring's size is inherited.
+    ///
+    /// # Errors
+    ///
+    /// As for [`SocketBuilder::bind`].
+    pub fn bind_receiver(&self, umem: &Umem, ifindex: u32, queue: u32) -> Result<ReceiveSocket, Error> {
+        let fd = self.open()?;
+        let offsets = self.make_rings(fd.as_fd(), &[libc::XDP_RX_RING])?;
+        let entries = self.ring_entries;
+        // SAFETY: the only ring of this socket, mapped once, with the entry type the kernel defines for it.
+        let (receive, mapping) =
+            unsafe { map_ring::<libc::xdp_desc>(fd.as_fd(), &offsets.rx, libc::XDP_PGOFF_RX_RING, entries)? };
+        bind(fd.as_fd(), &address_of(ifindex, queue, libc::XDP_SHARED_UMEM, Some(umem.fd.as_fd())))?;
+        let memory = Arc::clone(&umem.memory);
+        Ok(ReceiveSocket { ring: Consumer::new(receive), _mapping: mapping, fd, _memory: memory })
+    }
+
     fn open(&self) -> Result<OwnedFd, Error> {
         sys::open_socket(libc::AF_XDP, libc::SOCK_RAW, 0, "opening an AF_XDP socket", Capability::NetRaw)
     }
@@ -199,18 +217,22 @@ impl SocketBuilder {
         Ok(Socket { rings, fd: Arc::new(fd), memory, obtained, ring_entries: self.ring_entries })
     }
 
-    fn map_rings(&self, fd: BorrowedFd<'_>) -> Result<Rings, Error> {
+    /// Gives a socket rings; where they lie.
+    fn make_rings(&self, fd: BorrowedFd<'_>, rings: &[i32]) -> Result<libc::xdp_mmap_offsets, Error> {
         const ACTION: &str = "making the rings of an AF_XDP socket";
-        let options =
-            [libc::XDP_UMEM_FILL_RING, libc::XDP_UMEM_COMPLETION_RING, libc::XDP_RX_RING, libc::XDP_TX_RING];
-        for option in options {
-            sys::set_option(fd, libc::SOL_XDP, option, &self.ring_entries)
+        for ring in rings {
+            sys::set_option(fd, libc::SOL_XDP, *ring, &self.ring_entries)
                 .map_err(|source| Error::Os { action: ACTION, source })?;
         }
         // SAFETY: the offsets are plain integers.
-        let offsets: libc::xdp_mmap_offsets =
-            unsafe { sys::get_option(fd, libc::SOL_XDP, libc::XDP_MMAP_OFFSETS) }
-                .map_err(|source| Error::Os { action: ACTION, source })?;
+        unsafe { sys::get_option(fd, libc::SOL_XDP, libc::XDP_MMAP_OFFSETS) }
+            .map_err(|source| Error::Os { action: ACTION, source })
+    }
+
+    fn map_rings(&self, fd: BorrowedFd<'_>) -> Result<Rings, Error> {
+        let rings =
+            [libc::XDP_UMEM_FILL_RING, libc::XDP_UMEM_COMPLETION_RING, libc::XDP_RX_RING, libc::XDP_TX_RING];
+        let offsets = self.make_rings(fd, &rings)?;
         let page_of = |offset: libc::c_ulonglong| {
             libc::off_t::try_from(offset).map_err(|_| Error::Malformed { what: "AF_XDP ring offsets" })
         };
@@ -348,18 +370,7 @@ impl Socket {
     ///
     /// What the kernel said.
     pub fn statistics(&self) -> Result<SocketStatistics, Error> {
-        // SAFETY: the statistics are plain integers; an older kernel fills in fewer.
-        let raw: libc::xdp_statistics =
-            unsafe { sys::get_option(self.fd.as_fd(), libc::SOL_XDP, libc::XDP_STATISTICS) }
-                .map_err(|source| Error::Os { action: "reading AF_XDP statistics", source })?;
-        Ok(SocketStatistics {
-            rx_dropped: raw.rx_dropped,
-            rx_ring_full: raw.rx_ring_full,
-            rx_fill_ring_empty: raw.rx_fill_ring_empty_descs,
-            rx_invalid_descriptors: raw.rx_invalid_descs,
-            tx_invalid_descriptors: raw.tx_invalid_descs,
-            tx_ring_empty: raw.tx_ring_empty_descs,
-        })
+        statistics(self.fd.as_fd())
     }
 
     /// Makes the kernel look at the send ring.
@@ -385,6 +396,54 @@ impl Socket {
             );
         }
     }
+}
+
+/// A bound AF_XDP socket that only receives, on a queue whose other rings belong to a [`Socket`].
+#[derive(Debug)]
+pub struct ReceiveSocket {
+    ring: Consumer<libc::xdp_desc>,
+    _mapping: Mapping,
+    fd: OwnedFd,
+    _memory: Arc<dyn UmemMemory>,
+}
+
+impl AsFd for ReceiveSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl ReceiveSocket {
+    /// The kernel's counters; those of the fill ring are common to all sockets of the queue.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said.
+    pub fn statistics(&self) -> Result<SocketStatistics, Error> {
+        statistics(self.fd.as_fd())
+    }
+
+    pub(crate) fn ring(&self) -> &Consumer<libc::xdp_desc> {
+        &self.ring
+    }
+
+    pub(crate) fn ring_mut(&mut self) -> &mut Consumer<libc::xdp_desc> {
+        &mut self.ring
+    }
+}
+
+fn statistics(fd: BorrowedFd<'_>) -> Result<SocketStatistics, Error> {
+    // SAFETY: the statistics are plain integers; an older kernel fills in fewer.
+    let raw: libc::xdp_statistics = unsafe { sys::get_option(fd, libc::SOL_XDP, libc::XDP_STATISTICS) }
+        .map_err(|source| Error::Os { action: "reading AF_XDP statistics", source })?;
+    Ok(SocketStatistics {
+        rx_dropped: raw.rx_dropped,
+        rx_ring_full: raw.rx_ring_full,
+        rx_fill_ring_empty: raw.rx_fill_ring_empty_descs,
+        rx_invalid_descriptors: raw.rx_invalid_descs,
+        tx_invalid_descriptors: raw.tx_invalid_descs,
+        tx_ring_empty: raw.tx_ring_empty_descs,
+    })
 }
 
 /// A mapping of one ring.

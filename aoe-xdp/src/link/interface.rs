@@ -1,4 +1,4 @@
-//! Opening an interface: checks, the choice of the link, the addresses it accepts.
+//! Opening an interface: checks, the choice of the link, the addresses it accepts and steers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,12 +10,13 @@ use af_xdp::region::{Pages, Pool, Region};
 
 use super::error::LinkError;
 use super::geometry::{MTU_MIN_BYTES, TAG_BYTES, limit_in_words, max_sectors};
+use super::lane::Lane;
 use super::packet::PacketQueue;
 use super::ports::{Frames, Port, Ports};
 use super::queue::{Kind, Queue};
 use super::steered::Steered;
-use super::xdp::XdpInterface;
-use super::{LinkChoice, LinkInfo, LinkMode, MAX_SEGMENTS};
+use super::xdp::{Wish, XdpInterface};
+use super::{LinkChoice, LinkInfo, LinkMode, MAX_SEGMENTS, SteeringChoice};
 
 /// What an interface is opened as.
 #[derive(Debug, Clone)]
@@ -26,6 +27,10 @@ pub struct LinkOptions {
     pub ports: Vec<Port>,
     /// Which frames to take from the host.
     pub frames: Frames,
+    /// The cores that frames are for, numbered from 0.
+    pub cores: u16,
+    /// By what frames are to reach them, where there are several.
+    pub steering: SteeringChoice,
 }
 
 /// A NIC, opened once: its link, its queues not yet taken, the addresses it accepts.
@@ -43,8 +48,54 @@ pub struct Interface {
     receive_bytes: usize,
     /// The part of the note that follows neither the MTU nor the addresses.
     note: String,
-    /// The NIC's own choice of queues, where there are several and it was asked for.
-    steered: Option<Steered>,
+    /// The core that took each queue, by queue.
+    owners: BTreeMap<u16, u16>,
+    steering: Steering,
+}
+
+/// By what frames reach their cores.
+#[derive(Debug)]
+enum Steering {
+    /// There is one core.
+    Alone,
+    /// The NIC's rules.
+    Rules(Box<Steered>),
+    /// The XDP program, which the link holds.
+    Program,
+    /// Nothing, for that reason.
+    HandOver(&'static str),
+}
+
+impl Steering {
+    /// What is wished and, for rules, can be had, before the link is opened.
+    fn choose(options: &LinkOptions, nic: &Nic) -> Self {
+        if options.cores < 2 {
+            return Self::Alone;
+        }
+        let queues = nic.queues();
+        let several = queues.receive.min(queues.transmit) > 1 && options.choice != LinkChoice::AfPacket;
+        if matches!(options.steering, SteeringChoice::Program | SteeringChoice::HandOver) {
+            Steered::tidy_up(nic);
+        }
+        match options.steering {
+            SteeringChoice::HandOver => Self::HandOver("as --steering says"),
+            SteeringChoice::Program => Self::Program,
+            SteeringChoice::Nic if several => Self::Rules(Box::new(Steered::open(nic))),
+            SteeringChoice::Nic => Self::HandOver("there is one queue"),
+            SteeringChoice::Auto => {
+                let rules = several.then(|| Steered::open(nic)).filter(Steered::is_able);
+                rules.map_or(Self::Program, |rules| Self::Rules(Box::new(rules)))
+            }
+        }
+    }
+
+    /// What is left of it on a link of one AF_PACKET socket.
+    fn without_xdp(self) -> Self {
+        match self {
+            Self::Rules(_) | Self::Program => Self::HandOver("one AF_PACKET socket takes all of them"),
+            other => other,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -61,8 +112,14 @@ impl Interface {
     ///
     /// As for [`Interface::open_as`].
     pub fn open(name: &str, choice: LinkChoice, region: &Arc<Region>) -> Result<Self, LinkError> {
-        let ports = vec![Port { ordinal: 0, vlan: None }];
-        Self::open_as(name, &LinkOptions { choice, ports, frames: Frames::All }, region)
+        let options = LinkOptions {
+            choice,
+            ports: vec![Port { ordinal: 0, vlan: None }],
+            frames: Frames::All,
+            cores: 1,
+            steering: SteeringChoice::Auto,
+        };
+        Self::open_as(name, &options, region)
     }
 
     /// Opens an interface: finds the best link that `options` allow, and attaches the XDP program for all
@@ -102,7 +159,13 @@ impl Interface {
             hugepages: region.pages() == Pages::Huge2MiB,
             note: String::new(),
         };
-        let (link, receive_bytes) = open_link(options, &ports, region, &nic, state, &mut info)?;
+        let mut steering = Steering::choose(options, &nic);
+        let steered_cores = if matches!(steering, Steering::Program) { options.cores } else { 0 };
+        let (link, receive_bytes) =
+            open_link(options, &ports, steered_cores, region, &nic, state, &mut info)?;
+        if matches!(link, Link::Packet(_)) {
+            steering = steering.without_xdp();
+        }
         if ports.has_vlans() && nic.switch(DROPS_OTHER_VLANS, false) != Offload::Off {
             let advice =
                 "the NIC drops frames of VLANs that no interface of the host is on: ip link add link";
@@ -110,8 +173,8 @@ impl Interface {
         }
         let receive_bytes = receive_bytes - if ports.has_vlans() { TAG_BYTES } else { 0 };
         let note = info.note.clone();
-        let mut opened =
-            Self { nic, link, ports, filter, macs: Vec::new(), info, receive_bytes, note, steered: None };
+        let (macs, owners) = (Vec::new(), BTreeMap::new());
+        let mut opened = Self { nic, link, ports, filter, macs, info, receive_bytes, note, owners, steering };
         opened.follow(state);
         if opened.info.max_sectors == 0 {
             return Err(LinkError::MtuTooSmall { interface: name.to_owned(), mtu_bytes: state.mtu_bytes });
@@ -128,18 +191,30 @@ impl Interface {
 
     /// Works out what is advertised and what there is to say.
     fn work_out(&mut self) {
+        let steered = self.steering_in_words();
         let info = &mut self.info;
         info.max_sectors = max_sectors(info.mtu, info.segments, self.receive_bytes).unwrap_or(0);
         info.note.clone_from(&self.note);
         if let Some(limit) = limit_in_words(info.mtu, info.segments, self.receive_bytes) {
             add_note(&mut info.note, &limit);
         }
-        if let Some(steered) = &self.steered {
-            add_note(&mut info.note, &steered.in_words());
+        if let Some(steered) = steered {
+            add_note(&mut info.note, &steered);
         }
         if info.max_sectors == 0 {
             let error = LinkError::MtuTooSmall { interface: info.interface.clone(), mtu_bytes: info.mtu };
             add_note(&mut info.note, &error.to_string());
+        }
+    }
+
+    /// How addresses are steered, for people; nothing where there is one core.
+    fn steering_in_words(&self) -> Option<String> {
+        match (&self.steering, &self.link) {
+            (Steering::Alone, _) => None,
+            (Steering::Rules(rules), _) => Some(rules.in_words()),
+            (Steering::Program, Link::Xdp(xdp)) => xdp.programmed().map(|programmed| programmed.in_words()),
+            (Steering::Program, Link::Packet(_)) => None,
+            (Steering::HandOver(reason), _) => Some(format!("cores hand frames over ({reason})")),
         }
     }
 
@@ -190,7 +265,22 @@ impl Interface {
                 Kind::Xdp(Box::new(taken.ok_or(missing)?))
             }
         };
+        self.owners.insert(queue, pool.core());
         Ok(Queue::new(info, self.ports.clone(), kind))
+    }
+
+    /// Takes the lane of a core on a queue that another core has taken, where the XDP program steers. All cores must take
+    /// theirs on all queues before [`Interface::steer`]. One that the kernel refuses is noted, and nothing is steered then.
+    pub fn take_lane(&mut self, queue: u16, core: u16) -> Option<Lane> {
+        let Link::Xdp(xdp) = &mut self.link else { return None };
+        match xdp.take_lane(queue, core) {
+            Ok(lane) => Some(Lane::new(lane?, self.ports.clone(), queue)),
+            Err(error) => {
+                xdp.programmed_mut()?.give_up(error.to_string());
+                self.work_out();
+                None
+            }
+        }
     }
 
     /// Makes the NIC accept frames to an export's address. One that it accepts already is no error.
@@ -220,15 +310,22 @@ impl Interface {
         Ok(())
     }
 
-    /// Makes the NIC bring frames to these addresses in by these queues, where it can and where there are several queues;
-    /// the note says how far it does. Rules of addresses that are left out go. Rules that a process before this one left
-    /// behind go the first time.
-    pub fn steer(&mut self, queue_of: &BTreeMap<[u8; 6], u16>) {
-        if self.queues() < 2 {
-            return;
+    /// Makes the NIC or the XDP program bring frames to these addresses to these cores, and to no others what they do not
+    /// bring; the note says how far they do.
+    pub fn steer(&mut self, core_of: &BTreeMap<[u8; 6], u16>) {
+        match (&mut self.steering, &mut self.link) {
+            (Steering::Rules(rules), _) => {
+                let queue_of = |core| self.owners.iter().find(|(_, owner)| **owner == core);
+                let wanted = core_of.iter().filter_map(|(mac, core)| Some((*mac, *queue_of(*core)?.0)));
+                rules.set(&self.nic, &wanted.collect());
+            }
+            (Steering::Program, Link::Xdp(xdp)) => {
+                if let Some(programmed) = xdp.programmed_mut() {
+                    programmed.set(core_of);
+                }
+            }
+            _ => return,
         }
-        let nic = &self.nic;
-        self.steered.get_or_insert_with(|| Steered::open(nic)).set(nic, queue_of);
         self.work_out();
     }
 
@@ -240,8 +337,8 @@ impl Interface {
 
 impl Drop for Interface {
     fn drop(&mut self) {
-        if let Some(steered) = &mut self.steered {
-            steered.clear(&self.nic);
+        if let Steering::Rules(rules) = &mut self.steering {
+            rules.clear(&self.nic);
         }
     }
 }
@@ -250,6 +347,7 @@ impl Drop for Interface {
 fn open_link(
     options: &LinkOptions,
     ports: &Ports,
+    steered_cores: u16,
     region: &Arc<Region>,
     nic: &Nic,
     state: NicState,
@@ -259,7 +357,8 @@ fn open_link(
     let filter = ports.filter(options.frames);
     if options.choice != LinkChoice::AfPacket {
         let tags = nic.switch(TAKES_TAGS_OUT, false);
-        match XdpInterface::open(nic, state, region, &filter, tags, options.choice, info) {
+        let wish = Wish { filter: &filter, tags, choice: options.choice, steered_cores };
+        match XdpInterface::open(nic, state, region, wish, info) {
             Ok((xdp, receive_bytes)) => return Ok((Link::Xdp(Box::new(xdp)), receive_bytes)),
             Err(error) if options.choice == LinkChoice::AfXdp => return Err(error.into_link_error(&name)),
             Err(error) => info.note = format!("no AF_XDP: {error}"),

@@ -3,7 +3,9 @@
 //! An [`Interface`] is opened once for each NIC; a [`Queue`] is one receive and transmit queue of it,
 //! owned by one core. Frames move as handles to chunks of the process's one [`Region`]. Invariants:
 //!
-//! * One owner per queue (design: the frame path): a queue's rings are touched by the core that took it.
+//! * One owner per queue (design: the frame path): a queue's rings are touched by the core that took it. A [`Lane`] has
+//!   a receive ring of its own, and its frames' chunks go home to that core.
+//! * Steering is for speed alone: a frame may come by any queue and any lane, and whoever gets it must know whose it is.
 //! * A chunk is free only when all references are back: each transmit descriptor holds one handle until
 //!   its completion.
 //! * Nothing is allocated after a queue was taken; out of memory or out of ring is a counted drop or a
@@ -15,8 +17,10 @@
 mod error;
 mod geometry;
 mod interface;
+mod lane;
 mod packet;
 mod ports;
+mod programmed;
 mod queue;
 mod steered;
 mod xdp;
@@ -31,6 +35,7 @@ pub use af_xdp::region::{
 pub use error::LinkError;
 pub use geometry::{MTU_MIN_BYTES, max_sectors};
 pub use interface::{Interface, LinkOptions};
+pub use lane::Lane;
 pub use ports::{Frames, InterfaceName, Port, VlanId};
 pub use queue::Queue;
 
@@ -67,6 +72,20 @@ impl fmt::Display for LinkChoice {
             Self::AfPacket => "af-packet",
         })
     }
+}
+
+/// By what frames are to reach the core that serves their destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SteeringChoice {
+    /// By the NIC's receive rules where it has several queues and takes such rules, else by the XDP program, else not.
+    #[default]
+    Auto,
+    /// By the NIC's receive rules, as far as it takes them.
+    Nic,
+    /// By the XDP program: every core has a socket of its own on every queue.
+    Program,
+    /// Not at all: who gets a frame hands it over.
+    HandOver,
 }
 
 /// How frames move between the NIC and our memory.

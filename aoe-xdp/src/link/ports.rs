@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use af_xdp::frame::RxFrame;
 use af_xdp::frame_filter::FrameFilter;
 
 use super::error::LinkError;
@@ -115,6 +116,29 @@ impl Ports {
     pub(super) fn ordinal_of(&self, vlan_id: u16) -> Option<u8> {
         let is_it = |port: &&Port| port.vlan.map_or(0, VlanId::get) == vlan_id;
         self.0.iter().find(is_it).map(|port| port.ordinal)
+    }
+
+    /// Notes by which logical interface each frame from place `from` on came. Frames of none go to `refuse`; how many.
+    pub(super) fn tell_apart(
+        &self,
+        frames: &mut Vec<RxFrame>,
+        from: usize,
+        mut refuse: impl FnMut(RxFrame),
+    ) -> u64 {
+        let (mut at, mut foreign) = (from, 0);
+        while let Some(frame) = frames.get_mut(at) {
+            match self.ordinal_of(frame.vlan_id()) {
+                Some(ordinal) => {
+                    frame.set_interface(ordinal);
+                    at += 1;
+                }
+                None => {
+                    foreign += 1;
+                    refuse(frames.remove(at));
+                }
+            }
+        }
+        foreign
     }
 
     pub(super) fn get(&self, ordinal: u8) -> Option<Port> {

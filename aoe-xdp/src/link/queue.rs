@@ -57,32 +57,11 @@ impl Queue {
     /// untagged, and say by which logical interface they came. Returns how many were added.
     pub fn receive(&mut self, pool: &mut Pool, out: &mut Vec<RxFrame>) -> usize {
         let before = out.len();
-        let tags_are_inside = match &mut self.kind {
-            Kind::Xdp(queue) => {
-                queue.receive(pool, out);
-                true
-            }
-            Kind::Packet(queue) => {
-                queue.receive(pool, out);
-                false
-            }
+        match &mut self.kind {
+            Kind::Xdp(queue) => queue.receive(pool, out),
+            Kind::Packet(queue) => queue.receive(pool, out),
         };
-        let mut at = before;
-        while let Some(frame) = out.get_mut(at) {
-            if tags_are_inside {
-                frame.take_tag_out(pool);
-            }
-            match self.ports.ordinal_of(frame.vlan_id()) {
-                Some(ordinal) => {
-                    frame.set_interface(ordinal);
-                    at += 1;
-                }
-                None => {
-                    self.foreign_frames += 1;
-                    out.remove(at).release(pool);
-                }
-            }
-        }
+        self.foreign_frames += self.ports.tell_apart(out, before, |frame| frame.release(pool));
         out.len() - before
     }
 

@@ -10,6 +10,8 @@ use af_xdp::steering::{Ethtool, Place, Rule, RuleTable};
 
 use crate::wire::ETHERTYPE;
 
+/// A locally administered address that is put in for a moment, to see whether the driver takes it.
+const NOBODY: [u8; 6] = [0x02, 0, 0, 0, 0, 0];
 /// `EOPNOTSUPP`.
 const UNSUPPORTED: i32 = 95;
 
@@ -26,11 +28,34 @@ pub(super) struct Steered {
 impl Steered {
     /// Opens a NIC's table, and removes what a former process left in it.
     pub(super) fn open(nic: &Nic) -> Self {
-        Self::of(RuleTable::of(nic, ETHERTYPE).map_err(|error| match error.errno() {
+        let mut opened = Self::of(RuleTable::of(nic, ETHERTYPE).map_err(|error| match error.errno() {
             // What most drivers say: nothing went wrong.
             Some(UNSUPPORTED) => "it has no rules for that".to_owned(),
             _ => error.to_string(),
-        }))
+        }));
+        opened.try_out(nic);
+        opened
+    }
+
+    /// Puts a rule in and takes it out again: a driver with a table need not take rules on addresses.
+    fn try_out(&mut self, nic: &impl Ethtool) {
+        let Ok(table) = &mut self.table else { return };
+        let rule = Rule { mac: NOBODY, ethertype: ETHERTYPE, queue: 0 };
+        let tried = table.insert(nic, rule).and_then(|place| table.remove(nic, place));
+        if let Err(error) = tried {
+            self.table = Err(error.to_string());
+        }
+    }
+
+    /// Whether the NIC takes rules.
+    pub(super) fn is_able(&self) -> bool {
+        self.table.is_ok()
+    }
+
+    /// Removes what a former process left in a NIC's table, for one that will not steer by it.
+    pub(super) fn tidy_up(nic: &Nic) {
+        // Most drivers have no table. A rule that stays brings frames to a core that hands them over.
+        let _none = RuleTable::open(nic, ETHERTYPE);
     }
 
     fn of(table: Result<RuleTable, String>) -> Self {
@@ -154,6 +179,17 @@ mod tests {
         assert!(words.contains("3 of 4") && words.contains("No space left"), "{words}");
         steered.clear(&nic);
         assert!(nic.rules.borrow().is_empty());
+    }
+
+    #[test]
+    fn a_driver_is_tried_out_and_nothing_stays() {
+        for (places, able) in [(1, true), (0, false)] {
+            let nic = Fake { places, ..Fake::default() };
+            let mut steered = Steered::of(Ok(RuleTable::open(&nic, ETHERTYPE).unwrap()));
+            steered.try_out(&nic);
+            assert_eq!(steered.is_able(), able);
+            assert!(nic.rules.borrow().is_empty());
+        }
     }
 
     #[test]

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use af_xdp::bpf::{AttachMode, LoadedProgram, XdpLink, XskMap};
+use af_xdp::bpf::{AddressMap, AttachMode, LoadedProgram, XdpLink, XskMap};
 use af_xdp::frame::{RxFrame, Segment, TxFrame};
 use af_xdp::frame_filter::FrameFilter;
-use af_xdp::nic::{Features, Nic, NicState};
+use af_xdp::lane::{Lane, Share};
+use af_xdp::nic::{Features, Nic, NicState, Queues};
 use af_xdp::offload::Offload;
 use af_xdp::queue;
 use af_xdp::region::{CHUNK_BYTES, Chunk, Handle, Pool, Region};
@@ -17,10 +18,17 @@ use af_xdp::socket::{CopyMode, Obtained, SocketBuilder, Umem};
 use super::error::LinkError;
 use super::interface::add_note;
 use super::packet::{release_chunk, release_frame};
+use super::programmed::{ADDRESSES_MAX, Programmed, lane_of};
 use super::{LinkChoice, LinkInfo, LinkMode, LinkStats, MAX_SEGMENTS};
 
 /// Entries of each ring.
 const RING_ENTRIES: u32 = 2048;
+/// Chunks that a queue with lanes holds beyond that: they wait in the lanes' rings.
+const LANES_CHUNKS: u32 = RING_ENTRIES;
+/// Entries of a lane's ring: several receive batches at least.
+const LANE_ENTRIES_MIN: u32 = 16;
+/// And at most: a core that is later than that has lost its initiators' patience anyway.
+const LANE_ENTRIES_MAX: u32 = 1024;
 /// Beside the kernel's 256 bytes this puts 36 bytes of headers before byte 512 of the chunk, so that the
 /// payload is aligned for a disk.
 const HEADROOM_BYTES: u32 = 220;
@@ -40,6 +48,12 @@ const FOREIGN_CHUNKS: usize = 4096;
 /// What a NIC whose tag stripping cannot be switched off means.
 const TAGS_STAY_HIDDEN: &str = "the NIC takes 802.1Q tags out of frames before XDP sees them, and its driver does not let \
                                 that be switched off: frames of all VLANs look untagged; --link af-packet tells them apart";
+
+/// Several sockets on one queue behind the generic hook share what only one processor at a time may touch; from Linux
+/// 6.15 on a lock sees to that.
+const GENERIC_LANES_KERNEL: (u32, u32) = (6, 15);
+const GENERIC_LANES_UNSAFE: &str =
+    "the generic hook brings frames to several sockets safely from Linux 6.15 on";
 
 /// How long a busy queue or hook is asked for again, after a crash of whoever had it.
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
@@ -158,11 +172,34 @@ fn attempts(mode: AttachMode, mtu_bytes: u32, features: Option<Features>) -> Vec
     vec![attempt(true, true), middle[0], middle[1], attempt(false, false)]
 }
 
-/// What the queues of an interface share: the attached program, its map, the UMEM.
+/// What an interface is opened as.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wish<'a> {
+    pub(super) filter: &'a FrameFilter,
+    /// Whether the NIC takes 802.1Q tags out of frames before the program sees them.
+    pub(super) tags: Offload,
+    pub(super) choice: LinkChoice,
+    /// Cores that the program is to steer to; 0 where it is not to steer.
+    pub(super) steered_cores: u16,
+}
+
+/// A queue that was taken.
+#[derive(Debug)]
+struct Taken {
+    owner: u16,
+    /// Claims to its lanes, until they are taken.
+    shares: Vec<Share>,
+    lane_entries: u32,
+}
+
+/// What the queues of an interface share: the attached program, its maps, the UMEM.
 #[derive(Debug)]
 pub(super) struct XdpInterface {
     _link: XdpLink,
     map: XskMap,
+    /// Where the program steers.
+    programmed: Option<Programmed>,
+    steered_cores: u16,
     umem: Umem,
     builder: SocketBuilder,
     region: Arc<Region>,
@@ -170,30 +207,34 @@ pub(super) struct XdpInterface {
     segments: u8,
     /// Queue 0, bound already, until it is taken.
     first: Option<queue::Queue>,
-    taken: Vec<bool>,
+    taken: Vec<Option<Taken>>,
 }
 
 impl XdpInterface {
     /// Attaches the program and binds queue 0 in the best mode that is granted; fills in `info`. Gives the longest frame
-    /// that can be received. `tags` says whether the NIC takes 802.1Q tags out of frames before the program sees them.
+    /// that can be received.
     pub(super) fn open(
         nic: &Nic,
         state: NicState,
         region: &Arc<Region>,
-        filter: &FrameFilter,
-        tags: Offload,
-        choice: LinkChoice,
+        wish: Wish<'_>,
         info: &mut LinkInfo,
     ) -> Result<(Self, usize), XdpError> {
+        let Wish { filter, tags, choice, steered_cores } = wish;
         if tags != Offload::Off && !filter.vlans.is_empty() {
             return Err(XdpError::Refused(TAGS_STAY_HIDDEN.into()));
         }
         let queues = nic.queues();
         let usable = queues.receive.min(queues.transmit);
-        let map = XskMap::new(u32::from(queues.receive))?;
-        let program = LoadedProgram::load(filter, &map)?;
+        let (program, map, mut programmed) = load(filter, queues, steered_cores)?;
         let mut refusals = Vec::new();
         let link = attach(&program, nic, &mut refusals)?;
+        if let Some(programmed) = &mut programmed
+            && link.mode() == AttachMode::Generic
+            && !kernel_is_at_least(GENERIC_LANES_KERNEL)
+        {
+            programmed.give_up(GENERIC_LANES_UNSAFE.to_owned());
+        }
         let features = nic.features();
         let mut attempts = attempts(link.mode(), state.mtu_bytes, features);
         let wrong_headers = sends_wrong_headers(nic);
@@ -224,13 +265,15 @@ impl XdpInterface {
         let opened = Self {
             _link: link,
             map,
+            programmed,
+            steered_cores,
             umem: first.socket().umem(),
             builder,
             region: Arc::clone(region),
             ifindex: nic.index(),
             segments: info.segments,
             first: Some(first),
-            taken: vec![false; usize::from(usable)],
+            taken: (0..usable).map(|_| None).collect(),
         };
         Ok((opened, attempt.receive_bytes()))
     }
@@ -245,7 +288,7 @@ impl XdpInterface {
         index: u16,
         pool: &mut Pool,
     ) -> Result<Option<XdpQueue>, af_xdp::Error> {
-        if self.taken.get(usize::from(index)) != Some(&false) {
+        if !matches!(self.taken.get(usize::from(index)), Some(None)) {
             return Ok(None);
         }
         let number = u32::from(index);
@@ -255,12 +298,82 @@ impl XdpInterface {
                 queue::Queue::bind_shared(&self.builder, &self.umem, &self.region, self.ifindex, number)
             })?,
         };
-        queue.set_fill_target(pool.reserve_for_receiving(RING_ENTRIES));
+        let programmed = self.programmed.as_ref().filter(|programmed| programmed.is_whole());
+        let lanes = programmed.map_or(0, |_| u32::from(self.steered_cores) - 1);
+        let shares = (0..lanes).map(|_| queue.share()).collect();
+        let wanted = RING_ENTRIES + if lanes > 0 { LANES_CHUNKS } else { 0 };
+        let chunks = pool.reserve_for_receiving(wanted);
+        queue.set_fill_target(chunks);
         queue.fill(pool);
         self.map.set(number, queue.as_fd())?;
-        self.taken[usize::from(index)] = true;
+        if let Some(programmed) = programmed {
+            self.map.set(programmed.map().place(lane_of(pool.core()), number), queue.as_fd())?;
+        }
+        self.taken[usize::from(index)] =
+            Some(Taken { owner: pool.core(), shares, lane_entries: lane_entries(chunks, lanes) });
         Ok(Some(XdpQueue::new(queue, Arc::clone(&self.region), self.segments)))
     }
+
+    /// Takes the lane of a core on a queue that another core has taken; `None` where there is none to take.
+    pub(super) fn take_lane(&mut self, index: u16, core: u16) -> Result<Option<Lane>, af_xdp::Error> {
+        let programmed = self.programmed.as_ref().filter(|programmed| programmed.is_whole());
+        let taken = self.taken.get_mut(usize::from(index)).and_then(Option::as_mut);
+        let (Some(programmed), Some(taken)) = (programmed, taken) else { return Ok(None) };
+        if taken.owner == core || core >= self.steered_cores {
+            return Ok(None);
+        }
+        let Some(share) = taken.shares.pop() else { return Ok(None) };
+        let number = u32::from(index);
+        let lane = Lane::bind(share, taken.lane_entries, self.ifindex, number)?;
+        self.map.set(programmed.map().place(lane_of(core), number), lane.as_fd())?;
+        Ok(Some(lane))
+    }
+
+    /// The addresses that the program steers, where it does.
+    pub(super) fn programmed(&self) -> Option<&Programmed> {
+        self.programmed.as_ref()
+    }
+
+    pub(super) fn programmed_mut(&mut self) -> Option<&mut Programmed> {
+        self.programmed.as_mut()
+    }
+}
+
+/// Loads the program and its maps; for the steering one they have places for the queues' owners and for all cores.
+fn load(
+    filter: &FrameFilter,
+    queues: Queues,
+    steered_cores: u16,
+) -> Result<(LoadedProgram, XskMap, Option<Programmed>), XdpError> {
+    let receive = u32::from(queues.receive);
+    if steered_cores == 0 {
+        let map = XskMap::new(receive)?;
+        return Ok((LoadedProgram::load(filter, &map)?, map, None));
+    }
+    let map = XskMap::new(receive * (1 + u32::from(steered_cores)))?;
+    let addresses = AddressMap::new(ADDRESSES_MAX, receive)?;
+    let program = LoadedProgram::load_steering(filter, &map, &addresses)?;
+    Ok((program, map, Some(Programmed::of(addresses))))
+}
+
+/// Entries of each lane's ring: together they never keep more than three quarters of the queue's chunks waiting, so that
+/// cores that are late leave the others something to receive into.
+fn lane_entries(chunks: u32, lanes: u32) -> u32 {
+    let most = chunks / 4 * 3 / lanes.max(1);
+    let entries = most.checked_ilog2().map_or(0, |bits| 1 << bits);
+    entries.clamp(LANE_ENTRIES_MIN, LANE_ENTRIES_MAX)
+}
+
+/// Whether the running kernel is of that version or later; not where it does not say.
+fn kernel_is_at_least(version: (u32, u32)) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release_version(&release).is_some_and(|running| running >= version)
+}
+
+/// Major and minor version of a release such as `6.18.24-custom`.
+fn release_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
 }
 
 /// Attaches the program in the driver, or else in the generic hook.
@@ -543,6 +656,26 @@ mod tests {
 
     fn names(attempts: &[Attempt]) -> Vec<&'static str> {
         attempts.iter().map(|attempt| attempt.name()).collect()
+    }
+
+    #[test]
+    fn late_lanes_leave_a_queue_some_chunks() {
+        assert_eq!(lane_entries(4096, 0), 1024);
+        assert_eq!(lane_entries(3072, 1), 1024);
+        assert_eq!(lane_entries(3072, 7), 256);
+        assert_eq!(lane_entries(16, 31), 16);
+        for (chunks, lanes) in [(64, 1), (2048, 1), (3072, 3), (4096, 15), (4096, 63)] {
+            assert!(lane_entries(chunks, lanes) * lanes <= chunks / 4 * 3, "{chunks} {lanes}");
+        }
+    }
+
+    #[test]
+    fn releases_of_kernels_are_read() {
+        assert_eq!(release_version("6.18.44-fc-v769\n"), Some((6, 18)));
+        assert_eq!(release_version("7.3-rc1"), Some((7, 3)));
+        assert_eq!(release_version("6"), None);
+        assert_eq!(release_version(""), None);
+        assert!(kernel_is_at_least((5, 0)) && !kernel_is_at_least((99, 0)));
     }
 
     #[test]

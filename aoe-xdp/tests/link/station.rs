@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use aoe_xdp::link::{
     CHUNK_BYTES, Frames, Interface, LinkChoice, LinkOptions, Pool, Port, Queue, Region, RegionConfig,
-    RxFrame, Segment, Segments, TxFrame, VlanId,
+    RxFrame, Segment, Segments, SteeringChoice, TxFrame, VlanId,
 };
 
 /// How long a frame may take on a virtual link.
@@ -43,7 +43,8 @@ impl Station {
         core: u16,
     ) -> (Interface, Self) {
         let ports = ports.iter().map(|&(ordinal, vlan)| Port { ordinal, vlan: VlanId::new(vlan) });
-        let options = LinkOptions { choice, ports: ports.collect(), frames };
+        let options =
+            LinkOptions { choice, ports: ports.collect(), frames, cores: 1, steering: SteeringChoice::Auto };
         let mut interface = Interface::open_as(name, &options, region).expect("the interface opens");
         let station = Self::take(&mut interface, 0, region, core);
         (interface, station)

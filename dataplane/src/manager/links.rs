@@ -11,7 +11,7 @@ use af_xdp::nic::Nic;
 use aoe_xdp::link::{Interface, InterfaceName, LinkInfo, LinkMode, MTU_MIN_BYTES, Port};
 use aoe_xdp::target::Ingress;
 use aoe_xdp::wire::Mac;
-use cluster_map::ObservedLink;
+use cluster_map::{LinkLosses, ObservedLink};
 
 use crate::exchange::Losses;
 
@@ -39,12 +39,22 @@ enum State {
 pub(super) struct OpenQueue {
     /// What it is.
     pub(super) info: LinkInfo,
-    /// The core that owns it.
-    pub(super) core: u16,
-    /// The CPU of that core.
+    /// The CPU of the core that owns it.
     pub(super) cpu: u16,
-    /// What it has lost.
-    pub(super) losses: Arc<Losses>,
+    /// What has been lost on it: by its owner, and by other cores on their lanes.
+    pub(super) losses: Vec<Arc<Losses>>,
+}
+
+impl OpenQueue {
+    fn losses(&self) -> LinkLosses {
+        let mut sum = [0; LinkLosses::COUNT];
+        for losses in &self.losses {
+            for (total, word) in sum.iter_mut().zip(losses.load().words()) {
+                *total += word;
+            }
+        }
+        LinkLosses::of_words(sum)
+    }
 }
 
 impl NodeInterface {
@@ -124,7 +134,7 @@ impl NodeInterface {
                         up: *up,
                         mac: now.mac,
                         note: gone.clone().unwrap_or_else(|| now.note.clone()),
-                        losses: queue.losses.load(),
+                        losses: queue.losses(),
                     }));
                 }
             }
@@ -215,20 +225,13 @@ impl Links {
         Ok(())
     }
 
-    /// Lets NICs bring frames to the addresses that `owners_on` gives for an ordinal in by a queue of the core that owns the
-    /// export.
+    /// Lets NICs or the XDP program bring frames to the addresses that `owners_on` gives for an ordinal to the core that owns
+    /// the export.
     pub(super) fn steer(&mut self, owners_on: impl Fn(u8) -> Vec<([u8; 6], u16)>) {
         for node in &mut self.interfaces {
-            let State::Open { interface, queues, gone: None, .. } = &mut node.state else { continue };
-            if queues.len() < 2 {
-                continue;
-            }
-            let queue_of_core = |core| queues.iter().find(|queue| queue.core == core);
-            let mut queue_of = BTreeMap::new();
-            for (mac, owner) in node.ports.iter().flat_map(|port| owners_on(port.ordinal)) {
-                queue_of.extend(queue_of_core(owner).map(|queue| (mac, queue.info.queue)));
-            }
-            interface.steer(&queue_of);
+            let State::Open { interface, gone: None, .. } = &mut node.state else { continue };
+            let owners = node.ports.iter().flat_map(|port| owners_on(port.ordinal));
+            interface.steer(&owners.collect::<BTreeMap<_, _>>());
         }
     }
 

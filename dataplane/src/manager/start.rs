@@ -11,7 +11,7 @@ use std::time::Duration;
 use af_xdp::nic::Nic;
 use aoe_xdp::link::{
     Frames, Interface, InterfaceName, LinkChoice, LinkError, LinkOptions, Pool, Port, Region, RegionConfig,
-    RegionError,
+    RegionError, SteeringChoice,
 };
 use cluster_map::{DataMap, Desired, MapError};
 use rustix::fs::FlockOperation;
@@ -21,7 +21,7 @@ use super::links::{NodeInterface, OpenQueue};
 use super::{Manager, ProcessLock, Stores};
 use crate::changes::ChangeQueue;
 use crate::exchange::Mailbox;
-use crate::reactor::{Egress, OwnedQueue, Parts, Reactor};
+use crate::reactor::{Egress, OwnedLane, OwnedQueue, Parts, Reactor};
 use crate::store::extent::opening::OpenError;
 
 /// Interfaces of a node: their ordinals are four bits of an export's MAC.
@@ -31,6 +31,8 @@ const INTERFACES_MAX: usize = 16;
 const CHUNKS_PER_CORE: u32 = 8192;
 /// Chunks that one queue's receive ring holds (its length, in `aoe_xdp::link`).
 const CHUNKS_PER_QUEUE: u32 = 2048;
+/// Chunks that wait in the rings of other cores on one queue, where the XDP program steers (`aoe_xdp::link` too).
+const CHUNKS_PER_QUEUES_LANES: u32 = 2048;
 /// Queues that one core may own: each is looked at in every turn and holds 8 MiB of receive buffers.
 const QUEUES_PER_CORE_MAX: u32 = 64;
 /// Answers on their way out of one core.
@@ -158,6 +160,24 @@ fn link_choice(choice: cluster_map::LinkChoice) -> LinkChoice {
     }
 }
 
+fn steering_choice(choice: cluster_map::SteeringChoice) -> SteeringChoice {
+    match choice {
+        cluster_map::SteeringChoice::Auto => SteeringChoice::Auto,
+        cluster_map::SteeringChoice::Nic => SteeringChoice::Nic,
+        cluster_map::SteeringChoice::Program => SteeringChoice::Program,
+        cluster_map::SteeringChoice::HandOver => SteeringChoice::HandOver,
+    }
+}
+
+/// Chunks that a queue may hold: more where the XDP program may be the one that steers.
+fn chunks_per_queue(desired: &Desired) -> u32 {
+    use cluster_map::SteeringChoice::{Auto, Program};
+    let may_have_lanes = desired.cores.len() > 1
+        && desired.link != cluster_map::LinkChoice::AfPacket
+        && matches!(desired.steering, Auto | Program);
+    CHUNKS_PER_QUEUE + if may_have_lanes { CHUNKS_PER_QUEUES_LANES } else { 0 }
+}
+
 /// The network interfaces to open, each with the logical interfaces on it, whose ordinals are their places in the list.
 fn netdevs(names: &[String]) -> Result<Vec<(String, Vec<Port>)>, StartError> {
     let mut netdevs: Vec<(String, Vec<Port>)> = Vec::new();
@@ -192,6 +212,7 @@ struct Paths {
     interfaces: Vec<NodeInterface>,
     pools: Vec<Pool>,
     queues: Vec<Vec<OwnedQueue>>,
+    lanes: Vec<Vec<OwnedLane>>,
     egress: Vec<Vec<Egress>>,
 }
 
@@ -201,13 +222,14 @@ fn open_paths(desired: &Desired) -> Result<Paths, StartError> {
     let queues_per_core = queues_per_core(&netdevs, cores)?;
     let region = Region::new(RegionConfig {
         cores,
-        chunks_per_core: CHUNKS_PER_CORE + queues_per_core * CHUNKS_PER_QUEUE,
+        chunks_per_core: CHUNKS_PER_CORE + queues_per_core * chunks_per_queue(desired),
         headers_per_core: HEADERS_PER_CORE,
     })?;
     let mut paths = Paths {
         interfaces: Vec::new(),
         pools: (0..cores).map(|core| region.pool(core)).collect::<Result<Vec<_>, _>>()?,
         queues: (0..cores).map(|_| Vec::new()).collect(),
+        lanes: (0..cores).map(|_| Vec::new()).collect(),
         egress: vec![vec![Egress::Nowhere; desired.interfaces.len()]; usize::from(cores)],
     };
     for (netdev, ports) in netdevs {
@@ -225,8 +247,14 @@ fn open_path(
     desired: &Desired,
     region: &Arc<Region>,
 ) -> Result<(), StartError> {
-    let options =
-        LinkOptions { choice: link_choice(desired.link), ports: ports.clone(), frames: Frames::Requests };
+    let cores = u16::try_from(paths.pools.len()).expect("a core's index has 16 bits");
+    let options = LinkOptions {
+        choice: link_choice(desired.link),
+        ports: ports.clone(),
+        frames: Frames::Requests,
+        cores,
+        steering: steering_choice(desired.steering),
+    };
     let mut interface = match Interface::open_as(&netdev, &options, region) {
         Ok(interface) => interface,
         Err(
@@ -248,14 +276,18 @@ fn open_path(
         let opened = interface.take_queue(queue, &mut paths.pools[core])?;
         let info = opened.info().clone();
         let owned = OwnedQueue::new(opened);
-        queues.push(OpenQueue {
-            info,
-            core: u16::try_from(core).expect("a core's index"),
-            cpu: desired.cores[core],
-            losses: owned.losses(),
-        });
+        queues.push(OpenQueue { info, cpu: desired.cores[core], losses: vec![owned.losses()] });
         owners.push((core, paths.queues[core].len()));
         paths.queues[core].push(owned);
+    }
+    for queue in &mut queues {
+        for (core, lanes) in (0..cores).zip(&mut paths.lanes) {
+            if let Some(lane) = interface.take_lane(queue.info.queue, core) {
+                let owned = OwnedLane::new(lane);
+                queue.losses.push(owned.losses());
+                lanes.push(owned);
+            }
+        }
     }
     let Some(&(first_core, _)) = owners.first() else {
         return Err(StartError::Configuration(format!("interface {netdev} has no queue")));
@@ -321,12 +353,14 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
         .into();
     let change_queue = Arc::new(ChangeQueue::default());
     let mut threads = Vec::new();
-    let per_core = paths.pools.into_iter().zip(paths.queues).zip(paths.egress).zip(&desired.cores);
-    for (core, (((pool, queues), egress), &cpu)) in (0u16..).zip(per_core) {
+    let links = paths.queues.into_iter().zip(paths.lanes).zip(paths.egress);
+    let per_core = paths.pools.into_iter().zip(links).zip(&desired.cores);
+    for (core, ((pool, ((queues, lanes), egress)), &cpu)) in (0u16..).zip(per_core) {
         let parts = Parts {
             core,
             pool,
             queues,
+            lanes,
             egress,
             mailboxes: Arc::clone(&mailboxes),
             stats: map.core_stats(core)?,

@@ -194,8 +194,10 @@ impl Reactor {
                 self.mailboxes[usize::from(self.core)].silence_doorbell();
             }
             Event::Ready(at) => {
-                if let Some(own) = self.queues.get_mut(at as usize) {
-                    own.armed = false;
+                let queues = self.queues.iter_mut().map(|own| &mut own.armed);
+                let lanes = self.lanes.iter_mut().map(|own| &mut own.armed);
+                if let Some(armed) = queues.chain(lanes).nth(at as usize) {
+                    *armed = false;
                 }
             }
             Event::Woken => {}

@@ -21,10 +21,11 @@ impl Reactor {
         if self.unsent {
             return Ok(());
         }
-        for (at, own) in self.queues.iter_mut().enumerate() {
-            if !own.armed {
-                own.armed = true;
-                self.ring.poll(own.queue.poll_fd(), u32::try_from(at).expect("a few queues"));
+        let queues = self.queues.iter_mut().map(|own| (&mut own.armed, own.queue.poll_fd()));
+        let lanes = self.lanes.iter_mut().map(|own| (&mut own.armed, own.lane.poll_fd()));
+        for (at, (armed, fd)) in (0u32..).zip(queues.chain(lanes)) {
+            if !std::mem::replace(armed, true) {
+                self.ring.poll(fd, at);
             }
         }
         let mailbox = &self.mailboxes[usize::from(self.core)];
@@ -32,7 +33,9 @@ impl Reactor {
             self.doorbell_armed = true;
             self.ring.poll(mailbox.doorbell(), DOORBELL);
         }
-        let may_sleep = mailbox.begin_sleep() && !self.queues.iter().any(|own| own.queue.has_rx());
+        let may_sleep = mailbox.begin_sleep()
+            && !self.queues.iter().any(|own| own.queue.has_rx())
+            && !self.lanes.iter().any(|own| own.lane.has_rx());
         if may_sleep {
             let short = self.pool.free_chunks() < self.pool.chunk_capacity() / 16;
             self.stats.add(Counter::Sleeps, 1);
@@ -62,12 +65,13 @@ impl Reactor {
 
     pub(super) fn read_link_stats(&mut self) {
         self.stats_read_ns = self.now_ns;
-        for own in &mut self.queues {
-            let now = own.queue.stats();
-            let seen = std::mem::replace(&mut own.seen, now);
+        let queues = self.queues.iter_mut().map(|own| (own.queue.stats(), &mut own.seen, &own.losses));
+        let lanes = self.lanes.iter_mut().map(|own| (own.lane.stats(), &mut own.seen, &own.losses));
+        for (now, seen, losses) in queues.chain(lanes) {
+            let seen = std::mem::replace(seen, now);
             self.stats.add(Counter::RxDropped, now.rx_dropped.saturating_sub(seen.rx_dropped));
             self.stats.add(Counter::RxInvalid, now.rx_invalid.saturating_sub(seen.rx_invalid));
-            own.losses.store(LinkLosses {
+            losses.store(LinkLosses {
                 rx_dropped: now.rx_dropped,
                 rx_ring_full: now.rx_ring_full,
                 rx_fill_empty: now.rx_fill_empty,

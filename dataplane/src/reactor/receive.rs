@@ -6,6 +6,7 @@ use aoe_xdp::link::{Region, RxFrame, Segments};
 use aoe_xdp::target::{self, Action, Answer, BODY_LEN_MAX, Body, Export, Route};
 use cluster_map::Counter;
 
+use super::cores::send_home;
 use super::{Reactor, served};
 use crate::exchange::{CoreConfig, Message};
 use crate::serving::Arrival;
@@ -17,14 +18,26 @@ impl Reactor {
         let mut worked = false;
         for at in 0..self.queues.len() {
             self.queues[at].queue.receive(&mut self.pool, &mut frames);
-            worked |= !frames.is_empty();
-            for frame in frames.drain(..) {
-                self.stats.add(Counter::RxFrames, 1);
-                self.stats.add(Counter::RxBytes, frame.len() as u64);
-                self.dispatch(&config, &region, frame.interface(), frame);
-            }
+            worked |= self.dispatch_all(&config, &region, &mut frames);
+        }
+        for at in 0..self.lanes.len() {
+            let (mailboxes, ring) = (&self.mailboxes, &mut self.ring);
+            let home = |chunk| send_home(mailboxes, &region, ring, chunk);
+            self.lanes[at].lane.receive(&mut frames, home);
+            worked |= self.dispatch_all(&config, &region, &mut frames);
         }
         self.received = frames;
+        worked
+    }
+
+    /// Goes through what was received; whether there was anything.
+    fn dispatch_all(&mut self, config: &CoreConfig, region: &Region, frames: &mut Vec<RxFrame>) -> bool {
+        let worked = !frames.is_empty();
+        for frame in frames.drain(..) {
+            self.stats.add(Counter::RxFrames, 1);
+            self.stats.add(Counter::RxBytes, frame.len() as u64);
+            self.dispatch(config, region, frame.interface(), frame);
+        }
         worked
     }
 
@@ -51,6 +64,7 @@ impl Reactor {
                 }
                 Some(served) => {
                     let owner = served.owner;
+                    self.stats.add(Counter::HandedOver, 1);
                     self.hand_over(owner, Message::Serve { interface, frame });
                     return;
                 }

@@ -13,12 +13,12 @@ use crate::netns::{ip, isolated, veth_pair, wait_up};
 use crate::node::{Node, export};
 use crate::station::{Station, region};
 
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// Long enough that what is not held back is there.
 const NEVER: Duration = Duration::from_millis(300);
 
 /// An initiator on one network interface, with a number for each of its VLANs.
-struct Initiator {
+pub(crate) struct Initiator {
     mac: Mac,
     station: Station,
     _interface: Interface,
@@ -27,7 +27,7 @@ struct Initiator {
 }
 
 impl Initiator {
-    fn open(name: &str, number: u8, ports: &[(u8, u16)]) -> Initiator {
+    pub(crate) fn open(name: &str, number: u8, ports: &[(u8, u16)]) -> Initiator {
         let (interface, station) =
             Station::open_as(name, Choice::AfPacket, ports, Frames::All, &region(1), 0);
         let mac = Mac([0x02, 0, 0, 0, 0xc1, number]);
@@ -35,7 +35,7 @@ impl Initiator {
     }
 
     /// Sends a request by one of its VLANs; gives its tag.
-    fn ask(&mut self, by: u8, to: &DesiredExport, dst: Mac, arg: AtaArg, data: &[u8]) -> u32 {
+    pub(crate) fn ask(&mut self, by: u8, to: &DesiredExport, dst: Mac, arg: AtaArg, data: &[u8]) -> u32 {
         self.tag += 1;
         self.send(by, to, dst, arg, data, self.tag);
         self.tag
@@ -64,7 +64,7 @@ impl Initiator {
     }
 
     /// Writes two sectors and reads them back, sending again what gets no answer, until it is told to stop: how often it did.
-    fn verify_until(&mut self, to: &DesiredExport, dst: Mac, stop: &AtomicBool) -> u32 {
+    pub(crate) fn verify_until(&mut self, to: &DesiredExport, dst: Mac, stop: &AtomicBool) -> u32 {
         let mut rounds = 0u32;
         while !stop.load(Ordering::Relaxed) {
             let data: Vec<u8> = rounds.to_le_bytes().into_iter().cycle().take(1024).collect();
@@ -91,7 +91,7 @@ impl Initiator {
         }
     }
 
-    fn answer(&mut self, tag: u32, within: Duration) -> Option<(u8, Vec<u8>)> {
+    pub(crate) fn answer(&mut self, tag: u32, within: Duration) -> Option<(u8, Vec<u8>)> {
         let own = self.mac.0;
         self.receive(within, |frame| {
             frame[..6] == own && frame[14] == 0x18 && frame[20..24] == tag.to_be_bytes()
@@ -112,7 +112,7 @@ impl Initiator {
     }
 
     /// Reads and gives the data.
-    fn read(&mut self, to: &DesiredExport, dst: Mac, lba: u64, sectors: u8) -> Vec<u8> {
+    pub(crate) fn read(&mut self, to: &DesiredExport, dst: Mac, lba: u64, sectors: u8) -> Vec<u8> {
         let tag = self.ask(0, to, dst, AtaArg::read_write_ext(lba, sectors, false), &[]);
         let (_, frame) = self.answer(tag, SOON).expect("an answer");
         assert_eq!(parse_ata(&frame).unwrap().arg.command_status, 0x40);
@@ -120,7 +120,7 @@ impl Initiator {
         frame[ATA_DATA_OFFSET..].to_vec()
     }
 
-    fn write(&mut self, to: &DesiredExport, dst: Mac, lba: u64, data: &[u8]) {
+    pub(crate) fn write(&mut self, to: &DesiredExport, dst: Mac, lba: u64, data: &[u8]) {
         let sectors = u8::try_from(data.len() / 512).unwrap();
         let tag = self.ask(0, to, dst, AtaArg::read_write_ext(lba, sectors, true), data);
         let (_, frame) = self.answer(tag, SOON).expect("an answer");
@@ -128,7 +128,7 @@ impl Initiator {
     }
 }
 
-fn mac_on(export: &DesiredExport, ordinal: u8) -> Mac {
+pub(crate) fn mac_on(export: &DesiredExport, ordinal: u8) -> Mac {
     let mut mac = export.mac;
     mac[5] |= ordinal;
     Mac(mac)
@@ -182,9 +182,9 @@ fn case_17_an_export_answers_in_its_own_vlan_only_over_af_packet() {
 
 /// MTU and carrier change while requests come: what is advertised follows, no answer is longer than the MTU, and the same
 /// process goes on.
-fn mtu_and_carrier(link: LinkChoice) {
+fn mtu_and_carrier(link: LinkChoice, cores: u16) {
     veth_pair(9000, 1);
-    let mut node = Node::start_on(&["a0"], link, 1, 2);
+    let mut node = Node::start_on(&["a0"], link, cores, 2);
     let mut client = Initiator::open("b0", 1, &[(0, 0)]);
     let exported = export(0);
     node.export(vec![exported.clone(), export(1)]);
@@ -235,13 +235,22 @@ fn mtu_and_carrier(link: LinkChoice) {
 
 #[test]
 fn case_81_mtu_and_carrier_change_under_af_xdp() {
-    isolated("links::case_81_mtu_and_carrier_change_under_af_xdp", || mtu_and_carrier(LinkChoice::AfXdp));
+    isolated("links::case_81_mtu_and_carrier_change_under_af_xdp", || {
+        mtu_and_carrier(LinkChoice::AfXdp, 1);
+    });
+}
+
+#[test]
+fn case_81_mtu_and_carrier_change_where_the_program_steers() {
+    isolated("links::case_81_mtu_and_carrier_change_where_the_program_steers", || {
+        mtu_and_carrier(LinkChoice::AfXdp, 2);
+    });
 }
 
 #[test]
 fn case_81_mtu_and_carrier_change_under_af_packet() {
     isolated("links::case_81_mtu_and_carrier_change_under_af_packet", || {
-        mtu_and_carrier(LinkChoice::AfPacket);
+        mtu_and_carrier(LinkChoice::AfPacket, 1);
     });
 }
 
@@ -256,11 +265,12 @@ fn second_pair() {
 
 /// An interface that is missing at the start, or goes away, is waited for; the other one serves on meanwhile. When it is
 /// there, the process ends to be started again, and serves on both.
-fn gone_and_back(link: LinkChoice) {
+fn gone_and_back(link: LinkChoice, cores: u16) {
     veth_pair(1500, 1);
-    let mut node = Node::start_on(&["a0", "c0"], link, 1, 1);
-    let exported = export(0);
-    node.export(vec![exported.clone()]);
+    let mut node = Node::start_on(&["a0", "c0"], link, cores, cores);
+    // The last core's: with several, not that of the first interface's queue.
+    let exported = export(cores - 1);
+    node.export((0..cores).map(export).collect());
     let seen = node.wait("one interface is up", |seen| links(seen) == [("a0", true), ("c0", false)]);
     assert!(seen.links[1].note.contains("no network interface \"c0\""), "{}", seen.links[1].note);
     let mut first = Initiator::open("b0", 1, &[(0, 0)]);
@@ -276,7 +286,9 @@ fn gone_and_back(link: LinkChoice) {
     ip("link del c0");
     node.wait("one is gone", |seen| links(seen) == [("a0", true), ("c0", false)]);
     // The dead queue wakes nobody up: an idle core goes on sleeping.
-    let wakeups = |node: &Node| node.control.stats()[0].get(Counter::Wakeups);
+    let wakeups = |node: &Node| {
+        node.control.stats().iter().map(|core| core.get(Counter::Wakeups)).max().expect("a core")
+    };
     let before = wakeups(&node);
     std::thread::sleep(Duration::from_secs(1));
     assert!(wakeups(&node) - before < 100, "{} times in a second", wakeups(&node) - before);
@@ -295,14 +307,21 @@ fn gone_and_back(link: LinkChoice) {
 #[test]
 fn an_interface_that_goes_away_and_comes_back_is_served_on_over_af_xdp() {
     isolated("links::an_interface_that_goes_away_and_comes_back_is_served_on_over_af_xdp", || {
-        gone_and_back(LinkChoice::AfXdp);
+        gone_and_back(LinkChoice::AfXdp, 1);
+    });
+}
+
+#[test]
+fn an_interface_that_goes_away_and_comes_back_is_steered_again() {
+    isolated("links::an_interface_that_goes_away_and_comes_back_is_steered_again", || {
+        gone_and_back(LinkChoice::AfXdp, 2);
     });
 }
 
 #[test]
 fn an_interface_that_goes_away_and_comes_back_is_served_on_over_af_packet() {
     isolated("links::an_interface_that_goes_away_and_comes_back_is_served_on_over_af_packet", || {
-        gone_and_back(LinkChoice::AfPacket);
+        gone_and_back(LinkChoice::AfPacket, 1);
     });
 }
 
@@ -337,7 +356,8 @@ fn case_60_copies_by_a_second_interface_are_in_the_same_order() {
     });
 }
 
-/// Two queues on two cores: every export answers what comes in by either queue, from its own core's queue.
+/// Two queues on two cores: every export answers what comes in by either queue, from its own core's queue; no core hands
+/// anything over.
 #[test]
 fn every_export_is_served_by_every_queue() {
     isolated("links::every_export_is_served_by_every_queue", || {
@@ -348,10 +368,7 @@ fn every_export_is_served_by_every_queue() {
         let queues: Vec<_> = seen.links.iter().map(|link| (link.queue, link.core)).collect();
         assert_eq!(queues, [(0, 0), (1, 1)]);
         let note = &seen.links[0].note;
-        assert!(
-            note.contains("the NIC steers no addresses to cores") && note.contains("cores hand frames over"),
-            "{note}"
-        );
+        assert!(note.contains("the XDP program steers 2 of 2 addresses to their cores"), "{note}");
 
         let region = region(2);
         let mut interface = Interface::open("b0", Choice::AfXdp, &region).unwrap();
@@ -378,6 +395,7 @@ fn every_export_is_served_by_every_queue() {
                 assert_eq!(answer.len(), ATA_DATA_OFFSET + 1024);
             }
         }
+        assert_eq!(node.control.stats().iter().map(|core| core.get(Counter::HandedOver)).sum::<u64>(), 0);
         node.stop();
     });
 }

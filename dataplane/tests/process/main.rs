@@ -10,3 +10,4 @@ mod node;
 #[path = "../../../aoe-xdp/tests/link/station.rs"]
 #[allow(dead_code, reason = "a part is used here")]
 mod station;
+mod steering;

@@ -10,7 +10,7 @@ use af_xdp::raw::RawSocket;
 use aoe_xdp::wire::{ETHERTYPE, FRAME_LEN_MIN};
 use cluster_map::{
     ChangeAnswer, ClusterId, ControlMap, Desired, DesiredExport, DesiredStore, DesiredVolume, ExportState,
-    Geometry, LinkChoice, NodeId, Observed, VolumeId, VolumeIntent,
+    Geometry, LinkChoice, NodeId, Observed, SteeringChoice, VolumeId, VolumeIntent,
 };
 
 /// Only a process that hangs takes longer.
@@ -41,6 +41,17 @@ impl Node {
 
     /// The same on other interfaces, and on that many cores.
     pub(crate) fn start_on(interfaces: &[&str], link: LinkChoice, cores: u16, volumes: u16) -> Node {
+        Node::start_steering(interfaces, link, SteeringChoice::Auto, cores, volumes)
+    }
+
+    /// The same with a choice of how frames are to reach their cores.
+    pub(crate) fn start_steering(
+        interfaces: &[&str],
+        link: LinkChoice,
+        steering: SteeringChoice,
+        cores: u16,
+        volumes: u16,
+    ) -> Node {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = |name: &str| folder.path().join(name);
         let store_path = path("store");
@@ -52,6 +63,7 @@ impl Node {
             node,
             cores: (0..cores).collect(),
             link,
+            steering,
             interfaces: interfaces.iter().map(ToString::to_string).collect(),
             stores: vec![DesiredStore { path: text(&store_path), size_bytes: 0, id: None }],
             ..Desired::default()
@@ -200,13 +212,22 @@ impl Station {
 
     /// The next frame with this tag, unless none comes in time.
     pub(crate) fn receive(&mut self, tag: u32, within: Duration) -> Option<Vec<u8>> {
+        self.receive_where(|of| of == tag, within)
+    }
+
+    /// The next frame whose tag is accepted, unless none comes in time.
+    pub(crate) fn receive_where(
+        &mut self,
+        accept: impl Fn(u32) -> bool,
+        within: Duration,
+    ) -> Option<Vec<u8>> {
         let deadline = Instant::now() + within;
         let mut buffer = [0; 10_000];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let got = self.socket.receive(&mut buffer, left).unwrap();
             if let Some(len) = got.filter(|len| *len >= FRAME_LEN_MIN)
-                && buffer[20..24] == tag.to_be_bytes()
+                && accept(u32::from_be_bytes(buffer[20..24].try_into().unwrap()))
             {
                 return Some(buffer[..len].to_vec());
             }
