@@ -39,7 +39,9 @@ use crate::request::{
 };
 use crate::store::extent::ExtentStore;
 use crate::store::extent::shard::{Object, ScrubTask, Shard};
-use crate::store::{BLOCK_BYTES, Disk, Operation, Outcome, RequestToken, Store, StoreError, release_blocks};
+use crate::store::{
+    BLOCK_BYTES, Crcs, Disk, Operation, Outcome, RequestToken, Store, StoreError, release_blocks,
+};
 
 /// AoE requests in progress for each request: merged and repeated ones share a request.
 const RIDERS_PER_REQUEST: u32 = 4;
@@ -242,7 +244,7 @@ impl Serving {
                 self.clients.dropped(client, Dropped::Memory);
                 return;
             };
-            copy_payload(pool, arrival.frame, range, range, &mut payload);
+            request.crcs = copy_payload(pool, arrival.frame, range, range, &mut payload);
             request.payload = payload;
         }
         let Ok(id) = self.requests.insert(request, rider(&arrival, around.now_ns)) else {
@@ -323,7 +325,9 @@ impl Serving {
                 if !widen(pool, &mut request.payload, request.range, joined) {
                     return false;
                 }
-                copy_payload(pool, arrival.frame, range, joined, &mut request.payload);
+                // Blocks have moved, and those that two frames make up have no sum yet.
+                let _of_one_frame = copy_payload(pool, arrival.frame, range, joined, &mut request.payload);
+                request.crcs = Crcs::default();
             }
         }
         request.range = joined;
@@ -376,6 +380,7 @@ impl Serving {
                 keep_head_bytes: range.head_bytes(),
                 keep_tail_bytes: range.tail_bytes(),
                 blocks: share_blocks(pool, &request.payload),
+                crcs: request.crcs,
             },
             IoKind::Read => match take_blocks(pool, range.block_count()) {
                 Some(blocks) => Operation::Read { first_block: range.first_block(), blocks },

@@ -146,8 +146,8 @@ impl Store for ExtentStore {
             Operation::Read { first_block, blocks } => {
                 shard.read(request, volume.number, first_block, blocks, disk, outcomes);
             }
-            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes } => {
-                let terms = WriteTerms { keep_head_bytes, keep_tail_bytes, ..WriteTerms::default() };
+            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes, crcs } => {
+                let terms = WriteTerms { keep_head_bytes, keep_tail_bytes, crcs, ..WriteTerms::default() };
                 shard.write(request, volume.number, first_block, blocks, terms, disk, outcomes);
             }
             // Whatever was acknowledged is durable.

@@ -269,10 +269,10 @@ impl Store for LinearStore {
                 return;
             }
             Operation::Read { first_block, blocks } => (Phase::Read, first_block, blocks, (0, 0)),
-            Operation::Write { first_block, blocks, keep_head_bytes: 0, keep_tail_bytes: 0 } => {
+            Operation::Write { first_block, blocks, keep_head_bytes: 0, keep_tail_bytes: 0, .. } => {
                 (Phase::Write, first_block, blocks, (0, 0))
             }
-            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes } => {
+            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes, .. } => {
                 (Phase::ReadBeforeWrite, first_block, blocks, (keep_head_bytes, keep_tail_bytes))
             }
         };

@@ -38,7 +38,7 @@ use torus_uring::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError};
 use super::extents::{ExtentId, Extents, FoldMap};
 use super::format::{BatchHeader, JournalName, Record, ShardName, Superblock};
 use super::shared::{ShardEvent, Shared};
-use crate::store::{Disk, Outcome, RequestToken, StoreError, release_blocks};
+use crate::store::{Crcs, Disk, Outcome, RequestToken, StoreError, release_blocks};
 
 pub use self::scrub::{ScrubProgress, ScrubTask};
 pub use self::writing::WriteTerms;
@@ -114,6 +114,8 @@ struct Op {
     count: u32,
     /// A write's payload; shared with the caller before it is merged.
     payload: Blocks,
+    /// What is known of its whole blocks.
+    crcs: Crcs,
     /// Ended parts, with the position of their first block.
     parts: [Option<(u32, Blocks)>; PARTS_INLINE],
     /// The same, beyond those.

@@ -11,7 +11,7 @@ use super::{INDEX_MASK, Op, PARTS_INLINE, ReadPart, Shard, What, kind};
 use crate::store::extent::extents::ExtentId;
 use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
 use crate::store::extent::shared::Counters;
-use crate::store::{BLOCK_BYTES, Disk, Outcome, RequestToken, StoreError, release_blocks};
+use crate::store::{BLOCK_BYTES, Crcs, Disk, Outcome, RequestToken, StoreError, release_blocks};
 
 /// Where a block's data are.
 enum Source {
@@ -76,6 +76,7 @@ impl Shard {
             first_block,
             count,
             payload: Blocks::new(),
+            crcs: Crcs::default(),
             parts: [const { None }; PARTS_INLINE],
             more_parts: Vec::new(),
             // Until all parts are sent.

@@ -14,7 +14,7 @@ use super::reading::locate;
 use super::{Copies, Op, PARTS_INLINE, Shard, What, kind};
 use crate::store::extent::extents::{Extent, ExtentId};
 use crate::store::extent::format::{BATCH_BLOCKS_MAX, EXTENT_BLOCKS, RECORDS_MAX, Record, Sum};
-use crate::store::{BLOCK_BYTES, Disk, Durable, Outcome, RequestToken, StoreError};
+use crate::store::{BLOCK_BYTES, Crcs, Disk, Durable, Outcome, RequestToken, StoreError};
 
 /// What is written, beside the blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,6 +25,8 @@ pub struct WriteTerms {
     pub keep_tail_bytes: u16,
     /// Whether another copy exists.
     pub copies: Copies,
+    /// CRC32C of whole blocks, where it is known.
+    pub crcs: Crcs,
     /// The head's number for the write, which grows; 0 for the batch's own.
     pub version: u64,
 }
@@ -54,7 +56,7 @@ impl Shard {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let WriteTerms { keep_head_bytes, keep_tail_bytes, copies, version } = terms;
+        let WriteTerms { keep_head_bytes, keep_tail_bytes, copies, crcs, version } = terms;
         let count = u32::try_from(payload.len()).expect("at most a long request");
         let op = Op {
             request: Some(request),
@@ -63,6 +65,7 @@ impl Shard {
             first_block,
             count,
             payload,
+            crcs,
             parts: [const { None }; PARTS_INLINE],
             more_parts: Vec::new(),
             reading: 1,
@@ -87,6 +90,7 @@ impl Shard {
             first_block: 0,
             count: 0,
             payload: Blocks::new(),
+            crcs: Crcs::default(),
             parts: [const { None }; PARTS_INLINE],
             more_parts: Vec::new(),
             reading: 0,
@@ -225,7 +229,8 @@ impl Shard {
         let version = if version == 0 { self.journal.lsn + 1 } else { version };
         let index = self.ops[at as usize].queued as usize;
         let chunk = disk.pool().share(self.ops[at as usize].payload.get(index));
-        let sum = Sum::of(disk.pool().region().bytes(&chunk));
+        let known = self.ops[at as usize].crcs.get(index).copied().flatten();
+        let sum = known.map_or_else(|| Sum::of(disk.pool().region().bytes(&chunk)), Sum::of_crc);
         let extent = self.extents.get_mut(id);
         extent.touched = true;
         let before = extent.sums[usize::from(block)];
