@@ -442,7 +442,7 @@ impl OpenStore {
             durability: self.access.durability,
             capacity_bytes: u64::from(allocation.extent_count()) * EXTENT_BYTES,
             free_bytes: u64::from(allocation.free_extents()) * EXTENT_BYTES,
-            error: String::new(),
+            ..ObservedStore::default()
         }
     }
 
@@ -517,7 +517,7 @@ mod tests {
             let folder = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
             let mut desired = Desired { cluster: ClusterId([1; 16]), ..Desired::default() };
             let path = folder.path().join("s").to_str().unwrap().to_owned();
-            desired.stores.push(DesiredStore { path, size_bytes: SIZE, id: None });
+            desired.stores.push(DesiredStore { path, size_bytes: SIZE, ..DesiredStore::default() });
             let stores = Stores::open_all(&desired).unwrap();
             Node { folder, desired, stores }
         }
@@ -705,7 +705,7 @@ mod tests {
     fn a_store_that_cannot_be_opened_is_said_and_the_others_serve() {
         let mut node = Node::new();
         let path = node.folder.path().join("missing").to_str().unwrap().to_owned();
-        node.desired.stores.push(DesiredStore { path, size_bytes: 0, id: None });
+        node.desired.stores.push(DesiredStore { path, ..DesiredStore::default() });
         node.want(1, SECTORS, VolumeIntent::Active);
         node.converge(&[]);
         let observed = node.stores.observe(&node.desired);
