@@ -812,13 +812,16 @@ pub fn start_scrub(
     let path = &store.record.path;
     let known = view.scrubs.get(&id);
     // A data plane that is further than the record, as after a restored backup, begins only what is newer to it.
-    let seen = view.store_status(id).and_then(|status| status.scrub.as_ref()).map_or(0, |scrub| scrub.run);
+    let told = view.store_status(id).and_then(|status| status.scrub.as_ref());
+    let seen = told.map_or(0, |scrub| scrub.run);
+    // The node has finished it, which is not recorded yet: who asks now wants another one.
+    let over = |record: &ScrubRecord| told.is_some_and(|s| s.run == record.run && s.state == "finished");
     let record = match known.map(|known| &known.record) {
         None if resume => return Err(nothing_to_resume(format!("{path} was never scrubbed"))),
         Some(old) if resume && old.finished.is_some() => {
             return Err(nothing_to_resume(format!("the last scrub of {path} is finished")));
         }
-        Some(old) if resume || (is_scrubbing(old) && seen <= old.run) => {
+        Some(old) if resume || (is_scrubbing(old) && seen <= old.run && !over(old)) => {
             ScrubRecord { stopped: false, rate: rate.unwrap_or(old.rate), ..old.clone() }
         }
         old => ScrubRecord {

@@ -623,6 +623,24 @@ async fn a_scrub_is_begun_changed_stopped_resumed_and_finished_once() {
     assert_eq!(code(start_scrub(&meta, "/s1", None, true).await), "no_scrub");
     assert_eq!(code(stop_scrub(&meta, "/s1").await), "no_scrub");
 
+    // Finished, but not recorded yet: who asks then wants another run.
+    let early = cluster(1).await;
+    start_scrub(&early, "/s1", None, false).await.unwrap();
+    let now = view(&early).await;
+    let mut published = reconcile::desired(&now, node_id(1), &settings()).unwrap();
+    published.version = 1;
+    let mut observed = obedient(&published, 1);
+    observed.stores[0].scrub = Some(seen(1, ScrubState::Finished));
+    let status = reconcile::status(&published, &observed, "running");
+    early.txn(Txn::new().put(keys::status(node_id(1)), encode(&status))).await.unwrap();
+    let late = reconcile::changes(&now, node_id(1), &published, &observed, 9);
+    start_scrub(&early, "/s1", None, false).await.unwrap();
+    assert_eq!(scrub_wish(&early).await.unwrap().run, 2);
+    assert!(
+        !early.txn(late[0].clone()).await.unwrap().committed(),
+        "the result of run 1 is not that of run 2"
+    );
+
     // The next run has a number that is new to the record and to the data plane.
     start_scrub(&meta, "/s1", None, false).await.unwrap();
     assert_eq!(scrub_wish(&meta).await, wish(2, ops::DEFAULT_SCRUB_RATE, false));
@@ -723,6 +741,21 @@ async fn scrubs_are_asked_for_over_the_api() {
         let scrub = &answer["store"]["scrub"];
         assert_eq!((&scrub["run"], &scrub["rate_bytes_per_s"]), (&json!(1), &json!(bytes)));
     }
+    let mut known = served.node.subscribe();
+    let going =
+        ScrubObserved { run: 1, state: ScrubState::Running, done_bytes: 0, total_bytes: 9, errors: 0 };
+    report_scrub(&served.meta, going).await;
+    let state = |view: &View| view.store_status(store_id(1)).and_then(|s| Some(s.scrub.clone()?.state));
+    known.wait_for(|known| state(&known.view).as_deref() == Some("running")).await.unwrap();
+    let running = ask(Method::GET, None).await.unwrap();
+    assert_eq!(running["store"]["scrub"]["state"], "running");
+    // While no data plane has the store open, it waits.
+    let mut status = known.borrow_and_update().view.status[&node_id(1)].clone();
+    status.stores[0].state = "opening".into();
+    served.meta.txn(Txn::new().put(keys::status(node_id(1)), encode(&status))).await.unwrap();
+    let opening = |view: &View| view.status[&node_id(1)].stores[0].state == "opening";
+    known.wait_for(|known| opening(&known.view)).await.unwrap();
+    assert_eq!(ask(Method::GET, None).await.unwrap()["store"]["scrub"]["state"], "waiting");
     let half = ScrubObserved { run: 1, state: ScrubState::Stopped, done_bytes: 5, total_bytes: 9, errors: 1 };
     report_scrub(&served.meta, half).await;
     let stopped = ask(Method::DELETE, None).await.unwrap();
@@ -734,7 +767,6 @@ async fn scrubs_are_asked_for_over_the_api() {
         (&json!("waiting"), &json!(5), &json!(1))
     );
     report_scrub(&served.meta, ScrubObserved { state: ScrubState::Finished, done_bytes: 9, ..half }).await;
-    let mut known = served.node.subscribe();
     known.wait_for(|known| known.view.scrubs[&store_id(1)].record.finished.is_some()).await.unwrap();
     let list = served.ask(Method::GET, "/v1/stores", None).await.unwrap();
     let scrub = &list["stores"][0]["scrub"];

@@ -591,6 +591,15 @@ fn two_nodes_share_names_addresses_and_sight() {
         assert_eq!((&list["node"], list["clients"].as_array().unwrap().len()), (&serving, 1), "{list}");
     }
 
+    // So is a scrub: asked for at one node, done by the other, seen at both.
+    let said = two.ok("torusctl", &format!("scrub start {} --wait", one.path("store")));
+    assert!(said.contains("on node n1 is finished"), "{said}");
+    for asked in [&one, &two] {
+        let stores = asked.json("torusctl", "store list")["stores"].as_array().unwrap().clone();
+        let scrub = |node: &str| stores.iter().find(|s| s["node"] == node).unwrap()["scrub"].clone();
+        assert_eq!((&scrub("n1")["state"], scrub("n2")), (&"finished".into(), Value::Null));
+    }
+
     // A name that is taken: the newcomer is not let in, and says so.
     let mut thief = Place::new().with(&[&url, "--name=n1"]);
     thief.start();

@@ -118,7 +118,7 @@ pub(crate) fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) 
         available_bytes: id.map_or(0, |id| available_bytes(view, id)),
         orphaned_bytes: status.map_or(0, |s| s.orphaned),
         volumes: id.map_or(0, |id| view.placed(id).volumes),
-        write_path: status.map(|s| s.writes.clone()).unwrap_or_default(),
+        write_path: status.filter(|s| s.state == "ready").map(|s| s.writes.clone()).unwrap_or_default(),
         checksum_errors: status.map_or(0, |s| s.checksum_errors),
         lost_blocks: status.map_or(0, |s| s.lost_blocks),
         scrub: id.and_then(|id| view.scrubs.get(&id)).map(|known| scrub(&known.record, live, status)),
@@ -129,10 +129,13 @@ pub(crate) fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) 
 /// What was asked for, with what the node tells of it; once it is recorded as finished, the record knows all.
 fn scrub(record: &ScrubRecord, live: bool, status: Option<&StoreStatus>) -> t::Scrub {
     let told = status.and_then(|s| s.scrub.as_ref()).filter(|scrub| scrub.run == record.run);
+    let ready = status.is_some_and(|s| s.state == "ready");
     let (state, done_bytes, total_bytes, errors) = match (&record.finished, told) {
         (Some(result), _) => ("finished", result.bytes, result.bytes, result.errors),
-        // It is to go on, which its node has not seen yet.
-        (None, Some(told)) if told.state == "stopped" && !record.stopped => {
+        // It is to go on, which its node has not seen yet, or cannot do while the store is not open.
+        (None, Some(told))
+            if !record.stopped && (told.state == "stopped" || told.state == "running" && !ready) =>
+        {
             ("waiting", told.done, told.total, told.errors)
         }
         (None, Some(told)) => (told.state.as_str(), told.done, told.total, told.errors),
