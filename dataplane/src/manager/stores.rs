@@ -6,15 +6,17 @@
 
 mod slots;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cluster_map::{
-    Desired, DesiredStore, DesiredVolume, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId,
-    VolumeIntent, VolumeObserved,
+    Desired, DesiredStore, DesiredVolume, ObservedStore, ObservedVolume, ScrubObserved, ScrubState,
+    ScrubWish, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved, WritePath,
 };
 
 use self::slots::SlotFeeder;
@@ -22,7 +24,7 @@ use crate::device::DeviceError;
 use crate::exchange::{Message, StoreAccess, core_of_shard, deal_shards};
 use crate::store::extent::catalog::{Catalog, Volume, VolumeState};
 use crate::store::extent::opening::{self, Identity, OpenError, OpenStore};
-use crate::store::extent::shard::Object;
+use crate::store::extent::shard::{Object, ScrubTask};
 use crate::store::extent::shared::{ShardEvent, Shared};
 use crate::store::{BLOCK_SECTORS, EXTENT_BYTES, SECTOR_BYTES};
 
@@ -47,10 +49,22 @@ struct NodeStore {
     unmapping: BTreeSet<u32>,
     /// Why it takes no more writes; empty while it does.
     failed: String,
+    /// The scrub that cores were told to make.
+    scrub: Option<ScrubWish>,
+    /// What was published last of what cores have counted.
+    told: Cell<Told>,
     /// The desired state names it no more.
     removed: bool,
     /// Cores have been told to let it go.
     released: bool,
+}
+
+/// What cores have counted of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Told {
+    allocated: u32,
+    checksum_errors: u64,
+    lost_blocks: u64,
 }
 
 /// All stores. Positions are stable while a store is open.
@@ -150,6 +164,8 @@ impl Stores {
             failures: BTreeMap::new(),
             unmapping: BTreeSet::new(),
             failed: String::new(),
+            scrub: None,
+            told: Cell::default(),
             removed: false,
             released: false,
         });
@@ -173,7 +189,12 @@ impl Stores {
     /// Whether there is something to do although nobody wants anything new: a shard to hear of, a store to try again or to
     /// close.
     pub(super) fn have_work(&self) -> bool {
-        let waits = |store: &NodeStore| store.removed || !store.shared.events.is_empty();
+        let waits = |store: &NodeStore| {
+            store.removed
+                || !store.shared.events.is_empty()
+                || store.is_scrubbing()
+                || store.told.get() != store.told_now()
+        };
         self.is_unmapping()
             || !self.failed.is_empty()
             || !self.outbox.is_empty()
@@ -237,6 +258,9 @@ impl Stores {
             let own = desired.volumes.iter().filter(|wish| wish.store == id);
             self.access_changed |= store.give_up(own, served);
             store.tell_shards(self.cores, &mut self.outbox);
+            let wish = desired.stores.iter().find(|wish| wish.path == store.path);
+            let scrub = wish.and_then(|wish| wish.scrub.as_ref());
+            store.tell_scrub(scrub, self.cores, &mut self.outbox);
         }
     }
 
@@ -453,7 +477,8 @@ impl NodeStore {
 
     fn observe(&self) -> ObservedStore {
         let slots = self.store.layout().slots();
-        let allocated = self.shared.counters.allocated.load(std::sync::atomic::Ordering::Relaxed);
+        let told = self.told_now();
+        self.told.set(told);
         let error = if self.failed.is_empty() { self.feeder.error() } else { self.failed.clone() };
         ObservedStore {
             path: self.path.clone(),
@@ -461,9 +486,75 @@ impl NodeStore {
             state: if self.failed.is_empty() { StoreState::Ready } else { StoreState::Failed },
             durability: self.access.durability,
             capacity_bytes: u64::from(slots) * EXTENT_BYTES,
-            free_bytes: u64::from(slots.saturating_sub(allocated)) * EXTENT_BYTES,
+            free_bytes: u64::from(slots.saturating_sub(told.allocated)) * EXTENT_BYTES,
             error: shortened(&error),
+            // With one copy, whatever the device can do.
+            writes: WritePath::Journal,
+            checksum_errors: told.checksum_errors,
+            lost_blocks: told.lost_blocks,
+            scrub: self.observe_scrub(told.allocated),
         }
+    }
+
+    /// What the cores have counted.
+    fn told_now(&self) -> Told {
+        let counters = &self.shared.counters;
+        Told {
+            allocated: counters.allocated.load(Ordering::Relaxed),
+            checksum_errors: counters.checksum_errors.load(Ordering::Relaxed),
+            lost_blocks: counters.lost_blocks.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Where the scrub stands that was asked for last.
+    fn observe_scrub(&self, allocated: u32) -> Option<ScrubObserved> {
+        let wish = self.scrub.as_ref()?;
+        let cells = self.shared.scrubs.iter().filter(|cell| cell.run.load(Ordering::Acquire) == wish.run);
+        let mut told = ScrubObserved { run: wish.run, ..ScrubObserved::default() };
+        let mut finished = 0;
+        for cell in cells {
+            told.done_bytes += u64::from(cell.done_extents.load(Ordering::Relaxed)) * EXTENT_BYTES;
+            told.errors += cell.errors.load(Ordering::Relaxed);
+            finished += usize::from(cell.is_finished.load(Ordering::Relaxed));
+        }
+        told.total_bytes = (u64::from(allocated) * EXTENT_BYTES).max(told.done_bytes);
+        told.state = if finished == self.shared.scrubs.len() {
+            told.total_bytes = told.done_bytes;
+            ScrubState::Finished
+        } else if wish.stopped {
+            ScrubState::Stopped
+        } else {
+            ScrubState::Running
+        };
+        Some(told)
+    }
+
+    /// Whether a scrub is under way.
+    fn is_scrubbing(&self) -> bool {
+        let under_way = |wish: &ScrubWish| {
+            let all = self.shared.scrubs.iter();
+            !wish.stopped
+                && !all.clone().all(|cell| {
+                    cell.run.load(Ordering::Acquire) == wish.run && cell.is_finished.load(Ordering::Relaxed)
+                })
+        };
+        self.scrub.as_ref().is_some_and(under_way)
+    }
+
+    /// Tells cores which scrub is wanted, when that has changed. Shards share the rate.
+    fn tell_scrub(&mut self, wish: Option<&ScrubWish>, cores: usize, outbox: &mut Vec<(u16, Message)>) {
+        if self.scrub.as_ref() == wish {
+            return;
+        }
+        self.scrub = wish.cloned();
+        let shards = self.store.layout().shards;
+        let task = wish.filter(|wish| !wish.stopped).map(|wish| ScrubTask {
+            run: wish.run,
+            rate_bytes_per_s: (wish.rate_bytes_per_s / u64::from(shards)).max(1),
+        });
+        let owners: BTreeSet<u16> =
+            (0..shards).map(|shard| core_of_shard(shard, self.position, cores)).collect();
+        outbox.extend(owners.into_iter().map(|core| (core, Message::Scrub { store: self.position, task })));
     }
 
     fn observe_volume(&self, wish: &DesiredVolume) -> ObservedVolume {

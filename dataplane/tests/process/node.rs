@@ -65,7 +65,7 @@ impl Node {
             link,
             steering,
             interfaces: interfaces.iter().map(ToString::to_string).collect(),
-            stores: vec![DesiredStore { path: text(&store_path), size_bytes: 0, id: None }],
+            stores: vec![DesiredStore { path: text(&store_path), ..DesiredStore::default() }],
             ..Desired::default()
         };
         control.publish(&mut desired).unwrap();

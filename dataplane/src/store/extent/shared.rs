@@ -71,12 +71,14 @@ pub struct Shared {
 /// How far a shard's scrub is, for the manager to read.
 #[derive(Debug, Default)]
 pub struct ScrubCell {
-    /// Bytes verified since the store was opened.
-    pub verified_bytes: AtomicU64,
-    /// Bad blocks of the present run.
+    /// The run; 0 before the first. Written last when it changes.
+    pub run: AtomicU64,
+    /// Extents that it has behind it.
+    pub done_extents: AtomicU32,
+    /// Bad blocks that it has found.
     pub errors: AtomicU64,
-    /// The run that was finished last; 0 when the present one is not.
-    pub finished_run: AtomicU64,
+    /// It has all of them behind it.
+    pub is_finished: AtomicBool,
 }
 
 /// Events that may wait for the manager; shards keep what does not fit and try again.
@@ -104,13 +106,6 @@ impl Shared {
     /// The manager says whether it has slots that it has not queued yet.
     pub fn set_no_more(&self, no_more: bool) {
         self.no_more.store(no_more, Ordering::Release);
-    }
-
-    /// A shard has verified so many bytes more.
-    pub(super) fn scrubbed(&self, shard: u16, bytes: u64) {
-        if let Some(cell) = self.scrubs.get(usize::from(shard)) {
-            cell.verified_bytes.fetch_add(bytes, Ordering::Relaxed);
-        }
     }
 
     /// Makes a slot free.

@@ -56,6 +56,8 @@ struct Reading {
 pub(super) struct ScrubState {
     task: Option<ScrubTask>,
     progress: ScrubProgress,
+    /// Extents before the cursor.
+    done_extents: u32,
     /// Next block of the extent at the cursor.
     block: u16,
     reading: Option<Reading>,
@@ -72,6 +74,7 @@ impl ScrubState {
         ScrubState {
             task: None,
             progress,
+            done_extents: 0,
             block: 0,
             reading: None,
             suspects: None,
@@ -107,7 +110,11 @@ impl Shard {
             self.scrub.progress = ScrubProgress { run: task.run, ..ScrubProgress::default() };
             self.scrub.block = 0;
         }
+        let behind = self.extents.iter().filter(|(id, _)| id.0 < self.scrub.progress.cursor).count();
+        self.scrub.done_extents = u32::try_from(behind).expect("slots are numbered by 32 bits");
         self.scrub.task = task;
+        self.scrub.next_ns = 0;
+        self.tell_scrub();
     }
 
     /// Where the last run stands.
@@ -168,6 +175,7 @@ impl Shard {
             }
             self.scrub.block = 0;
             self.scrub.progress.cursor += 1;
+            self.scrub.done_extents += u32::from(self.extents.at(place).is_some());
         }
         self.scrub.progress.cursor = u32::MAX;
         self.tell_scrub();
@@ -233,7 +241,6 @@ impl Shard {
                 }
             }
         }
-        let read_blocks = blocks.len() as u64;
         self.recycle(blocks, disk.pool());
         match bad.first() {
             Some(&block) if reading.tries < RETRIES || bad.len() > 1 => {
@@ -250,7 +257,6 @@ impl Shard {
             None => {}
         }
         if !reading.suspect {
-            self.shared.scrubbed(self.name.shard, read_blocks * BLOCK);
             self.tell_scrub();
         }
     }
@@ -266,9 +272,11 @@ impl Shard {
 
     fn tell_scrub(&self) {
         if let Some(cell) = self.shared.scrubs.get(usize::from(self.name.shard)) {
-            cell.errors.store(u64::from(self.scrub.progress.errors), Ordering::Relaxed);
-            let finished = if self.scrub.progress.cursor == u32::MAX { self.scrub.progress.run } else { 0 };
-            cell.finished_run.store(finished, Ordering::Release);
+            let progress = self.scrub.progress;
+            cell.errors.store(u64::from(progress.errors), Ordering::Relaxed);
+            cell.done_extents.store(self.scrub.done_extents, Ordering::Relaxed);
+            cell.is_finished.store(progress.cursor == u32::MAX, Ordering::Relaxed);
+            cell.run.store(progress.run, Ordering::Release);
         }
     }
 }
