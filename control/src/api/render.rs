@@ -115,6 +115,7 @@ pub(crate) fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) 
         state: status.map_or("unknown", |s| &s.state).to_owned(),
         durability: status.filter(|s| s.state == "ready").map(|s| s.durability.clone()).unwrap_or_default(),
         capacity_bytes: status.map_or(0, |s| s.capacity),
+        used_bytes: status.map_or(0, |s| s.capacity.saturating_sub(s.free)),
         available_bytes: id.map_or(0, |id| available_bytes(view, id)),
         orphaned_bytes: status.map_or(0, |s| s.orphaned),
         volumes: id.map_or(0, |id| view.placed(id).volumes),

@@ -177,7 +177,9 @@ pub struct Store {
     pub durability: String,
     /// Bytes for volumes.
     pub capacity_bytes: u64,
-    /// Bytes that new volumes can have.
+    /// Bytes that volumes occupy: an extent is occupied when it is first written.
+    pub used_bytes: u64,
+    /// Bytes that new volumes can have: what is not promised to others, occupied or not.
     pub available_bytes: u64,
     /// Bytes of volumes that no record names; they are kept.
     pub orphaned_bytes: u64,

@@ -338,6 +338,7 @@ fn store_table(stores: &[t::Store]) -> String {
             s.state.clone(),
             dash(&s.durability),
             human(s.capacity_bytes),
+            human(s.used_bytes),
             human(s.available_bytes),
             s.volumes.to_string(),
             dash(&s.write_path),
@@ -355,6 +356,7 @@ fn store_table(stores: &[t::Store]) -> String {
         "state",
         "durability",
         "capacity",
+        "used",
         "available",
         "volumes",
         "writes",
@@ -365,7 +367,7 @@ fn store_table(stores: &[t::Store]) -> String {
         "id",
         "error",
     ];
-    table(&header, &[4, 5, 6, 8, 9, 11], stores.iter().map(row).collect())
+    table(&header, &[4, 5, 6, 7, 9, 10, 12], stores.iter().map(row).collect())
 }
 
 /// Every counter that counted anything, one row each, one column per core; then the latencies.

@@ -127,7 +127,7 @@ impl Shard {
         if self.closing || self.scrub.reading.is_some() || self.now_ns < self.scrub.next_ns {
             return;
         }
-        if disk.pool().free_chunks() < disk.pool().chunk_capacity() / 2 {
+        if disk.pool().free_chunks() < disk.pool().chunk_capacity() / 8 {
             self.scrub.next_ns = self.now_ns + WAIT_NS;
             return;
         }
