@@ -271,9 +271,9 @@ impl Shard {
             ops: Slab::with_capacity(1024),
             reads: Slab::with_capacity(1024),
             ready: VecDeque::with_capacity(1024),
-            starved: VecDeque::new(),
+            starved: VecDeque::with_capacity(1024),
             batch: batch::Batch::new(),
-            committed: VecDeque::with_capacity(1024),
+            committed: VecDeque::with_capacity(PENDING_MAX),
             pending: FoldMap::with_capacity_and_hasher(2 * PENDING_MAX, BuildHasherDefault::default()),
             unsent: Vec::with_capacity(PENDING_MAX),
             placements: Slab::with_capacity(PENDING_MAX),
@@ -282,6 +282,7 @@ impl Shard {
                 recovered.checkpoint_sequence,
                 recovered.checkpoint_which,
                 dirty,
+                config.layout.slots(),
             ),
             scrub: scrub::ScrubState::new(recovered.scrub),
             active,
@@ -418,11 +419,16 @@ impl Shard {
     /// When the shard wants a turn, if nothing gives it one before; nanoseconds of the clock of [`Shard::turn`].
     #[must_use]
     pub fn wants_turn_at_ns(&self) -> Option<u64> {
+        let tells = (!self.events.is_empty()).then_some(self.now_ns + LOOK_AGAIN_NS);
+        if self.failed.is_some() {
+            // Nothing goes on by itself any more: a time that was due before would be due for ever.
+            return tells;
+        }
         // What waits for a slot or for memory looks again soon: others give them back.
         let stands = self.in_flight == 0 && (!self.ready.is_empty() || self.checkpoint.is_in_progress());
-        let waits = self.failed.is_none() && (stands || !self.starved.is_empty());
+        let waits = stands || !self.starved.is_empty();
         let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
-        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).chain(again).min()
+        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).chain(again).chain(tells).min()
     }
 
     /// The head says that every write of a layer with a version up to this is on all in-sync copies.
@@ -446,11 +452,10 @@ impl Shard {
 
     /// Gives the chunks of a list back, and keeps a long list.
     fn recycle(&mut self, mut blocks: Blocks, pool: &mut Pool) {
-        let is_long = blocks.len() > BLOCKS_MAX;
         while let Some(chunk) = blocks.pop() {
             pool.release(chunk);
         }
-        if is_long {
+        if blocks.is_on_heap() {
             self.spare.push(blocks);
         }
     }

@@ -167,16 +167,20 @@ impl Shard {
         self.batch.chain =
             encode_batch(&fields, self.journal_name, &self.batch.records, disk.pool().bytes_mut(&mut header));
         self.batch.placed_lsn = fields.placed_lsn;
-        let mut blocks = self.list_for(1 + self.batch.data.len());
-        blocks.push(header);
-        for chunk in self.batch.data.drain(..) {
-            blocks.push(chunk);
-        }
         let to_end = (self.layout.journal_blocks - self.journal.head) as usize;
         let begin = self.layout.journal_offset(self.name.shard);
         let offset_bytes = begin + u64::from(self.journal.head) * BLOCK;
-        let len = blocks.len();
-        let around = (len > to_end).then(|| blocks.split_off(to_end));
+        let len = 1 + self.batch.data.len();
+        // Filled one by one, not cut: a cut would take a list from the heap in the middle of service.
+        let mut blocks = self.list_for(len.min(to_end));
+        let mut around = (len > to_end).then(|| self.list_for(len - to_end));
+        blocks.push(header);
+        for chunk in self.batch.data.drain(..) {
+            match &mut around {
+                Some(around) if blocks.len() == to_end => around.push(chunk),
+                _ => blocks.push(chunk),
+            }
+        }
         self.batch.in_flight = true;
         self.batch.parts_in_flight += 1;
         let token = self.token(kind::JOURNAL, 0);
@@ -213,6 +217,8 @@ impl Shard {
 
     /// The batch is durable.
     fn commit(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        // Batches that are in place leave the list here, so that it does not grow from one sync to the next.
+        self.placed_lsn();
         self.journal.lsn += 1;
         self.journal.chain = self.batch.chain;
         self.batch.in_flight = false;

@@ -59,7 +59,11 @@ pub(super) struct CheckpointState {
 }
 
 impl CheckpointState {
-    pub(super) fn new(sequence: u64, which: usize, dirty: Vec<ExtentId>) -> CheckpointState {
+    /// All memory is taken here, for a shard that may come to have all `slots` of its store; none of it is touched before it is
+    /// needed.
+    pub(super) fn new(sequence: u64, which: usize, mut dirty: Vec<ExtentId>, slots: u32) -> CheckpointState {
+        let slots = slots as usize;
+        dirty.reserve(slots.saturating_sub(dirty.len()));
         CheckpointState {
             dirty,
             phase: Phase::Idle,
@@ -69,11 +73,11 @@ impl CheckpointState {
             tail: 0,
             chain: 0,
             snapshot_lsn: 0,
-            queue: Vec::new(),
+            queue: Vec::with_capacity(slots),
             at: 0,
-            written: Vec::new(),
+            written: Vec::with_capacity(slots),
             in_flight: 0,
-            table: Vec::new(),
+            table: Vec::with_capacity((BLOCK_BYTES + slots * ENTRY_BYTES).next_multiple_of(BLOCK_BYTES)),
             table_at: 0,
         }
     }

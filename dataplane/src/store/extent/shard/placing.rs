@@ -49,7 +49,7 @@ impl SyncState {
             target_lsn: 0,
             placed_lsn,
             unsynced_blocks: 0,
-            retry: Vec::new(),
+            retry: Vec::with_capacity(super::PENDING_MAX),
             retry_at_ns: 0,
         }
     }
