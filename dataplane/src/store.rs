@@ -11,7 +11,6 @@
 //! * Blocks that could not be read are never written back, and never given to the caller as data (I7).
 
 pub mod extent;
-pub mod linear;
 
 use af_xdp::region::Pool;
 use torus_uring::{Blocks, IoError};

@@ -491,3 +491,6 @@ impl NodeStore {
 fn shortened(text: &str) -> String {
     text.chars().take(240).collect()
 }
+
+#[cfg(test)]
+mod tests;

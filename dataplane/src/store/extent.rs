@@ -5,6 +5,7 @@
 //! * [`shard`] – reads, writes, journal, placement, checkpoints and scrub of one shard, without I/O.
 //! * [`recovery`] – opening a shard.
 //! * [`shared`] – what cores and the manager share.
+//! * [`catalog`] – which volumes there are; [`opening`] – all of it on a real device; [`fresh`] – an empty one without any.
 //! * this file – the shards of one core, behind [`super::Store`].
 //!
 //! A volume belongs to one shard, so that its requests meet in one journal, and a shard to one core. Extent slots are common
@@ -13,6 +14,7 @@
 pub mod catalog;
 pub mod extents;
 pub mod format;
+pub mod fresh;
 pub mod opening;
 pub mod recovery;
 pub mod shard;

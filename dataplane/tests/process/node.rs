@@ -34,7 +34,8 @@ fn spawn(folder: &Path) -> Child {
 }
 
 impl Node {
-    /// Starts the process on a sparse store in memory with room for `volumes` of [`VOLUME_SECTORS`], and makes them.
+    /// Starts the process on a sparse store in memory with room for `volumes` of [`VOLUME_SECTORS`], and makes them: they take
+    /// space when they are written.
     pub(crate) fn start(volumes: u16) -> Node {
         Node::start_on(&["a0"], LinkChoice::Auto, 1, volumes)
     }

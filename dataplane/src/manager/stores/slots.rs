@@ -101,3 +101,112 @@ fn feed(device: &Device, layout: &Superblock, shared: &Shared, mut free: VecDequ
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Instant;
+
+    use cluster_map::{ClusterId, NodeId, StoreId};
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+    use super::*;
+    use crate::store::extent::opening::{self, Identity, Opened};
+
+    const IDENTITY: Identity = Identity {
+        cluster: ClusterId([1; 16]),
+        node: NodeId([2; 16]),
+        expected: None,
+        fresh: StoreId([3; 16]),
+    };
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn start(opened: &Opened) -> SlotFeeder {
+        let device = opened.store.device().try_clone().unwrap();
+        let layout = Arc::clone(opened.store.layout());
+        SlotFeeder::start(device, layout, Arc::clone(&opened.shared), opened.free.clone()).unwrap()
+    }
+
+    fn wait(what: &str, done: impl Fn() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done() {
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    #[test]
+    fn slots_get_ready_and_the_last_one_is_followed_by_the_word() {
+        let folder = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let path = folder.path().join("s");
+        // More slots than are kept ready, in a file that has no room of its own yet.
+        std::fs::File::create(&path).unwrap().set_len(300 << 20).unwrap();
+        let opened = opening::open(&path, 0, IDENTITY).unwrap();
+        let (shared, layout, device) = (&opened.shared, opened.store.layout(), opened.store.device());
+        assert!(opened.free.len() > READY && shared.free.is_empty());
+        let feeder = start(&opened);
+        wait("the first slots are ready", || shared.free.len() == READY);
+        std::thread::sleep(2 * LOOK);
+        assert_eq!(shared.free.len(), READY, "and no more than are needed soon");
+        assert!(!shared.no_more());
+        let mut taken = Vec::new();
+        while taken.len() < opened.free.len() {
+            let Some(slot) = shared.free.pop() else {
+                assert!(!shared.no_more(), "it is said after the last one");
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            };
+            let hole = rustix::fs::seek(
+                device.file(),
+                rustix::fs::SeekFrom::Hole(layout.data_offset(slot.slot)),
+            );
+            assert!(hole.unwrap() >= layout.data_offset(slot.slot) + EXTENT_BYTES, "it was written");
+            taken.push(slot.slot);
+        }
+        wait("that there are no more is said", || shared.no_more());
+        assert_eq!((taken, feeder.error()), (opened.free.clone(), String::new()));
+        drop(feeder);
+        assert_eq!(Arc::strong_count(shared), 1 + opened.shards.len(), "the thread has gone");
+    }
+
+    /// A file system in memory of its own, for as long as the test runs.
+    struct Small<'p>(&'p Path);
+
+    impl<'p> Small<'p> {
+        fn mount(path: &'p Path, mib: u32) -> Small<'p> {
+            let options = std::ffi::CString::new(format!("size={mib}m")).unwrap();
+            mount("tmpfs", path, "tmpfs", MountFlags::empty(), options.as_c_str()).expect("tests run as root");
+            Small(path)
+        }
+    }
+
+    impl Drop for Small<'_> {
+        fn drop(&mut self) {
+            let _gone = unmount(self.0, UnmountFlags::DETACH);
+        }
+    }
+
+    #[test]
+    fn a_full_file_system_is_said_and_used_again_when_it_has_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let small = Small::mount(folder.path(), 48);
+        let path = folder.path().join("s");
+        // The file promises more than the file system has.
+        std::fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
+        let ballast = folder.path().join("ballast");
+        std::fs::write(&ballast, vec![1; 20 << 20]).unwrap();
+        let opened = opening::open(&path, 0, IDENTITY).unwrap();
+        let shared = &opened.shared;
+        let feeder = start(&opened);
+        wait("the file system is full", || shared.no_more());
+        assert!(feeder.error().contains("reserve room"), "{}", feeder.error());
+        let ready = shared.free.len();
+        assert!((1..=7).contains(&ready), "{ready} slots in less than 28 MiB");
+        std::fs::remove_file(&ballast).unwrap();
+        wait("it has room again", || shared.free.len() >= ready + 4);
+        // It is full once more: the store's size is still a promise.
+        wait("and then no more", || shared.no_more() && !feeder.error().is_empty());
+        assert!(shared.free.len() < opened.free.len());
+        drop((feeder, small));
+    }
+}
