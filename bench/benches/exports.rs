@@ -148,8 +148,7 @@ impl Core {
         let device_bytes = (256 << 20) + u64::from(exports) * 2 * EXTENT_BYTES;
         let store = FreshStore::new(device_bytes, Shape { shards: Some(1), journal_blocks: None }).unwrap();
         serving.open_store(0, store.shards.into_iter());
-        let served =
-            |number| Some(Served { store: 0, object: Object { shard: 0, number }, owner: 0 });
+        let served = |number| Some(Served { store: 0, object: Object { shard: 0, number }, owner: 0 });
         let mut senders = region.pool(1).unwrap();
         let read = export(exports / 2);
         let frames = (0..BATCH).map(|n| frame(&mut senders, &read, 8 * n, false));
@@ -179,7 +178,8 @@ impl Core {
         let write = frame(&mut self.senders, export, lba, true);
         let reads = std::mem::replace(&mut self.frames, vec![write]);
         self.run(1);
-        for segment in std::mem::replace(&mut self.frames, reads).into_iter().flat_map(RxFrame::into_segments) {
+        for segment in std::mem::replace(&mut self.frames, reads).into_iter().flat_map(RxFrame::into_segments)
+        {
             self.senders.release(segment.chunk);
         }
     }

@@ -15,6 +15,8 @@ pub mod catalog;
 pub mod extents;
 pub mod format;
 pub mod fresh;
+#[cfg(test)]
+pub(crate) mod on_file;
 pub mod opening;
 pub mod recovery;
 pub mod shard;

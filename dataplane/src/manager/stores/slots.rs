@@ -156,10 +156,8 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(1));
                 continue;
             };
-            let hole = rustix::fs::seek(
-                device.file(),
-                rustix::fs::SeekFrom::Hole(layout.data_offset(slot.slot)),
-            );
+            let hole =
+                rustix::fs::seek(device.file(), rustix::fs::SeekFrom::Hole(layout.data_offset(slot.slot)));
             assert!(hole.unwrap() >= layout.data_offset(slot.slot) + EXTENT_BYTES, "it was written");
             taken.push(slot.slot);
         }
@@ -175,7 +173,8 @@ mod tests {
     impl<'p> Small<'p> {
         fn mount(path: &'p Path, mib: u32) -> Small<'p> {
             let options = std::ffi::CString::new(format!("size={mib}m")).unwrap();
-            mount("tmpfs", path, "tmpfs", MountFlags::empty(), options.as_c_str()).expect("tests run as root");
+            mount("tmpfs", path, "tmpfs", MountFlags::empty(), options.as_c_str())
+                .expect("tests run as root");
             Small(path)
         }
     }

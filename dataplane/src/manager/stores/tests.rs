@@ -1,152 +1,32 @@
-//! Stores on real files, with their shards driven by this thread, which is every core at once: each disk request ends before
-//! the next one begins, and time passes as fast as it can.
+//! Stores on real files, with their shards driven by this thread, which is every core at once.
 
-use std::os::fd::AsFd;
-
-use af_xdp::region::{Pool, Region, RegionConfig};
 use cluster_map::ClusterId;
-use torus_uring::{Blocks, read_inline, write_inline};
 
 use super::*;
-use crate::store::extent::ExtentStore;
-use crate::store::{BLOCK_BYTES, Disk, Durable, EXTENT_SECTORS, Operation, RequestToken, Store, StoreError};
+use crate::store::extent::on_file::Driven;
+use crate::store::{EXTENT_SECTORS, StoreError};
 
 const SIZE: u64 = 64 << 20;
 const SECTORS: u64 = 3 * EXTENT_SECTORS;
 const CORES: usize = 2;
 const EXTENT_BLOCKS: u64 = EXTENT_SECTORS / BLOCK_SECTORS;
-/// How far time goes on at each turn.
-const TURN_NS: u64 = 50_000_000;
-
-type End = (u64, Blocks, Result<(), torus_uring::IoError>);
-
-/// A file that ends every request at once.
-struct FileDisk<'c> {
-    file: &'c OwnedFd,
-    pool: &'c mut Pool,
-    ends: &'c mut Vec<End>,
-}
-
-impl Disk for FileDisk<'_> {
-    fn read(&mut self, offset_bytes: u64, mut blocks: Blocks, token: u64) {
-        let result = read_inline(self.file.as_fd(), offset_bytes, &mut blocks, self.pool);
-        self.ends.push((token, blocks, result));
-    }
-
-    fn write(&mut self, offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
-        let result = write_inline(self.file.as_fd(), offset_bytes, &blocks, self.pool);
-        self.ends.push((token, blocks, result));
-    }
-
-    fn sync(&mut self, token: u64) {
-        self.ends.push((token, Blocks::new(), Ok(())));
-    }
-
-    fn pool(&mut self) -> &mut Pool {
-        self.pool
-    }
-}
-
-/// What cores have of one store.
-struct Cores {
-    pool: Pool,
-    file: Arc<OwnedFd>,
-    store: ExtentStore,
-    ends: Vec<End>,
-    outcomes: Vec<crate::store::Outcome>,
-    now_ns: u64,
-}
-
-impl Cores {
-    /// Takes all shards that wait for their cores.
-    fn adopt(access: &StoreAccess) -> Cores {
-        let config = RegionConfig { cores: 1, chunks_per_core: 1024, headers_per_core: 64 };
-        let mut store = ExtentStore::new();
-        for queue in &*access.shards {
-            while let Some(shard) = queue.pop() {
-                store.adopt(shard);
-            }
-        }
-        Cores {
-            pool: Region::new(config).unwrap().pool(0).unwrap(),
-            file: Arc::clone(&access.file),
-            store,
-            ends: Vec::new(),
-            outcomes: Vec::new(),
-            now_ns: 1,
-        }
-    }
-
-    fn turn(&mut self) {
-        let Cores { pool, file, store, ends, outcomes, now_ns } = self;
-        *now_ns += TURN_NS;
-        while let Some((token, blocks, result)) = ends.pop() {
-            store.finished(token, blocks, result, &mut FileDisk { file, pool, ends }, outcomes);
-        }
-        store.turn(*now_ns, &mut FileDisk { file, pool, ends }, outcomes);
-    }
-
-    /// One request, until it has ended.
-    fn run(&mut self, object: Object, operation: Operation) -> Result<Blocks, StoreError> {
-        let Cores { pool, file, store, ends, outcomes, .. } = self;
-        let mut disk = FileDisk { file, pool, ends };
-        store.start(RequestToken(0), &object, operation, &mut disk, outcomes);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while self.outcomes.is_empty() {
-            assert!(Instant::now() < deadline, "a request never ends");
-            self.turn();
-        }
-        let outcome = self.outcomes.pop().unwrap();
-        match outcome.result {
-            Ok(()) => Ok(outcome.blocks),
-            Err(error) => {
-                crate::store::release_blocks(&mut self.pool, outcome.blocks);
-                Err(error)
-            }
-        }
-    }
-
-    /// Fills a block with a byte.
-    fn write(&mut self, object: Object, block: u64, byte: u8) -> Result<(), StoreError> {
-        let mut chunk = self.pool.take_chunk().unwrap();
-        self.pool.bytes_mut(&mut chunk).fill(byte);
-        let blocks = Blocks::from_iter([chunk]);
-        let operation =
-            Operation::Write { first_block: block, blocks, keep_head_bytes: 0, keep_tail_bytes: 0 };
-        self.run(object, operation).map(|blocks| crate::store::release_blocks(&mut self.pool, blocks))
-    }
-
-    /// What every byte of a block is.
-    fn read(&mut self, object: Object, block: u64) -> u8 {
-        let blocks = Blocks::from_iter([self.pool.take_chunk().unwrap()]);
-        let blocks = self.run(object, Operation::Read { first_block: block, blocks }).unwrap();
-        let bytes = self.pool.region().bytes(blocks.get(0)).to_vec();
-        crate::store::release_blocks(&mut self.pool, blocks);
-        assert!(bytes.len() == BLOCK_BYTES && bytes.iter().all(|byte| *byte == bytes[0]));
-        bytes[0]
-    }
-
-    /// Brings the store to rest, as cores do before they let it go.
-    fn close(mut self) {
-        self.store.close();
-        while !self.store.is_closed() {
-            self.turn();
-        }
-        self.store.dissolve(&mut self.pool);
-        assert_eq!(self.pool.free_chunks(), self.pool.chunk_capacity(), "every chunk is back");
-    }
-}
 
 struct Node {
     folder: tempfile::TempDir,
     desired: Desired,
     stores: Stores,
     /// Of the first store, while it is open.
-    cores: Option<Cores>,
+    cores: Option<Driven>,
 }
 
 fn volume(n: u8) -> VolumeId {
     VolumeId([n; 16])
+}
+
+/// Takes all shards that wait for their cores.
+fn adopt(access: &StoreAccess) -> Driven {
+    let shards = access.shards.iter().flat_map(|queue| std::iter::from_fn(|| queue.pop()));
+    Driven::new(Arc::clone(&access.file), shards)
 }
 
 impl Node {
@@ -157,7 +37,7 @@ impl Node {
         let path = folder.path().join("s").to_str().unwrap().to_owned();
         desired.stores.push(DesiredStore { path, size_bytes: SIZE, id: None });
         let stores = Stores::open_all(&desired, CORES).unwrap();
-        let cores = Some(Cores::adopt(stores.access()[0].as_ref().unwrap()));
+        let cores = Some(adopt(stores.access()[0].as_ref().unwrap()));
         Node { folder, desired, stores, cores }
     }
 
@@ -167,12 +47,11 @@ impl Node {
         if in_order {
             cores.close();
         } else {
-            drop(cores.file);
-            std::mem::forget((cores.store, cores.ends));
+            cores.kill();
         }
         self.stores = Stores::new(CORES);
         self.stores = Stores::open_all(&self.desired, CORES).unwrap();
-        self.cores = Some(Cores::adopt(self.stores.access()[0].as_ref().unwrap()));
+        self.cores = Some(adopt(self.stores.access()[0].as_ref().unwrap()));
     }
 
     fn id(&self) -> StoreId {
@@ -191,11 +70,11 @@ impl Node {
         self.stores.open_missing(&self.desired);
         self.stores.allocate(&self.desired);
         self.stores.release(&self.desired, &served);
-        let store = &mut self.cores.as_mut().unwrap().store;
+        let cores = self.cores.as_mut().unwrap();
         for (core, message) in self.stores.outbox().drain(..) {
             let Message::Unmap { store: at, object, from_block } = message else { panic!("{message:?}") };
             assert_eq!((at, core), (0, core_of_shard(object.shard, 0, CORES)));
-            store.unmap(object, from_block);
+            cores.unmap(object, from_block);
         }
     }
 
@@ -212,7 +91,7 @@ impl Node {
         }
     }
 
-    fn cores(&mut self) -> &mut Cores {
+    fn cores(&mut self) -> &mut Driven {
         self.cores.as_mut().unwrap()
     }
 
@@ -242,9 +121,8 @@ impl Node {
     /// What those blocks hold.
     fn bytes(&mut self, n: u8) -> Vec<u8> {
         let object = self.object(n);
-        let blocks = (0..SECTORS / EXTENT_SECTORS).flat_map(|extent| {
-            [0, EXTENT_BLOCKS - 1].map(|block| extent * EXTENT_BLOCKS + block)
-        });
+        let blocks = (0..SECTORS / EXTENT_SECTORS)
+            .flat_map(|extent| [0, EXTENT_BLOCKS - 1].map(|block| extent * EXTENT_BLOCKS + block));
         let blocks: Vec<u64> = blocks.collect();
         blocks.into_iter().map(|block| self.cores().read(object, block)).collect()
     }
@@ -454,7 +332,7 @@ fn a_store_that_is_named_no_more_is_closed_and_can_come_back() {
     node.desired.stores = named;
     node.stores.open_missing(&node.desired);
     let access = node.stores.access();
-    node.cores = Some(Cores::adopt(access[0].as_ref().unwrap()));
+    node.cores = Some(adopt(access[0].as_ref().unwrap()));
     node.converge(&[]);
     assert_eq!(node.size(1), Some(SECTORS));
     assert_eq!(node.bytes(1), [0xaa; 6]);
@@ -483,5 +361,9 @@ fn a_shard_that_fails_is_said() {
     node.step(&[]);
     let observed = node.observed();
     assert_eq!(observed.state, StoreState::Failed);
-    assert!(observed.error.contains("a sync failed") && observed.error.contains("restart"), "{}", observed.error);
+    assert!(
+        observed.error.contains("a sync failed") && observed.error.contains("restart"),
+        "{}",
+        observed.error
+    );
 }

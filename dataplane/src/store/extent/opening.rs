@@ -432,3 +432,256 @@ fn shard_error(device: &Device, source: RecoveryError<DeviceError>) -> OpenError
         source => OpenError::Shard { path: shown(device), source },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::FileExt;
+
+    use cluster_map::VolumeId;
+
+    use super::*;
+    use crate::store::extent::extents::FreeSlot;
+    use crate::store::extent::on_file::Driven;
+    use crate::store::extent::shard::Object;
+    use crate::store::{EXTENT_BYTES, StoreError};
+
+    const OURS: ClusterId = ClusterId([1; 16]);
+    const FRESH: StoreId = StoreId([2; 16]);
+    const SIZE: u64 = 128 << 20;
+    const IDENTITY: Identity =
+        Identity { cluster: OURS, node: NodeId([5; 16]), expected: None, fresh: FRESH };
+
+    fn folder() -> tempfile::TempDir {
+        // On a disk, which is where the build is.
+        tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap()
+    }
+
+    fn open_it(path: &Path) -> Result<Opened, OpenError> {
+        open(path, SIZE, IDENTITY)
+    }
+
+    fn add(store: &mut OpenStore, n: u8) {
+        let mut catalog = store.catalog().clone();
+        catalog.add(VolumeId([n; 16]), 8192, store.layout().shards).unwrap();
+        store.commit(catalog).unwrap();
+    }
+
+    fn write(path: &Path, offset_bytes: u64, bytes: &[u8]) {
+        OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, offset_bytes).unwrap();
+    }
+
+    fn damage(path: &Path, offset_bytes: u64) {
+        write(path, offset_bytes, &[0xff; 600]);
+    }
+
+    /// Whether opening is refused, and leaves every byte as it was.
+    fn is_refused(path: &Path, identity: Identity, why: impl Fn(&OpenError) -> bool) -> bool {
+        let before = std::fs::read(path).unwrap();
+        let error = open(path, SIZE, identity).map(drop).unwrap_err();
+        assert!(why(&error), "{error}");
+        std::fs::read(path).unwrap() == before
+    }
+
+    #[test]
+    fn a_fresh_store_offers_its_slots_and_volumes_survive_reopening() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let mut opened = open_it(&path).unwrap();
+        let layout = Arc::clone(opened.store.layout());
+        assert_eq!((opened.store.id(), opened.findings, layout.open_count), (FRESH, Findings::default(), 1));
+        assert_eq!(opened.shards.len(), usize::from(layout.shards));
+        assert_eq!(opened.free, (0..layout.slots()).collect::<Vec<_>>());
+        assert!(opened.shared.free.is_empty(), "they are the caller's to make ready");
+        for n in 1..=5 {
+            add(&mut opened.store, n);
+        }
+        let catalog = opened.store.catalog().clone();
+        drop(opened);
+        let identity = Identity { expected: Some(FRESH), fresh: StoreId([9; 16]), ..IDENTITY };
+        let again = open(&path, 0, identity).unwrap();
+        assert_eq!((again.store.id(), again.store.catalog()), (FRESH, &catalog));
+        assert_eq!(again.store.layout().open_count, 2);
+    }
+
+    #[test]
+    fn a_torn_catalog_leaves_the_one_before() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let mut opened = open_it(&path).unwrap();
+        add(&mut opened.store, 1);
+        let before = opened.store.catalog().clone();
+        add(&mut opened.store, 2);
+        let newest = CATALOG_OFFSETS[usize::from(opened.store.sequence.is_multiple_of(2))];
+        drop(opened);
+        damage(&path, newest + 64);
+        let mut opened = open_it(&path).unwrap();
+        assert_eq!(opened.store.catalog(), &before);
+        // The next change must not land on the one table that is good.
+        add(&mut opened.store, 3);
+        let after = opened.store.catalog().clone();
+        drop(opened);
+        let opened = open_it(&path).unwrap();
+        assert_eq!(opened.store.catalog(), &after);
+        drop(opened);
+        CATALOG_OFFSETS.iter().for_each(|offset| damage(&path, *offset));
+        assert!(is_refused(&path, IDENTITY, |error| {
+            matches!(error, OpenError::Damaged { what: "catalog", .. })
+        }));
+    }
+
+    #[test]
+    fn one_superblock_is_enough_and_none_is_damage() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        drop(open_it(&path).unwrap());
+        for kept in 0..SUPERBLOCK_OFFSETS.len() {
+            for (_, offset) in SUPERBLOCK_OFFSETS.iter().enumerate().filter(|(at, _)| *at != kept) {
+                damage(&path, offset + 20);
+            }
+            // All copies are made whole again.
+            drop(open_it(&path).unwrap());
+        }
+        SUPERBLOCK_OFFSETS.iter().for_each(|offset| damage(&path, offset + 20));
+        assert!(is_refused(&path, IDENTITY, |error| {
+            matches!(error, OpenError::Damaged { what: "superblock", .. })
+        }));
+    }
+
+    #[test]
+    fn the_newest_superblock_counts() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let opened = open_it(&path).unwrap();
+        let old = opened.store.layout().encode();
+        drop(opened);
+        drop(open_it(&path).unwrap());
+        // As a crash between two copies leaves it.
+        write(&path, SUPERBLOCK_OFFSETS[0], &old);
+        write(&path, SUPERBLOCK_OFFSETS[3], &old);
+        assert_eq!(open_it(&path).unwrap().store.layout().open_count, 3);
+    }
+
+    #[test]
+    fn foreign_stores_are_refused_and_kept() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        drop(open_it(&path).unwrap());
+        let other = Identity { cluster: ClusterId([8; 16]), ..IDENTITY };
+        assert!(is_refused(&path, other, |error| matches!(error, OpenError::OtherCluster { .. })));
+        let moved = Identity { expected: Some(StoreId([8; 16])), ..IDENTITY };
+        assert!(is_refused(&path, moved, |error| matches!(error, OpenError::OtherStore { .. })));
+        let occupied = folder.path().join("fs");
+        std::fs::write(&occupied, vec![3; 64 << 20]).unwrap();
+        assert!(is_refused(&occupied, IDENTITY, |error| matches!(error, OpenError::Foreign { .. })));
+    }
+
+    #[test]
+    fn a_store_that_was_here_and_is_blank_is_not_formatted_again() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+        let lost = Identity { expected: Some(FRESH), fresh: StoreId([9; 16]), ..IDENTITY };
+        assert!(is_refused(&path, lost, |error| matches!(error, OpenError::Foreign { .. })));
+    }
+
+    #[test]
+    fn an_interrupted_format_is_begun_again() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let clear = || SUPERBLOCK_OFFSETS.iter().for_each(|offset| write(&path, *offset, &[0; BLOCK_BYTES]));
+        drop(open_it(&path).unwrap());
+        // As a crash leaves it: the first catalog is there, the superblocks are not.
+        clear();
+        let identity = Identity { fresh: StoreId([6; 16]), ..IDENTITY };
+        let mut opened = open(&path, 0, identity).unwrap();
+        assert_eq!(opened.store.id(), StoreId([6; 16]));
+        // Once a volume was kept there it is damage, and the same with a label of something else is not ours to format.
+        add(&mut opened.store, 1);
+        drop(opened);
+        clear();
+        assert!(is_refused(&path, IDENTITY, |error| matches!(error, OpenError::Foreign { .. })));
+        write(&path, CATALOG_OFFSETS[1], &[0; BLOCK_BYTES]);
+        drop(open_it(&path).unwrap());
+        clear();
+        write(&path, 1080, b"label");
+        assert!(is_refused(&path, IDENTITY, |error| matches!(error, OpenError::Foreign { .. })));
+    }
+
+    #[test]
+    fn a_file_cut_short_is_refused() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        drop(open_it(&path).unwrap());
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(SIZE / 2).unwrap();
+        assert!(is_refused(&path, IDENTITY, |error| matches!(error, OpenError::Shrunk { .. })));
+    }
+
+    #[test]
+    fn a_shard_without_a_checkpoint_is_damage_and_nothing_is_written() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let opened = open_it(&path).unwrap();
+        let layout = Arc::clone(opened.store.layout());
+        drop(opened);
+        damage(&path, layout.checkpoint_offset(layout.shards - 1, 0));
+        assert!(is_refused(&path, IDENTITY, |error| matches!(error, OpenError::Shard { .. })));
+    }
+
+    /// Opens the store, lets `work` have a shard and its disk, and brings it to rest.
+    fn with_shard(path: &Path, work: impl FnOnce(&mut Driven)) -> (Vec<u32>, u32) {
+        let opened = open_it(path).unwrap();
+        let (free, slots) = (opened.free.clone(), opened.store.layout().slots());
+        for slot in &free {
+            opened.store.device().make_ready(opened.store.layout().data_offset(*slot), EXTENT_BYTES).unwrap();
+            opened.shared.give_back(FreeSlot::new(*slot));
+        }
+        opened.shared.set_no_more(true);
+        let file = opened.store.device().try_clone().unwrap().into_file();
+        let mut driven = Driven::new(Arc::new(file.into()), opened.shards);
+        work(&mut driven);
+        driven.close();
+        (free, slots)
+    }
+
+    #[test]
+    fn a_file_that_has_grown_has_more_slots_and_its_data_still() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let volumes = [Object { shard: 0, number: 0 }, Object { shard: 1, number: 1 }];
+        let (free, slots) = with_shard(&path, |driven| {
+            for (byte, volume) in (1..).zip(volumes) {
+                driven.write(volume, 3, byte).unwrap();
+            }
+        });
+        assert_eq!(free.len(), slots as usize);
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(SIZE + (64 << 20)).unwrap();
+        let (free, more) = with_shard(&path, |driven| {
+            for (byte, volume) in (1..).zip(volumes) {
+                assert_eq!([2, 3].map(|block| driven.read(volume, block)), [0, byte]);
+            }
+            // All that is free is used, the new slots too.
+            for extent in 1.. {
+                let block = extent * 1024;
+                match driven.write(volumes[0], block, 7) {
+                    Ok(()) => assert_eq!(driven.read(volumes[0], block), 7),
+                    Err(error) => {
+                        assert_eq!(error, StoreError::NoSpace);
+                        return;
+                    }
+                }
+            }
+        });
+        assert!(more >= slots + 14, "{slots} became {more}");
+        assert_eq!(free.len(), more as usize - 2);
+        let (free, same) = with_shard(&path, |driven| {
+            for (byte, volume) in (1..).zip(volumes) {
+                assert_eq!(driven.read(volume, 3), byte);
+            }
+            for extent in 1..u64::from(more) - 1 {
+                assert_eq!(driven.read(volumes[0], extent * 1024), 7, "extent {extent}");
+            }
+        });
+        assert_eq!((free, same), (Vec::new(), more));
+    }
+}
