@@ -109,6 +109,21 @@ impl Device {
             rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size_bytes)
                 .map_err(|error| io_error("reserve its space")(error.into()))?;
         }
+        Device::of(file, path, min_bytes)
+    }
+
+    /// What is known of an open store.
+    fn of(file: File, path: &Path, min_bytes: u64) -> Result<Device, DeviceError> {
+        let shown = path.display().to_string();
+        let io_error = |what| {
+            let path = shown.clone();
+            move |source: io::Error| DeviceError::Io { path, what, source }
+        };
+        let metadata = file.metadata().map_err(io_error("read its metadata"))?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DeviceError::Kind { path: shown });
+        }
         // A block device's metadata have no length; its end has.
         let len_bytes = (&file).seek(SeekFrom::End(0)).map_err(io_error("find its size"))?;
         if len_bytes < min_bytes {
@@ -122,6 +137,35 @@ impl Device {
             (false, false) => Durability::WriteThrough,
         };
         Ok(Device { file, path: path.to_owned(), len_bytes, durability, is_regular: kind.is_file() })
+    }
+
+    /// Opens a store to look at it: nothing can be written through it. It is locked against those that write, who wait as long,
+    /// and not against others that look.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; [`DeviceError::InUse`] at once where somebody has it open for writing.
+    pub fn open_read_only(path: &Path, min_bytes: u64) -> Result<Device, DeviceError> {
+        let shown = || path.display().to_string();
+        let io_error = |what| move |source: io::Error| DeviceError::Io { path: shown(), what, source };
+        let open = |flags: OFlags| {
+            let flags = i32::try_from(flags.bits()).expect("open flags are small");
+            OpenOptions::new().read(true).custom_flags(flags).open(path)
+        };
+        let file = match open(OFlags::DIRECT) {
+            // Older tmpfs has no O_DIRECT, and needs none; for looking the page cache does as well.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => open(OFlags::empty()),
+            opened => opened,
+        };
+        let file = file.map_err(|source| match source.kind() {
+            ErrorKind::NotFound => DeviceError::Missing { path: shown() },
+            _ => DeviceError::Io { path: shown(), what: "open it", source },
+        })?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(DeviceError::InUse { path: shown() }),
+            Err(error) => return Err(io_error("lock it")(error.into())),
+        }
+        Device::of(file, path, min_bytes)
     }
 
     /// The descriptor; duplicates share its lock.

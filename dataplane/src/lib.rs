@@ -12,3 +12,4 @@ pub mod reactor;
 pub mod request;
 pub mod serving;
 pub mod store;
+pub mod tools;

@@ -130,6 +130,12 @@ impl ExtentStore {
     }
 }
 
+/// The shard that gave the disk a request with this token.
+#[must_use]
+pub fn shard_of(token: u64) -> u16 {
+    u16::try_from(token >> SHARD_SHIFT & SHARD_MASK).expect("eight bits")
+}
+
 impl Store for ExtentStore {
     type Volume = Object;
 
@@ -163,8 +169,7 @@ impl Store for ExtentStore {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let number = u16::try_from(token >> SHARD_SHIFT & SHARD_MASK).expect("eight bits");
-        self.shard(number).finished(token, blocks, result, disk, outcomes);
+        self.shard(shard_of(token)).finished(token, blocks, result, disk, outcomes);
     }
 
     fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {

@@ -381,7 +381,7 @@ fn read_catalog(
 
 /// Whether the device is blank, or an interrupted format's first catalog is all there is at its ends: nothing was ever kept
 /// there.
-fn is_unformatted(device: &Device) -> Result<bool, DeviceError> {
+pub(crate) fn is_unformatted(device: &Device) -> Result<bool, DeviceError> {
     let first = device.read(CATALOG_OFFSETS[0], BLOCK_BYTES)?;
     let begins = first.starts_with(&Catalog::default().encode(StoreId([0; 16]), 1)[..8]);
     let only = device.read(CATALOG_OFFSETS[1], BLOCK_BYTES)?.iter().all(|byte| *byte == 0);

@@ -118,9 +118,24 @@ impl Findings {
 
 /// A batch that was found.
 #[derive(Debug)]
-struct Found {
-    header: BatchHeader,
-    records: Vec<Record>,
+pub struct Found {
+    /// Its header.
+    pub header: BatchHeader,
+    /// What it says.
+    pub records: Vec<Record>,
+}
+
+/// What a shard's journal says, as it is.
+#[derive(Debug)]
+pub struct Journal {
+    /// The newest checkpoint that is whole.
+    pub checkpoint: CheckpointHeader,
+    /// Which of the two it is.
+    pub which: usize,
+    /// The batches behind it.
+    pub batches: Vec<Found>,
+    /// A batch that is not whole follows.
+    pub torn_tail: bool,
 }
 
 /// What a shard's metadata say.
@@ -132,6 +147,20 @@ pub struct Image {
     pub findings: Findings,
     /// Blocks whose newest data are in the journal and not known to be in place: slot and block, journal block, sum.
     unplaced: BTreeMap<(u32, u16), (u32, Sum)>,
+}
+
+impl Image {
+    /// Blocks whose newest data are in the journal and not known to be in place, by slot and block: the journal's block that
+    /// has them, and their sum.
+    pub fn unplaced(&self) -> impl ExactSizeIterator<Item = (u32, u16, u32, Sum)> {
+        self.unplaced.iter().map(|((slot, block), (position, sum))| (*slot, *block, *position, *sum))
+    }
+
+    /// Whether a block's newest data are among [`Image::unplaced`].
+    #[must_use]
+    pub fn is_unplaced(&self, slot: u32, block: u16) -> bool {
+        self.unplaced.contains_key(&(slot, block))
+    }
 }
 
 /// Blocks read from the journal in one go.
@@ -159,16 +188,25 @@ pub fn read<M: Medium>(
     shard: u16,
     medium: &M,
 ) -> Result<Image, RecoveryError<M::Error>> {
-    let mut reader = Reader {
-        layout,
-        shard,
-        medium,
-        window: AlignedBuffer::new(WINDOW_BLOCKS as usize * BLOCK_BYTES),
-        window_at: u32::MAX,
-    };
+    let mut reader = Reader::new(layout, shard, medium);
     let (checkpoint, which, entries) = reader.read_checkpoint()?;
     let (found, torn_tail, head) = reader.read_journal(&checkpoint)?;
     reader.replay(&checkpoint, which, entries, &found, torn_tail, head)
+}
+
+/// Reads a shard's journal, and nothing that it is about.
+///
+/// # Errors
+/// [`RecoveryError`].
+pub fn read_journal<M: Medium>(
+    layout: &Superblock,
+    shard: u16,
+    medium: &M,
+) -> Result<Journal, RecoveryError<M::Error>> {
+    let mut reader = Reader::new(layout, shard, medium);
+    let (checkpoint, which, _) = reader.read_checkpoint()?;
+    let (batches, torn_tail, _) = reader.read_journal(&checkpoint)?;
+    Ok(Journal { checkpoint, which, batches, torn_tail })
 }
 
 /// Puts in place what is only in the journal. The caller syncs before anybody relies on it.
@@ -203,7 +241,12 @@ pub fn place<M: Medium>(
     Ok(())
 }
 
-impl<M: Medium> Reader<'_, M> {
+impl<'m, M: Medium> Reader<'m, M> {
+    fn new(layout: &'m Superblock, shard: u16, medium: &'m M) -> Reader<'m, M> {
+        let window = AlignedBuffer::new(WINDOW_BLOCKS as usize * BLOCK_BYTES);
+        Reader { layout, shard, medium, window, window_at: u32::MAX }
+    }
+
     fn name(&self) -> ShardName {
         ShardName { store: self.layout.store, shard: self.shard }
     }
