@@ -52,6 +52,9 @@ pub(crate) enum Command {
     Store(StoreArgs),
     /// Measures how long opening a store of one TiB takes, and its memory: metadata only, on a sparse file in memory.
     StoreOpen(StoreOpenArgs),
+    /// For `store`: opens one and prints the memory of an extent.
+    #[command(hide = true)]
+    StoreMemory(StoreOpenArgs),
 }
 
 #[derive(Debug, Subcommand)]

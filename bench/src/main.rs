@@ -69,6 +69,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         },
         Command::Ceiling(Ceiling::Disk(args)) => ceiling_disk(args).map(|()| true),
         Command::Store(args) => measure_store(args),
+        Command::StoreMemory(args) => store::session::print_memory(&args.path).map(|()| true),
         Command::StoreOpen(args) => store::opening::run(&args.path, args.json),
     }
 }

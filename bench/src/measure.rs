@@ -32,9 +32,11 @@ pub(crate) fn process_cpu_ns() -> u64 {
 
 /// Bytes of this process that are in memory; 0 where `/proc` does not tell.
 pub(crate) fn resident_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: Option<u64> = text.split_whitespace().nth(1).and_then(|word| word.parse().ok());
-    pages.unwrap_or(0) * rustix::param::page_size() as u64
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: Option<u64> =
+        line.and_then(|line| line.split_whitespace().next()).and_then(|word| word.parse().ok());
+    kib.unwrap_or(0) << 10
 }
 
 /// Keeps this thread on one core.

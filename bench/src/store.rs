@@ -7,7 +7,7 @@
 
 pub(crate) mod opening;
 mod peer;
-mod session;
+pub(crate) mod session;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;

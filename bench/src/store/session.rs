@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use torus_dataplane::store::extent::format::{DEVICE_BYTES_MIN, EXTENT_BLOCKS, SU
 use torus_dataplane::store::extent::opening::{self, Identity};
 use torus_dataplane::store::extent::recovery;
 use torus_dataplane::store::extent::shard::{Copies, Shard, ShardConfig, WriteTerms};
+use torus_dataplane::store::extent::shard_of;
 use torus_dataplane::store::extent::shared::{ShardEvent, Shared};
 use torus_dataplane::store::{Disk, Durable, EXTENT_BYTES, Outcome, RequestToken, release_blocks};
 use torus_uring::{Blocks, Event, FileId, Full, Ring, RingConfig};
@@ -407,16 +409,30 @@ impl<'p> Prepared<'p> {
         Ok(done)
     }
 
-    /// What the opened store has in memory for each of its extents.
+    /// What the opened store has in memory for each of its extents, as a process of its own tells that has done nothing else:
+    /// this one's memory has held other things before.
     ///
     /// # Errors
     /// A store that cannot be opened.
     pub(super) fn resident_bytes_per_extent(&self) -> anyhow::Result<f64> {
-        let device = Device::open(self.path, 0, DEVICE_BYTES_MIN)?;
-        let before = resident_bytes();
-        let (_, _, images) = opening::inspect(&device)?;
-        let resident = resident_bytes().saturating_sub(before);
-        let extents: u32 = images.iter().map(|image| image.recovered.extents.len()).sum();
-        Ok(resident as f64 / f64::from(extents.max(1)))
+        let own = std::env::current_exe().context("cannot find this program")?;
+        let output = Command::new(own).arg("store-memory").arg("--path").arg(self.path).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+        let text = String::from_utf8(output.stdout)?;
+        text.trim().parse().context("the memory of an extent is a number")
     }
+}
+
+/// Opens a store in this process, which has done nothing before, and prints the bytes that it has in memory for each extent.
+///
+/// # Errors
+/// A store that cannot be opened.
+pub(crate) fn print_memory(path: &Path) -> anyhow::Result<()> {
+    let device = Device::open(path, 0, DEVICE_BYTES_MIN)?;
+    let before = resident_bytes();
+    let (_, _, images) = opening::inspect(&device)?;
+    let resident = resident_bytes().saturating_sub(before);
+    let extents: u32 = images.iter().map(|image| image.recovered.extents.len()).sum();
+    println!("{}", resident as f64 / f64::from(extents.max(1)));
+    Ok(())
 }
