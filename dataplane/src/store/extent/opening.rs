@@ -390,21 +390,14 @@ pub(crate) fn is_unformatted(device: &Device) -> Result<bool, DeviceError> {
     device.is_blank(except)
 }
 
-/// Does something for each shard, on as many threads as there are cores.
+/// Does something for each shard, on a thread for each: they wait for the device most of the time, which has work for all.
 fn for_each_shard<T: Send>(
     shards: &mut [T],
     work: impl Fn(u16, &mut T) -> Result<(), OpenError> + Sync,
 ) -> Result<(), OpenError> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(shards.len()).max(1);
-    let each = shards.len().div_ceil(threads).max(1);
     let work = &work;
     std::thread::scope(|scope| {
-        let parts = shards.chunks_mut(each).enumerate().map(|(part, shards)| {
-            scope.spawn(move || {
-                let numbers = (part * each..).map(|at| u16::try_from(at).expect("at most SHARDS_MAX"));
-                numbers.zip(shards).try_for_each(|(number, shard)| work(number, shard))
-            })
-        });
+        let parts = (0..).zip(shards).map(|(number, shard)| scope.spawn(move || work(number, shard)));
         let parts: Vec<_> = parts.collect();
         parts.into_iter().try_for_each(|part| part.join().expect("opening does not panic"))
     })

@@ -167,8 +167,8 @@ impl Image {
 const WINDOW_BLOCKS: u32 = 64;
 /// Sum pages read in one go, where many are wanted.
 const PAGES_SPAN: u32 = 256;
-/// As many wanted pages make a span worth reading whole.
-const PAGES_DENSE: usize = 16;
+/// Slots between two wanted ones that are read along: those of other shards mostly, and each of them would be read by every shard.
+const SLOTS_BETWEEN: u64 = 3;
 
 struct Reader<'m, M> {
     layout: &'m Superblock,
@@ -570,12 +570,16 @@ impl<'m, M: Medium> Reader<'m, M> {
         let mut rest = order.as_slice();
         while let Some(&first) = rest.first() {
             let begin = self.layout.page_offset(entries[first].slot, 0);
+            let mut end = begin;
             let near = |at: &&usize| {
-                let offset = self.layout.page_offset(entries[**at].slot, 1);
-                offset < begin + 2 * u64::from(PAGES_SPAN) * BLOCK
+                let offset = self.layout.page_offset(entries[**at].slot, 0);
+                let is_near = offset <= end + SLOTS_BETWEEN * 2 * BLOCK
+                    && offset + 2 * BLOCK <= begin + 2 * u64::from(PAGES_SPAN) * BLOCK;
+                end = offset + 2 * BLOCK;
+                is_near
             };
             let span = rest.iter().take_while(near).count();
-            let (span, after) = if span >= PAGES_DENSE { rest.split_at(span) } else { rest.split_at(1) };
+            let (span, after) = rest.split_at(span);
             rest = after;
             let single = span.len() == 1;
             let read_from = |entry: &Entry| self.layout.page_offset(entry.slot, entry.which);
