@@ -8,7 +8,8 @@ mod model;
 mod world;
 
 use self::disk::{Faults, Rng};
-use self::world::{Lab, Plan, World};
+use self::world::{Coverage, Lab, Plan, World};
+use super::format::JOURNAL_BLOCKS_MIN;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
@@ -65,7 +66,7 @@ fn plan(rng: &mut Rng) -> Plan {
         steps: 100 + rng.below(200) as u32,
         concurrent: 1 + rng.index(32),
         scrub: rng.one_in(2),
-        unmaps: rng.one_in(2),
+        unmaps: [0, 10, 30][rng.index(3)],
         faults: Faults::default(),
         nest: 40,
     }
@@ -73,13 +74,32 @@ fn plan(rng: &mut Rng) -> Plan {
 
 #[test]
 fn a_sole_copy_survives_every_crash() {
-    explore("a_sole_copy_survives_every_crash", 30_000, plan);
+    let Some(lab) = explore("a_sole_copy_survives_every_crash", 35_000, plan) else { return };
+    let Coverage { recoveries, second_crashes, third_crashes, crashes_in_recovery, checkpoints, .. } =
+        lab.coverage;
+    lab.covers(&[
+        ("recoveries", recoveries, 35_000),
+        ("second crashes", second_crashes, 4000),
+        ("third crashes", third_crashes, 1000),
+        ("crashes in recovery", crashes_in_recovery, 2000),
+        ("checkpoints", checkpoints, 800),
+        ("journals around their end", lab.coverage.wrapped, 8000),
+        ("torn tails", lab.coverage.torn_tails, 1000),
+        ("blocks put in place again", lab.coverage.replaced_blocks, 50_000),
+        ("writes that wait for a slot", lab.coverage.starved, 50),
+        ("partial blocks", lab.coverage.merges, 1500),
+        ("full stores", lab.coverage.no_space, 100),
+        ("growths", lab.coverage.growths, 30),
+        ("closes", lab.coverage.closes, 200),
+        ("acknowledged writes", lab.coverage.acknowledged, 3000),
+        ("reads", lab.coverage.reads, 8000),
+    ]);
 }
 
 #[test]
 fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
     let test = "a_copy_written_in_place_is_right_or_suspect_after_every_crash";
-    explore(test, 30_000, |rng| {
+    let lab = explore(test, 35_000, |rng| {
         let atomic = rng.below(4) > 0;
         let plan = plan(rng);
         // Writes that wait for room in the activity log must not be what keeps all regions in it from leaving.
@@ -87,13 +107,62 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
         let concurrent = 1 + rng.index(active_max as usize / 3);
         Plan { atomic, replicated: 2 + rng.below(7), active_max, concurrent, longest: plan.longest.min(8), ..plan }
     });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("recoveries", lab.coverage.recoveries, 35_000),
+        ("writes in place", lab.coverage.in_place, 1000),
+        ("suspect regions", lab.coverage.suspect_regions, 30_000),
+        ("suspect blocks", lab.coverage.suspect_blocks, 1500),
+        ("refused merges", lab.coverage.refused_merges, 30),
+        ("closed without a suspect", lab.coverage.settled, 200),
+        ("torn tails", lab.coverage.torn_tails, 300),
+    ]);
 }
 
+#[test]
+fn slots_that_change_hands_survive_every_crash() {
+    let lab = explore("slots_that_change_hands_survive_every_crash", 20_000, |rng| {
+        let plan = plan(rng);
+        Plan {
+            shards: 2 + rng.below(2) as u16,
+            slots: 2 + rng.below(4) as u32,
+            objects: 4,
+            extents: 2,
+            unmaps: 3 + rng.below(4),
+            concurrent: 1 + rng.index(6),
+            atomic: rng.one_in(2),
+            replicated: rng.below(2) * 4,
+            active_max: 12,
+            steps: 400,
+            ..plan
+        }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("slots taken by another shard", lab.coverage.moved_slots, 100),
+        ("unmaps", lab.coverage.unmaps, 500),
+        ("writes that wait for a slot", lab.coverage.starved, 20),
+    ]);
+}
+
+#[test]
+fn long_writes_and_scarce_memory_survive_every_crash() {
+    let lab = explore("long_writes_and_scarce_memory_survive_every_crash", 4000, |rng| {
+        let plan = plan(rng);
+        if rng.one_in(3) {
+            let journal_blocks = JOURNAL_BLOCKS_MIN;
+            return Plan { journal_blocks, longest: 256, chunks: 2000, concurrent: 8, steps: 60, nest: 200, ..plan };
+        }
+        Plan { chunks: 12 + rng.below(3) as u32 * 6, concurrent: 32, longest: 6, ..plan }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[("long writes", lab.coverage.long, 20), ("no memory", lab.coverage.no_memory, 5)]);
+}
 
 #[test]
 fn what_a_device_does_wrong_is_found_and_named() {
-    explore("what_a_device_does_wrong_is_found_and_named", 15_000, |rng| {
-        let rate = 20 + rng.below(200);
+    let lab = explore("what_a_device_does_wrong_is_found_and_named", 15_000, |rng| {
+        let rate = 5 + rng.below(100);
         let mut faults = Faults::default();
         for _ in 0..1 + rng.below(2) {
             let rate_of = match rng.below(7) {
@@ -111,6 +180,8 @@ fn what_a_device_does_wrong_is_found_and_named() {
         let replicated = if rng.one_in(2) { 4 } else { 0 };
         Plan { faults, atomic, replicated, active_max: 64, ..plan(rng) }
     });
+    let Some(lab) = lab else { return };
+    lab.covers(&[("faults", lab.coverage.faults, 50), ("named errors", lab.coverage.named_errors, 100)]);
 }
 
 #[test]
