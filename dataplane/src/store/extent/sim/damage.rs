@@ -3,12 +3,12 @@
 
 use std::cell::RefCell;
 
+use crate::store::BLOCK_BYTES;
 use crate::store::extent::format::{
     BLOCK, BatchHeader, CheckpointHeader, EXTENT_BLOCKS, JournalName, RECORDS_MAX, Record, ShardName, Sum,
     Superblock, decode_batch, encode_batch,
 };
 use crate::store::extent::recovery::{self, RecoveryError};
-use crate::store::BLOCK_BYTES;
 
 use super::disk::{Media, Rng, Still};
 use super::model::Model;
@@ -89,7 +89,8 @@ pub(super) fn rot_everywhere(plan: &Plan, seed: u64, lab: &mut Lab) {
             media.rot(block, rng.index(BLOCK_BYTES));
             outcome(&rested, media, &|_| false, lab).unwrap();
         }
-        let checkpoints: Vec<u64> = (0..2).map(|which| layout.checkpoint_offset(shard, which) / BLOCK).collect();
+        let checkpoints: Vec<u64> =
+            (0..2).map(|which| layout.checkpoint_offset(shard, which) / BLOCK).collect();
         let mut media = rested.media.clone();
         for checkpoint in &checkpoints {
             media.rot(*checkpoint, rng.index(BLOCK_BYTES));

@@ -89,7 +89,11 @@ struct Style {
 
 impl Media {
     pub(super) fn visible(&self, block: u64) -> Option<&Data> {
-        self.cached.get(&block).and_then(|list| list.last()).map(|(_, data)| data).or_else(|| self.durable.get(&block))
+        self.cached
+            .get(&block)
+            .and_then(|list| list.last())
+            .map(|(_, data)| data)
+            .or_else(|| self.durable.get(&block))
     }
 
     fn end_write(&mut self, block: u64, data: Data, until: Durable) {
@@ -401,7 +405,10 @@ impl Disk for SimDisk {
         for other in &self.requests {
             if let Kind::Write { data, .. } = &other.kind {
                 let overlap = other.block < end && first < other.block + data.len() as u64;
-                assert!(!overlap, "two writes of one block are in flight: {other:?} and one to {first}..{end}");
+                assert!(
+                    !overlap,
+                    "two writes of one block are in flight: {other:?} and one to {first}..{end}"
+                );
             }
         }
         let region = Arc::clone(self.pool.region());

@@ -47,7 +47,9 @@ impl Known {
             Held::Values(values) => {
                 match (0..SECTORS).find(|sector| !self.allows(*sector, values[*sector])) {
                     None => Ok(()),
-                    Some(sector) => Err(format!("sector {sector} holds {:#x}, known is {self:x?}", values[sector])),
+                    Some(sector) => {
+                        Err(format!("sector {sector} holds {:#x}, known is {self:x?}", values[sector]))
+                    }
                 }
             }
             Held::Bad | Held::Lost if excused || self.bad => Ok(()),

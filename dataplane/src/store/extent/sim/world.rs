@@ -10,7 +10,9 @@ use torus_uring::Blocks;
 use crate::store::extent::extents::{FoldMap, FreeSlot};
 use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, Sum, Superblock};
 use crate::store::extent::recovery::{self, Image, RecoveryError};
-use crate::store::extent::shard::{Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms};
+use crate::store::extent::shard::{
+    Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms,
+};
 use crate::store::extent::shared::{ShardEvent, Shared};
 use crate::store::{BLOCK_BYTES, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
 
@@ -100,7 +102,8 @@ impl Plan {
         media.atomic = self.atomic;
         let layout = Arc::new(layout.clone());
         for shard in 0..layout.shards {
-            media.put(layout.checkpoint_offset(shard, 0) / BLOCK, &recovery::first_checkpoint(&layout, shard));
+            media
+                .put(layout.checkpoint_offset(shard, 0) / BLOCK, &recovery::first_checkpoint(&layout, shard));
         }
         media
     }
@@ -581,7 +584,9 @@ impl World {
     }
 
     fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
-        self.ops.iter().any(|op| op.object == object && op.first < first + count && first < op.first + op.count)
+        self.ops
+            .iter()
+            .any(|op| op.object == object && op.first < first + count && first < op.first + op.count)
     }
 
     /// Takes what the shards tell.
@@ -664,7 +669,8 @@ impl World {
         lab: &mut Lab,
     ) {
         lab.coverage.named_errors += 1;
-        let bad = || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
+        let bad =
+            || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
         let is_write = what.contains("Write");
         let fine = match error {
             StoreError::Corrupt { suspect } => {
@@ -696,7 +702,11 @@ impl World {
             .map(|op| (op.object, op.first, op.first + op.count))
             .collect();
         let all = self.excused();
-        move |key| all || in_flight.iter().any(|(object, from, to)| *object == key.0 && (*from..*to).contains(&key.1))
+        move |key| {
+            all || in_flight
+                .iter()
+                .any(|(object, from, to)| *object == key.0 && (*from..*to).contains(&key.1))
+        }
     }
 
     /// Whether a store that cannot be opened is explained by what was done to it.
@@ -718,8 +728,7 @@ impl World {
         let ghost = rng.one_in(8);
         let mut ghost_rng = Rng::new(rng.next());
         let excused = self.in_place_now();
-        let result =
-            open(&self.layout, media, &self.model, &excused, lab, ghost.then_some(&mut ghost_rng));
+        let result = open(&self.layout, media, &self.model, &excused, lab, ghost.then_some(&mut ghost_rng));
         let opened = match result {
             Ok(Ok(opened)) => opened,
             Ok(Err(error)) if self.may_refuse() => {
@@ -741,7 +750,8 @@ impl World {
         if self.depth < 2 && rng.one_in(self.plan.nest) {
             let mut layout = (*self.layout).clone();
             if rng.one_in(6)
-                && let Some(grown) = layout.grown(layout.device_bytes + 2 * (EXTENT_BYTES + 2 * BLOCK) + (2 << 20))
+                && let Some(grown) =
+                    layout.grown(layout.device_bytes + 2 * (EXTENT_BYTES + 2 * BLOCK) + (2 << 20))
             {
                 layout = grown;
                 lab.coverage.growths += 1;
@@ -764,7 +774,8 @@ impl World {
     }
 
     fn count_moves(&mut self, lab: &mut Lab) {
-        lab.coverage.checkpoints += self.shared.counters.checkpoints.load(std::sync::atomic::Ordering::Relaxed);
+        lab.coverage.checkpoints +=
+            self.shared.counters.checkpoints.load(std::sync::atomic::Ordering::Relaxed);
         lab.coverage.faults += self.disk.injected;
     }
 
@@ -807,7 +818,8 @@ impl World {
         // What is injected would go on forever.
         self.disk.faults = Faults::default();
         self.until(lab, "the work", |world| {
-            world.disk.in_flight() == 0 && world.ops.iter().all(|op| world.failed && matches!(op.doing, Doing::Unmap))
+            world.disk.in_flight() == 0
+                && world.ops.iter().all(|op| world.failed && matches!(op.doing, Doing::Unmap))
         });
         if self.rng.one_in(2) {
             self.read_all(lab);
@@ -839,7 +851,10 @@ impl World {
         for image in &opened.images {
             if !failed {
                 assert_eq!(image.findings.replaced_blocks, 0, "all was in place: {:?}", image.findings);
-                assert!(!image.findings.torn_tail || self.depth > 0, "a torn batch stays until another is written");
+                assert!(
+                    !image.findings.torn_tail || self.depth > 0,
+                    "a torn batch stays until another is written"
+                );
             }
             lab.coverage.settled += u64::from(!failed && !known_bad && image.findings.suspect_regions == 0);
         }
