@@ -4,12 +4,12 @@
 //! store's common ones. Its parts:
 //!
 //! * this file – what a shard consists of, and how ended disk requests find their way.
-//! * [`reading`] – reads, with their checksums verified; and the old blocks of partial writes.
-//! * [`writing`] – writes and unmaps, up to the batch that makes them durable.
-//! * [`batch`] – group commit: one batch in flight, and what becomes true when it has ended.
-//! * [`placing`] – data from the journal to their place, and the syncs that make that durable.
-//! * [`checkpoint`] – what lets the journal's tail move.
-//! * [`scrub`] – reading everything in the background.
+//! * `reading` – reads, with their checksums verified; and the old blocks of partial writes.
+//! * `writing` – writes and unmaps, up to the batch that makes them durable.
+//! * `batch` – group commit: one batch in flight, and what becomes true when it has ended.
+//! * `placing` – data from the journal to their place, and the syncs that make that durable.
+//! * `checkpoint` – what lets the journal's tail move.
+//! * `scrub` – reading everything in the background.
 //!
 //! Invariants (I3, I7, I10):
 //! * A write ends well when its batch and every earlier one are durable: one batch is in flight at a time.
