@@ -116,7 +116,12 @@ impl Shard {
         while self.checkpoint.at < self.checkpoint.queue.len() && self.checkpoint.in_flight < PAGES_IN_FLIGHT
         {
             let id = self.checkpoint.queue[self.checkpoint.at];
-            let wanted = self.extents.at(id.0).is_some_and(|(_, extent)| extent.dirty && !extent.ended);
+            // A place of the table that has changed hands may stand here twice: its page must not be written again while it is.
+            // What changed since then is for the next checkpoint.
+            let wanted = self
+                .extents
+                .at(id.0)
+                .is_some_and(|(_, extent)| extent.dirty && !extent.ended && extent.next_page_crc.is_none());
             if !wanted {
                 self.checkpoint.at += 1;
                 continue;
