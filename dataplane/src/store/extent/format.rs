@@ -43,8 +43,8 @@ pub const SHARDS_MAX: u16 = 64;
 pub const SEGMENTS_MAX: usize = 8;
 /// A store can grow to so many times the extents that it was formatted with: the checkpoints have room for them.
 pub const GROWTH_MAX: u32 = 4;
-/// Shortest journal of a shard, blocks: four batches of the largest size.
-pub const JOURNAL_BLOCKS_MIN: u32 = 1 << 8;
+/// Shortest journal of a shard, blocks.
+pub const JOURNAL_BLOCKS_MIN: u32 = 1 << 9;
 /// Longest journal of a shard, blocks (256 MiB): beyond it a longer journal only makes opening slower.
 pub const JOURNAL_BLOCKS_MAX: u32 = 1 << 16;
 /// Most records of a batch: what fits into its one header block.

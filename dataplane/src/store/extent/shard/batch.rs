@@ -10,9 +10,11 @@ use torus_uring::{Blocks, IoError};
 use super::writing::Taken;
 use super::{Committed, PENDING_MAX, Pending, Shard, What, kind};
 use crate::store::extent::extents::{ExtentId, FreeSlot};
-use crate::store::extent::format::{BATCH_BLOCKS_MAX, BLOCK, Record, Sum, encode_batch};
+use crate::store::extent::format::{BATCH_BLOCKS_MAX, BLOCK, JOURNAL_BLOCKS_MIN, Record, Sum, encode_batch};
 use crate::store::extent::shared::Counters;
 use crate::store::{Disk, Durable, Outcome};
+
+const _: () = assert!(JOURNAL_BLOCKS_MIN as usize / 4 >= BATCH_BLOCKS_MAX);
 
 /// What becomes true when the batch has ended.
 #[derive(Debug)]
@@ -127,7 +129,10 @@ impl Shard {
             return;
         }
         let Some(header) = self.take_reserved(disk.pool()) else { return };
-        let data_max = (room - 1).min(BATCH_BLOCKS_MAX).min(PENDING_MAX - waiting);
+        // Where a checkpoint was lost, the next older one is found out by a later batch in the journal: with three batches or
+        // more in it one is whole, even while another is being written over the oldest one.
+        let longest = BATCH_BLOCKS_MAX.min(self.layout.journal_blocks as usize / 4);
+        let data_max = (room - 1).min(longest).min(PENDING_MAX - waiting);
         while let Some(&at) = self.ready.front() {
             match self.take_into_batch(at, data_max, disk) {
                 Taken::Whole => {
