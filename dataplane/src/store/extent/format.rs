@@ -25,7 +25,7 @@ pub const VERSION: u32 = 1;
 /// Bytes of a block, as file offsets count.
 pub const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Blocks of an extent.
-pub const EXTENT_BLOCKS: u32 = 1024;
+pub const EXTENT_BLOCKS: u32 = 1 << 10;
 const _: () = assert!(EXTENT_BLOCKS as u64 * BLOCK == EXTENT_BYTES);
 /// Where the superblock copies are.
 pub const SUPERBLOCK_OFFSETS: [u64; 4] = [0, 64 << 10, 128 << 10, 192 << 10];

@@ -132,6 +132,12 @@ const PAGES_SPAN: u32 = 256;
 /// As many wanted pages make a span worth reading whole.
 const PAGES_DENSE: usize = 16;
 
+/// A batch's header, its checksum, and its records.
+type Decoded = (BatchHeader, u32, Vec<Record>);
+
+/// Whole batches; whether a torn one follows; where the next one goes, and the checksum that it repeats.
+type Behind = (Vec<Found>, bool, (u32, u32));
+
 struct Reader<'m, M> {
     layout: &'m Superblock,
     shard: u16,
@@ -254,7 +260,7 @@ impl<M: Medium> Reader<'_, M> {
     }
 
     /// The batch at a place of the journal, if a whole header is there.
-    fn batch_at(&mut self, position: u32) -> Result<Option<Batch>, RecoveryError<M::Error>> {
+    fn batch_at(&mut self, position: u32) -> Result<Option<Decoded>, RecoveryError<M::Error>> {
         let in_window = position.checked_sub(self.window_at).filter(|at| *at < WINDOW_BLOCKS);
         let at = match in_window {
             Some(at) => at,
@@ -275,7 +281,7 @@ impl<M: Medium> Reader<'_, M> {
     }
 
     /// All batches behind the checkpoint, whether a torn one follows, and where the next one goes.
-    fn read_journal(&mut self, checkpoint: &CheckpointHeader) -> Result<Journal, RecoveryError<M::Error>> {
+    fn read_journal(&mut self, checkpoint: &CheckpointHeader) -> Result<Behind, RecoveryError<M::Error>> {
         let blocks = self.layout.journal_blocks;
         let mut found: Vec<Found> = Vec::new();
         let (mut position, mut chain, mut open_count) = (checkpoint.tail, checkpoint.chain, 0);

@@ -36,6 +36,9 @@ fn explore(test: &'static str, crash_points: u64, plan: impl Fn(&mut Rng) -> Pla
         let repeat = Repeat(test, seed);
         let mut rng = Rng::new(seed);
         let plan = plan(&mut rng);
+        if only.is_some() {
+            println!("{plan:?}");
+        }
         let mut world = World::fresh(&plan, rng.next(), &mut lab);
         world.run(&mut lab);
         world.finish(&mut lab);
@@ -94,6 +97,59 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
             ..plan
         }
     });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("recoveries", lab.coverage.recoveries, 35_000),
+        ("writes in place", lab.coverage.in_place, 1000),
+        ("suspect regions", lab.coverage.suspect_regions, 30_000),
+        ("suspect blocks", lab.coverage.suspect_blocks, 1500),
+        ("refused merges", lab.coverage.refused_merges, 10),
+        ("closed without a suspect", lab.coverage.settled, 200),
+        ("torn tails", lab.coverage.torn_tails, 300),
+    ]);
+}
+
+#[test]
+fn slots_that_change_hands_survive_every_crash() {
+    let lab = explore("slots_that_change_hands_survive_every_crash", 20_000, |rng| {
+        let plan = plan(rng);
+        Plan {
+            atomic,
+            replicated: 2 + rng.below(7),
+            active_max,
+            concurrent,
+            longest: plan.longest.min(8),
+            ..plan
+        }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("slots taken by another shard", lab.coverage.moved_slots, 100),
+        ("unmaps", lab.coverage.unmaps, 500),
+        ("writes that wait for a slot", lab.coverage.starved, 20),
+    ]);
+}
+
+#[test]
+fn long_writes_and_scarce_memory_survive_every_crash() {
+    let lab = explore("long_writes_and_scarce_memory_survive_every_crash", 8000, |rng| {
+        let plan = plan(rng);
+        if rng.one_in(3) {
+            let journal_blocks = JOURNAL_BLOCKS_MIN;
+            return Plan {
+                journal_blocks,
+                longest: 256,
+                chunks: 2000,
+                concurrent: 8,
+                steps: 60,
+                nest: 200,
+                ..plan
+            };
+        }
+        Plan { chunks: 12 + rng.below(3) as u32 * 6, concurrent: 32, longest: 6, ..plan }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[("long writes", lab.coverage.long, 20), ("no memory", lab.coverage.no_memory, 5)]);
 }
 
 #[test]

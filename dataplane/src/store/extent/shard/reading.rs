@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use af_xdp::region::{Chunk, Pool};
-use torus_uring::{BLOCKS_LONG_MAX, Blocks, IoError};
+use torus_uring::{Blocks, IoError};
 
-use super::{INDEX_MASK, Op, PARTS_INLINE, ReadPart, Shard, What, kind};
+use super::{Op, PARTS_INLINE, ReadPart, Shard, What, kind};
 use crate::store::extent::extents::ExtentId;
 use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
 use crate::store::extent::shared::Counters;
@@ -119,7 +119,7 @@ impl Shard {
         };
         let first = source_of(within);
         let same = |block: &u16| std::mem::discriminant(&source_of(*block)) == std::mem::discriminant(&first);
-        let room = u16::try_from((room as usize).min(BLOCKS_LONG_MAX)).expect("at most an extent's blocks");
+        let room = u16::try_from(room).expect("at most an extent's blocks");
         let run = (within..within + room).take_while(same).count();
         (u32::try_from(run).expect("at most an extent's blocks"), first, Some((id, within)))
     }
@@ -231,5 +231,3 @@ pub(super) fn copy_chunk(pool: &mut Pool, from: &Chunk, to: &mut Chunk) {
     let region = Arc::clone(pool.region());
     pool.copy_in(to, 0, &region.bytes(from)[..BLOCK_BYTES]);
 }
-
-const _: () = assert!(INDEX_MASK >= BLOCKS_LONG_MAX as u64);

@@ -44,7 +44,7 @@ pub(super) enum Taken {
 
 impl Shard {
     /// Begins to write blocks of a layer. The chunks may have other handles: they are only read.
-    #[expect(clippy::too_many_arguments, reason = "a request, what it asks, and what it works with")]
+    #[expect(clippy::too_many_arguments, reason = "a request and what it is about")]
     pub fn write(
         &mut self,
         request: RequestToken,
