@@ -900,7 +900,11 @@ pub fn encode_batch(header: &BatchHeader, name: JournalName, records: &[Record],
         reserved: [0; BATCH_HEADER_BYTES - 75],
     };
     let (head, body) = bytes[..BLOCK_BYTES].split_at_mut(BATCH_HEADER_BYTES);
-    body.fill(0);
+    // What no record needs differs from open to open: a torn batch must not become whole by sectors of the one that is written
+    // over it after a crash.
+    for bytes in body.chunks_mut(8) {
+        bytes.copy_from_slice(&header.open_count.to_le_bytes()[..bytes.len()]);
+    }
     for (bytes, record) in body.chunks_exact_mut(RECORD_BYTES).zip(records) {
         bytes.copy_from_slice(record.raw().as_bytes());
     }

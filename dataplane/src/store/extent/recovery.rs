@@ -120,11 +120,6 @@ pub struct Image {
     unplaced: BTreeMap<(u32, u16), (u32, Sum)>,
 }
 
-/// A batch's header, checksum and records.
-type Batch = (BatchHeader, u32, Vec<Record>);
-/// The batches behind a checkpoint, whether a torn one follows, and where the next one goes with the checksum that it repeats.
-type Journal = (Vec<Found>, bool, (u32, u32));
-
 /// Blocks read from the journal in one go.
 const WINDOW_BLOCKS: u32 = 64;
 /// Sum pages read in one go, where many are wanted.
@@ -297,8 +292,12 @@ impl<M: Medium> Reader<'_, M> {
                     && header.open_count <= self.layout.open_count
             });
             let len = next.as_ref().map_or(1, |(header, _, _)| 1 + u32::from(header.data_blocks));
-            // The writer leaves a block free.
-            let Some((header, checksum, records)) = next.filter(|_| used + len < blocks) else {
+            // The writer leaves a block free. Where the next batch does not, a newer checkpoint had let the tail move, and is lost.
+            if let Some((header, _, _)) = next.as_ref().filter(|_| used + len >= blocks) {
+                let (shard, later_lsn) = (self.shard, header.lsn);
+                return Err(RecoveryError::JournalDamaged { shard, position, lsn, later_lsn });
+            }
+            let Some((header, checksum, records)) = next else {
                 self.refuse_damage(position, lsn)?;
                 break;
             };

@@ -192,6 +192,65 @@ pub(super) fn nonsense(plan: &Plan, seed: u64, lab: &mut Lab) {
     }
 }
 
+/// Whole batches that are not the next one: of another time, another place, or behind one that is gone.
+pub(super) fn strangers(plan: &Plan, seed: u64, lab: &mut Lab) {
+    let rested = rested(plan, seed, lab);
+    let layout = &rested.layout;
+    for shard in 0..layout.shards {
+        let still = Still(RefCell::new(rested.media.clone()));
+        let image = recovery::read(layout, shard, &still).unwrap();
+        let journal = image.recovered.journal;
+        let open_count = layout.open_count;
+        let right = BatchHeader {
+            open_count,
+            lsn: journal.lsn + 1,
+            durable_lsn: journal.lsn,
+            placed_lsn: journal.lsn,
+            chain: journal.chain,
+            position: journal.head,
+            ..BatchHeader::default()
+        };
+        let key = layout.journal_key;
+        let lsn_with = |header: BatchHeader, name: JournalName| {
+            let mut bytes = vec![0; BLOCK_BYTES];
+            encode_batch(&header, name, &[], &mut bytes);
+            let mut media = rested.media.clone();
+            media.put(layout.journal_offset(shard) / BLOCK + u64::from(journal.head), &bytes);
+            recovery::read(layout, shard, &Still(RefCell::new(media)))
+                .map(|image| image.recovered.journal.lsn)
+        };
+        let name = JournalName { key, shard };
+        assert_eq!(lsn_with(right, name).unwrap(), journal.lsn + 1, "the next one is");
+        let wrong = [
+            BatchHeader { chain: right.chain ^ 1, ..right },
+            BatchHeader { open_count: open_count + 1, ..right },
+            BatchHeader { lsn: journal.lsn, ..right },
+            BatchHeader { position: right.position ^ 1, ..right },
+        ];
+        for header in wrong {
+            assert_eq!(lsn_with(header, name).unwrap(), journal.lsn, "{header:?}");
+        }
+        if image.findings.batches > 0 {
+            let header = BatchHeader { open_count: open_count - 1, ..right };
+            assert_eq!(lsn_with(header, name).unwrap(), journal.lsn, "{header:?}");
+        }
+        assert_eq!(
+            lsn_with(right, JournalName { key: [8; 16], shard }).unwrap(),
+            journal.lsn,
+            "another store"
+        );
+        assert_eq!(
+            lsn_with(right, JournalName { key, shard: shard + 1 }).unwrap(),
+            journal.lsn,
+            "another shard"
+        );
+        let behind = BatchHeader { lsn: right.lsn + 1, ..right };
+        let error = lsn_with(behind, name).unwrap_err();
+        assert!(matches!(error, RecoveryError::JournalDamaged { .. }), "{error}");
+        lab.coverage.recoveries += 16;
+    }
+}
+
 fn record(layout: &Superblock, rng: &mut Rng) -> Record {
     let beyond = u64::from(rng.one_in(2000));
     let slot = rng.below(u64::from(layout.slots()) + beyond) as u32;

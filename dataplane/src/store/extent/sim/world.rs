@@ -73,7 +73,8 @@ pub(super) struct Plan {
     pub(super) steps: u32,
     pub(super) concurrent: usize,
     pub(super) scrub: bool,
-    pub(super) unmaps: bool,
+    /// Of so many requests one is an unmap; 0 for none.
+    pub(super) unmaps: u64,
     pub(super) faults: Faults,
     /// Of so many crash points one is gone on from.
     pub(super) nest: u64,
@@ -131,6 +132,15 @@ impl Pools {
 pub(super) struct Lab {
     pub(super) pools: Pools,
     pub(super) coverage: Coverage,
+}
+
+impl Lab {
+    /// A test that explores nothing proves nothing.
+    pub(super) fn covers(&self, least: &[(&str, u64, u64)]) {
+        for (what, count, least) in least {
+            assert!(count >= least, "only {count} {what}: {:#?}", self.coverage);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -474,14 +484,20 @@ impl World {
     fn begin_op(&mut self, lab: &mut Lab) {
         let object = self.rng.below(self.plan.objects.into()) as u32;
         let extent = self.rng.below(self.plan.extents.into());
-        if self.plan.unmaps && self.rng.one_in(24) {
+        if self.plan.unmaps > 0 && self.rng.one_in(self.plan.unmaps) {
             return self.begin_unmap(object, extent as u32, lab);
         }
         let within = match self.rng.below(4) {
             0 => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
             _ => self.rng.below(6),
         };
-        let first = extent * u64::from(EXTENT_BLOCKS) + within;
+        let mut object = object;
+        let mut first = extent * u64::from(EXTENT_BLOCKS) + within;
+        if self.rng.one_in(3)
+            && let Some(((of, block), _)) = self.model.iter().find(|(_, known)| known.bad)
+        {
+            (object, first) = (*of, *block);
+        }
         let count = match self.rng.below(24) {
             0 => 1 + self.rng.below(self.plan.longest),
             _ => 1 + self.rng.below(3.min(self.plan.longest)),
