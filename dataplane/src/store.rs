@@ -13,7 +13,7 @@
 pub mod extent;
 pub mod linear;
 
-use af_xdp::region::Pool;
+use af_xdp::region::{Chunk, Pool};
 use torus_uring::{Blocks, IoError};
 
 /// Bytes of a block, the unit of checksums to come, of read-modify-write, and of buffers.
@@ -149,6 +149,22 @@ pub trait Store {
     fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         let _nothing_gathered = (now_ns, disk, outcomes);
     }
+}
+
+/// Copies a part of the payload's block at `index` into `old`, which takes its place. The payload's own chunk is only read:
+/// its owner may have kept a handle to it.
+pub(crate) fn put_into(
+    pool: &mut Pool,
+    payload: &mut Blocks,
+    index: usize,
+    part: std::ops::Range<usize>,
+    mut old: Chunk,
+) {
+    let region = std::sync::Arc::clone(pool.region());
+    let chunk: &Chunk = payload.get_mut(index);
+    pool.copy_in(&mut old, part.start, &region.bytes(chunk)[part]);
+    let copied = payload.replace(index, old);
+    pool.release(copied);
 }
 
 /// Gives all chunks back to this core's pool.

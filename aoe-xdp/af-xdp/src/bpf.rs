@@ -106,6 +106,18 @@ unsafe fn bpf_fd<T>(command: i32, attributes: &mut T) -> io::Result<OwnedFd> {
     unsafe { Ok(OwnedFd::from_raw_fd(bpf(command, attributes)?)) }
 }
 
+/// Changes an element of a map.
+///
+/// # Safety
+///
+/// `key`, and `value` where the command looks at it, must be addresses of readable memory of the sizes that the map was made
+/// with.
+unsafe fn change_element(map: &OwnedFd, command: i32, key: u64, value: u64) -> io::Result<()> {
+    let mut attributes = MapUpdate { map_fd: map.as_raw_fd(), padding: 0, key, value, flags: 0 };
+    // SAFETY: the structure of the command; the caller answers for the addresses.
+    unsafe { bpf(command, &mut attributes) }.map(drop)
+}
+
 /// What making maps and programs for XDP needs.
 const BPF_CAPABILITIES: &[Capability] = &[Capability::Bpf, Capability::NetAdmin];
 
@@ -150,15 +162,9 @@ impl XskMap {
     pub fn set(&self, number: u32, socket: BorrowedFd<'_>) -> Result<(), Error> {
         debug_assert!(number < self.entries);
         let value = socket.as_raw_fd();
-        let mut attributes = MapUpdate {
-            map_fd: self.fd.as_raw_fd(),
-            padding: 0,
-            key: address(&raw const number),
-            value: address(&raw const value),
-            flags: 0,
-        };
-        // SAFETY: the structure of the command; key and value are four readable bytes each.
-        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attributes) }.map(drop).map_err(|source| {
+        let (key, value) = (address(&raw const number), address(&raw const value));
+        // SAFETY: key and value are four readable bytes each, as the map was made.
+        unsafe { change_element(&self.fd, BPF_MAP_UPDATE_ELEM, key, value) }.map_err(|source| {
             Error::privileged("putting an AF_XDP socket into the BPF map", BPF_CAPABILITIES, source)
         })
     }
@@ -220,16 +226,10 @@ impl AddressMap {
 
     fn change(&self, command: i32, mac: [u8; 6], value: Option<&u32>) -> Result<(), Error> {
         let key = address_key(mac);
-        let mut attributes = MapUpdate {
-            map_fd: self.fd.as_raw_fd(),
-            padding: 0,
-            key: address(&raw const key),
-            // The kernel refuses what a command does not look at, unless it is zero.
-            value: value.map_or(0, |place| address(std::ptr::from_ref(place))),
-            flags: 0,
-        };
-        // SAFETY: the structure of the command; key and value are readable, of the sizes that the map was made with.
-        unsafe { bpf(command, &mut attributes) }.map(drop).map_err(|source| {
+        // The kernel refuses what a command does not look at, unless it is zero.
+        let value = value.map_or(0, |place| address(std::ptr::from_ref(place)));
+        // SAFETY: key and value are readable, of the sizes that the map was made with.
+        unsafe { change_element(&self.fd, command, address(&raw const key), value) }.map_err(|source| {
             Error::privileged("steering an address by the BPF map", BPF_CAPABILITIES, source)
         })
     }

@@ -14,14 +14,12 @@ pub mod allocation;
 pub mod catalog;
 pub mod format;
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use af_xdp::region::{Chunk, Pool};
 use torus_uring::{Blocks, IoError};
 
 use super::{
-    BLOCK_BYTES, Disk, Durable, EXTENT_BYTES, Operation, Outcome, RequestToken, Store, StoreError,
+    BLOCK_BYTES, Disk, Durable, EXTENT_BYTES, Operation, Outcome, RequestToken, Store, StoreError, put_into,
     release_blocks,
 };
 
@@ -220,16 +218,6 @@ impl LinearStore {
         let result = progress.failure.take().map_or(Ok(()), Err);
         outcomes.push(Outcome { request: progress.request, blocks, result });
     }
-}
-
-/// Copies a part of the payload's block at `index` into `old`, which takes its place. The payload's own chunk is only read:
-/// its owner may have kept a handle to it.
-fn put_into(pool: &mut Pool, payload: &mut Blocks, index: usize, part: Range<usize>, mut old: Chunk) {
-    let region = Arc::clone(pool.region());
-    let chunk: &Chunk = payload.get_mut(index);
-    pool.copy_in(&mut old, part.start, &region.bytes(chunk)[part]);
-    let copied = payload.replace(index, old);
-    pool.release(copied);
 }
 
 /// Device byte of the block at `index` of a request.

@@ -95,6 +95,26 @@ pub enum FormatError {
     Value,
 }
 
+/// Whether a structure is one of ours, is what was written, and is of the version that is read, in this order. `crc` is
+/// computed over all of it with its checksum field zero.
+fn check_head(
+    is_ours: bool,
+    stored: U32,
+    crc: impl FnOnce() -> u32,
+    version: U32,
+) -> Result<(), FormatError> {
+    if !is_ours {
+        return Err(FormatError::Magic);
+    }
+    if crc() != stored.get() {
+        return Err(FormatError::Checksum);
+    }
+    if version.get() != VERSION {
+        return Err(FormatError::Version { found: version.get() });
+    }
+    Ok(())
+}
+
 // -------------------------------------------------------------------------------------------------------------------
 // Superblock
 
@@ -344,16 +364,9 @@ impl Superblock {
     /// [`FormatError`].
     pub fn decode(bytes: &[u8]) -> Result<Superblock, FormatError> {
         let mut raw = RawSuperblock::read_from_prefix(bytes).map_err(|_| FormatError::Length)?.0;
-        if raw.magic != SUPERBLOCK_MAGIC {
-            return Err(FormatError::Magic);
-        }
         let stored = std::mem::replace(&mut raw.crc, U32::ZERO);
-        if crc32c::crc32c(raw.as_bytes()) != stored.get() {
-            return Err(FormatError::Checksum);
-        }
-        if raw.version.get() != VERSION {
-            return Err(FormatError::Version { found: raw.version.get() });
-        }
+        let crc = || crc32c::crc32c(raw.as_bytes());
+        check_head(raw.magic == SUPERBLOCK_MAGIC, stored, crc, raw.version)?;
         let superblock = Superblock {
             cluster: ClusterId(raw.cluster),
             store: StoreId(raw.store),
@@ -570,16 +583,9 @@ impl CheckpointHeader {
     /// [`FormatError`].
     pub fn decode(bytes: &[u8], name: ShardName, which: usize) -> Result<CheckpointHeader, FormatError> {
         let mut raw = RawCheckpoint::read_from_prefix(bytes).map_err(|_| FormatError::Length)?.0;
-        if raw.magic != CHECKPOINT_MAGIC {
-            return Err(FormatError::Magic);
-        }
         let stored = std::mem::replace(&mut raw.crc, U32::ZERO);
-        if crc32c::crc32c(raw.as_bytes()) != stored.get() {
-            return Err(FormatError::Checksum);
-        }
-        if raw.version.get() != VERSION {
-            return Err(FormatError::Version { found: raw.version.get() });
-        }
+        let crc = || crc32c::crc32c(raw.as_bytes());
+        check_head(raw.magic == CHECKPOINT_MAGIC, stored, crc, raw.version)?;
         if raw.store != name.store.0 || raw.shard.get() != name.shard || usize::from(raw.which.get()) != which
         {
             return Err(FormatError::Misplaced);
@@ -925,16 +931,9 @@ pub fn decode_batch(
 ) -> Result<(BatchHeader, u32, Vec<Record>), FormatError> {
     let block = bytes.get(..BLOCK_BYTES).ok_or(FormatError::Length)?;
     let (mut raw, body) = RawBatch::read_from_prefix(block).map_err(|_| FormatError::Length)?;
-    if raw.magic != BATCH_MAGIC {
-        return Err(FormatError::Magic);
-    }
-    let stored = std::mem::replace(&mut raw.crc, U32::ZERO).get();
-    if crc32c::crc32c_append(crc32c::crc32c(raw.as_bytes()), body) != stored {
-        return Err(FormatError::Checksum);
-    }
-    if raw.version.get() != VERSION {
-        return Err(FormatError::Version { found: raw.version.get() });
-    }
+    let stored = std::mem::replace(&mut raw.crc, U32::ZERO);
+    let crc = || crc32c::crc32c_append(crc32c::crc32c(raw.as_bytes()), body);
+    check_head(raw.magic == BATCH_MAGIC, stored, crc, raw.version)?;
     if raw.key != name.key || raw.shard.get() != name.shard || raw.position.get() != position {
         return Err(FormatError::Misplaced);
     }
@@ -965,5 +964,5 @@ pub fn decode_batch(
     if in_journal != usize::from(header.data_blocks) {
         return Err(FormatError::Length);
     }
-    Ok((header, stored, records))
+    Ok((header, stored.get(), records))
 }

@@ -129,6 +129,26 @@ struct Op {
 /// Parts of a request that need no allocation: an AoE request has at most three blocks.
 const PARTS_INLINE: usize = 3;
 
+impl Op {
+    /// A request of which nothing has been done.
+    fn new(request: Option<RequestToken>, what: What, object: u32, first_block: u64, count: u32) -> Op {
+        Op {
+            request,
+            what,
+            object,
+            first_block,
+            count,
+            payload: Blocks::new(),
+            parts: [const { None }; PARTS_INLINE],
+            more_parts: Vec::new(),
+            reading: 0,
+            queued: 0,
+            committed: 0,
+            failure: None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
     Read,
@@ -381,7 +401,7 @@ impl Shard {
         pool.take_chunk().or_else(|| self.reserve.pop())
     }
 
-    /// Goes on after a disk request has ended. `token` is without the shard's number.
+    /// Goes on after a disk request has ended.
     pub fn finished(
         &mut self,
         token: u64,
@@ -470,12 +490,17 @@ impl Shard {
 
     /// Nothing is acknowledged any more.
     fn fail(&mut self, why: &'static str, error: IoError, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.take_no_more(why, error);
+        self.fail_waiting(disk, outcomes);
+    }
+
+    /// Notes that nothing is acknowledged any more; what waits ends at the next turn.
+    fn take_no_more(&mut self, why: &'static str, error: IoError) {
         self.shared.set_failed();
         if self.failed.is_none() {
             self.failed = Some(StoreError::Unwritable(error));
             self.events.push_back(ShardEvent::Failed { shard: self.name.shard, why });
         }
-        self.fail_waiting(disk, outcomes);
     }
 
     /// Another shard's write or sync has failed, and this one's may have without anybody being told.

@@ -372,7 +372,6 @@ impl Shard {
         self.batch.records.clear();
         self.batch.sets = 0;
         self.fail("a write to the journal failed", error, disk, outcomes);
-        let failure = self.failed;
         let mut applied = std::mem::take(&mut self.batch.applied);
         for change in applied.drain(..) {
             let (op, chunk) = match change {
@@ -383,9 +382,8 @@ impl Shard {
             if let Some(chunk) = chunk {
                 disk.pool().release(chunk);
             }
+            self.count_committed(op);
             let op_state = &mut self.ops[op as usize];
-            op_state.failure = op_state.failure.or(failure);
-            op_state.committed += 1;
             op_state.count = op_state.queued;
             if op_state.committed == op_state.queued {
                 self.end_op(op, Blocks::new(), disk, outcomes);

@@ -136,13 +136,11 @@ impl Shard {
             }
         }
         self.sync.retry_at_ns = self.now_ns + RETRY_NS;
-        if !error.is_no_space() && self.failed.is_none() {
-            self.shared.set_failed();
-            self.failed = Some(crate::store::StoreError::Unwritable(error));
-            self.events.push_back(super::ShardEvent::Failed {
-                shard: self.name.shard,
-                why: "data could not be written to their place; they are kept in the journal",
-            });
+        if !error.is_no_space() {
+            self.take_no_more(
+                "data could not be written to their place; they are kept in the journal",
+                error,
+            );
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use af_xdp::region::{Chunk, Pool};
 use torus_uring::{Blocks, IoError};
 
-use super::{Op, PARTS_INLINE, ReadPart, Shard, What, kind};
+use super::{Op, ReadPart, Shard, What, kind};
 use crate::store::extent::extents::ExtentId;
 use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
 use crate::store::extent::shared::Counters;
@@ -69,21 +69,9 @@ impl Shard {
         outcomes: &mut Vec<Outcome>,
     ) {
         let count = u32::try_from(blocks.len()).expect("at most a long request");
-        let op = Op {
-            request: Some(request),
-            what: What::Read,
-            object,
-            first_block,
-            count,
-            payload: Blocks::new(),
-            parts: [const { None }; PARTS_INLINE],
-            more_parts: Vec::new(),
-            // Until all parts are sent.
-            reading: 1,
-            queued: 0,
-            committed: 0,
-            failure: None,
-        };
+        let mut op = Op::new(Some(request), What::Read, object, first_block, count);
+        // Until all parts are sent.
+        op.reading = 1;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
         let mut position = 0;
         while position < count {

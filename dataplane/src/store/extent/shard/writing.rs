@@ -3,18 +3,14 @@
 //! A write that covers a block in part waits for the block's old content, and becomes a write of whole blocks. What waits for
 //! a batch waits in order of arrival; what needs a slot and finds none waits by itself, unless the store is full.
 
-use std::ops::Range;
-use std::sync::Arc;
-
-use af_xdp::region::{Chunk, Pool};
 use torus_uring::Blocks;
 
 use super::batch::Applied;
 use super::reading::locate;
-use super::{Copies, Op, PARTS_INLINE, Shard, What, kind};
+use super::{Copies, Op, Shard, What, kind};
 use crate::store::extent::extents::{Extent, ExtentId};
 use crate::store::extent::format::{BATCH_BLOCKS_MAX, EXTENT_BLOCKS, RECORDS_MAX, Record, Sum};
-use crate::store::{BLOCK_BYTES, Disk, Durable, Outcome, RequestToken, StoreError};
+use crate::store::{BLOCK_BYTES, Disk, Durable, Outcome, RequestToken, StoreError, put_into};
 
 /// What is written, beside the blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,20 +53,12 @@ impl Shard {
     ) {
         let WriteTerms { keep_head_bytes, keep_tail_bytes, copies, version } = terms;
         let count = u32::try_from(payload.len()).expect("at most a long request");
-        let op = Op {
-            request: Some(request),
-            what: What::Write { keep_head_bytes, keep_tail_bytes, copies, version },
-            object,
-            first_block,
-            count,
-            payload,
-            parts: [const { None }; PARTS_INLINE],
-            more_parts: Vec::new(),
-            reading: 1,
-            queued: 0,
-            committed: 0,
-            failure: self.failed,
-        };
+        let what = What::Write { keep_head_bytes, keep_tail_bytes, copies, version };
+        let mut op = Op::new(Some(request), what, object, first_block, count);
+        op.payload = payload;
+        // Until all reads are sent.
+        op.reading = 1;
+        op.failure = self.failed;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
         if self.failed.is_none() {
             self.read_before_write(at, disk);
@@ -81,20 +69,7 @@ impl Shard {
 
     /// Begins to take from a layer every extent from `from_extent` on. The end is told as an event.
     pub fn unmap(&mut self, object: u32, from_extent: u32) {
-        let op = Op {
-            request: None,
-            what: What::Unmap { from_extent, place: 0 },
-            object,
-            first_block: 0,
-            count: 0,
-            payload: Blocks::new(),
-            parts: [const { None }; PARTS_INLINE],
-            more_parts: Vec::new(),
-            reading: 0,
-            queued: 0,
-            committed: 0,
-            failure: None,
-        };
+        let op = Op::new(None, What::Unmap { from_extent, place: 0 }, object, 0, 0);
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
         self.ready.push_back(at);
     }
@@ -369,16 +344,6 @@ impl Shard {
             }
         }
     }
-}
-
-/// Copies a part of the payload's block at `index` into `old`, which takes its place. The payload's own chunk is only read:
-/// its owner may have kept a handle to it.
-fn put_into(pool: &mut Pool, payload: &mut Blocks, index: usize, part: Range<usize>, mut old: Chunk) {
-    let region = Arc::clone(pool.region());
-    let chunk: &Chunk = payload.get_mut(index);
-    pool.copy_in(&mut old, part.start, &region.bytes(chunk)[part]);
-    let copied = payload.replace(index, old);
-    pool.release(copied);
 }
 
 const _: () = assert!(EXTENT_BLOCKS <= u16::MAX as u32);
