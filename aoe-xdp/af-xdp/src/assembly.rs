@@ -45,18 +45,19 @@ impl Assembly {
     }
 
     /// Takes up to `max` frames out of `ring`, an 802.1Q tag taken out of each; chunks of frames that cannot be delivered
-    /// go to `refuse`.
+    /// go to `refuse`, with how many have been taken out until then.
     pub(crate) fn receive(
         &mut self,
         ring: &mut Consumer<libc::xdp_desc>,
         max: usize,
-        mut refuse: impl FnMut(Chunk),
+        mut refuse: impl FnMut(Chunk, u32),
         mut deliver: impl FnMut(RxFrame),
     ) -> Received {
         let mut received = Received::default();
         while received.frames < max {
             let Some(descriptor) = ring.pop() else { break };
             received.chunks += 1;
+            let mut refuse = |chunk| refuse(chunk, received.chunks);
             let last = descriptor.options & libc::XDP_PKT_CONTD == 0;
             self.collect(descriptor.addr, descriptor.len, last, &mut refuse);
             if last && let Some(frame) = self.finish_frame(&mut refuse) {

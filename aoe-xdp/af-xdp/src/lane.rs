@@ -47,10 +47,23 @@ impl Lane {
 
     /// Takes up to `max` received frames; the chunks of frames that cannot be delivered go to `home`, to be sent to the
     /// queue's owner.
-    pub fn receive(&mut self, max: usize, home: impl FnMut(Chunk), deliver: impl FnMut(RxFrame)) -> usize {
-        let received = self.assembly.receive(self.socket.ring_mut(), max, home, deliver);
-        if received.chunks > 0 {
-            self.taken.add(received.chunks);
+    pub fn receive(
+        &mut self,
+        max: usize,
+        mut home: impl FnMut(Chunk),
+        deliver: impl FnMut(RxFrame),
+    ) -> usize {
+        let taken = &self.taken;
+        let mut counted = 0;
+        // Counted before a chunk goes home: an owner that fills by the old count may sleep before it sees the new one.
+        let refuse = |chunk, taken_out| {
+            taken.add(taken_out - counted);
+            counted = taken_out;
+            home(chunk);
+        };
+        let received = self.assembly.receive(self.socket.ring_mut(), max, refuse, deliver);
+        if received.chunks > counted {
+            taken.add(received.chunks - counted);
         }
         received.frames
     }

@@ -134,7 +134,7 @@ impl Queue {
     /// back to `pool`, which is the one that [`Queue::fill`] took from.
     pub fn receive(&mut self, max: usize, pool: &mut Pool, deliver: impl FnMut(RxFrame)) -> usize {
         let ring = &mut self.socket.rings.receive;
-        let received = self.assembly.receive(ring, max, |chunk| pool.release(chunk), deliver);
+        let received = self.assembly.receive(ring, max, |chunk, _taken| pool.release(chunk), deliver);
         self.given = self.given.wrapping_sub(received.chunks);
         received.frames
     }
