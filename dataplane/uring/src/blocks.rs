@@ -73,6 +73,12 @@ impl Blocks {
         Blocks { chunks: self.chunks.drain(at..).collect() }
     }
 
+    /// Whether the chunks are on the heap: such a list is worth keeping for the next long request.
+    #[must_use]
+    pub fn is_on_heap(&self) -> bool {
+        self.chunks.spilled()
+    }
+
     /// How many chunks there are.
     #[must_use]
     pub fn len(&self) -> usize {

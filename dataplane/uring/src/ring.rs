@@ -85,6 +85,10 @@ pub enum Event {
     Woken,
 }
 
+/// New requests that are handed to the kernel without waiting for [`Ring::submit`]. A device that ends requests by the dozen
+/// would else stand still until the last of those that follow is prepared; one call for each costs more than it gains.
+const SUBMIT_AT: usize = 4;
+
 /// The vectors of a request of more than [`BLOCKS_MAX`] blocks.
 type LongVectors = Box<[libc::iovec; BLOCKS_LONG_MAX]>;
 
@@ -374,6 +378,10 @@ impl Ring {
             if self.ring.submit().is_err() {
                 std::thread::yield_now();
             }
+        }
+        // An error is seen again, and reported, by the caller's own submit.
+        if self.ring.submission().len() >= SUBMIT_AT {
+            let _handed_over = self.ring.submit();
         }
     }
 }
