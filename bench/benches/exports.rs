@@ -2,8 +2,8 @@
 //! valgrind(1) is installed, instructions.
 //!
 //! A read goes its whole way but the link and the disk, which do not know of exports: routing by address, the target's
-//! decision, the core that owns it, the range order, the client's record, the store's placement, the answer. The device
-//! ends every request at once. Prints one line for each number of exports and the ratio; exits 1 if reads cost more than
+//! decision, the core that owns it, the range order, the client's record, the store's extent table, which has one for each
+//! export, the checksum, the answer. The device ends every request at once. Prints one line for each number of exports and the ratio; exits 1 if reads cost more than
 //! 5 % more instructions, or CPU time where instructions cannot be counted.
 //!
 //! `cargo bench -p torus-bench --bench exports`
@@ -12,7 +12,6 @@
 use std::collections::VecDeque;
 use std::hint::black_box;
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
 
 use af_xdp::region::{Pool, Region, RegionConfig};
 use aoe_xdp::link::{RxFrame, Segment, Segments};
@@ -26,8 +25,10 @@ use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::Served;
 use torus_dataplane::fairness::Limits;
 use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
-use torus_dataplane::store::linear::{Placement, Run};
-use torus_dataplane::store::{Disk, Durable};
+use torus_dataplane::store::extent::format::Shape;
+use torus_dataplane::store::extent::fresh::FreshStore;
+use torus_dataplane::store::extent::shard::Object;
+use torus_dataplane::store::{Disk, Durable, EXTENT_BYTES};
 use torus_uring::Blocks;
 use zerocopy::IntoBytes;
 
@@ -37,12 +38,14 @@ const LIMITS: Limits = Limits { requests: 1024, clients: 1024, device_depth: 128
 const BATCH: u64 = 32;
 const BATCHES: u32 = 2_000;
 const ROUNDS: usize = 31;
+/// What every byte is that was written.
+const BYTE: u8 = 1;
 /// Batches of the two counted runs; their difference leaves the start out.
 const COUNTED: [u32; 2] = [100, 1_100];
 const INGRESS: Ingress =
     Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: 0, sectors_max: 16, sectors_told: 16 };
 
-/// Ends every read at once.
+/// Ends everything at once, and gives the one byte that was written everywhere.
 struct NullDevices {
     pool: Pool,
     ended: VecDeque<(u64, Blocks)>,
@@ -61,7 +64,10 @@ impl Devices for &mut NullDevices {
 }
 
 impl Disk for NullDisk<'_> {
-    fn read(&mut self, _offset_bytes: u64, blocks: Blocks, token: u64) {
+    fn read(&mut self, _offset_bytes: u64, mut blocks: Blocks, token: u64) {
+        for index in 0..blocks.len() {
+            self.0.pool.bytes_mut(blocks.get_mut(index)).fill(BYTE);
+        }
         self.0.ended.push_back((token, blocks));
     }
 
@@ -95,6 +101,26 @@ fn export(key: u32) -> Export {
     }
 }
 
+/// A frame that asks for one block; for a write with its data.
+fn frame(senders: &mut Pool, export: &Export, lba: u64, write: bool) -> RxFrame {
+    let client = Mac([0x02, 0, 0, 0, 0xc1, 1]);
+    let header = Header::request(export.mac, client, export.address, command::ATA, 1);
+    let head = AtaHead { header, arg: AtaArg::read_write_ext(lba, 8, write) };
+    let mut bytes = head.as_bytes().to_vec();
+    if write {
+        bytes.resize(bytes.len() + 4096, BYTE);
+    }
+    bytes.resize(bytes.len().max(FRAME_LEN_MIN), 0);
+    let mut segments = Segments::new();
+    for part in bytes.chunks(4096) {
+        let mut chunk = senders.take_chunk().unwrap();
+        senders.bytes_mut(&mut chunk)[..part.len()].copy_from_slice(part);
+        let len = u16::try_from(part.len()).unwrap();
+        segments.push(Segment { chunk, offset: 0, len }).unwrap();
+    }
+    RxFrame::new(segments)
+}
+
 /// A core that serves a number of exports, and the frames of a batch of reads of one of them.
 struct Core {
     serving: Serving,
@@ -118,26 +144,16 @@ impl Core {
         let region =
             Region::new(RegionConfig { cores: 2, chunks_per_core: 4096, headers_per_core: 64 }).unwrap();
         let mut serving = Serving::new(LIMITS, Clients::new(1024, map.core_clients(0).unwrap()));
-        serving.open_store(0);
-        let served = |first_extent| {
-            let placement = Placement::new(&[Run { first_extent, extents: 1 }], 0);
-            Some(Served { store: 0, placement: Arc::new(placement), owner: 0 })
-        };
+        // An extent for each export, all on one shard, and room for the tables.
+        let device_bytes = (256 << 20) + u64::from(exports) * 2 * EXTENT_BYTES;
+        let store = FreshStore::new(device_bytes, Shape { shards: Some(1), journal_blocks: None }).unwrap();
+        serving.open_store(0, store.shards.into_iter());
+        let served = |number| Some(Served { store: 0, object: Object { shard: 0, number }, owner: 0 });
         let mut senders = region.pool(1).unwrap();
         let read = export(exports / 2);
-        let frames = (0..BATCH).map(|n| {
-            let client = Mac([0x02, 0, 0, 0, 0xc1, 1]);
-            let header = Header::request(read.mac, client, read.address, command::ATA, 1);
-            let head = AtaHead { header, arg: AtaArg::read_write_ext(8 * n, 8, false) };
-            let mut chunk = senders.take_chunk().unwrap();
-            senders.bytes_mut(&mut chunk)[..head.as_bytes().len()].copy_from_slice(head.as_bytes());
-            let mut segments = Segments::new();
-            let len = u16::try_from(FRAME_LEN_MIN).unwrap();
-            segments.push(Segment { chunk, offset: 0, len }).unwrap();
-            RxFrame::new(segments)
-        });
+        let frames = (0..BATCH).map(|n| frame(&mut senders, &read, 8 * n, false));
         let frames = frames.collect();
-        Core {
+        let mut core = Core {
             serving,
             devices: NullDevices { pool: region.pool(0).unwrap(), ended: VecDeque::with_capacity(1024) },
             senders,
@@ -147,6 +163,24 @@ impl Core {
             stats: map.core_stats(0).unwrap(),
             _control: control,
             _folder: folder,
+        };
+        for key in 0..exports {
+            core.write(&export(key), 0);
+        }
+        for n in 0..BATCH {
+            core.write(&read, 8 * n);
+        }
+        core
+    }
+
+    /// Writes a block, so that the export has an extent, and the block something to read.
+    fn write(&mut self, export: &Export, lba: u64) {
+        let write = frame(&mut self.senders, export, lba, true);
+        let reads = std::mem::replace(&mut self.frames, vec![write]);
+        self.run(1);
+        for segment in std::mem::replace(&mut self.frames, reads).into_iter().flat_map(RxFrame::into_segments)
+        {
+            self.senders.release(segment.chunk);
         }
     }
 
@@ -160,7 +194,7 @@ impl Core {
                 let Route::One(export) = route(table, &INGRESS, head) else { panic!("it is there") };
                 assert_eq!(around.served[export.key as usize].as_ref().map(|served| served.owner), Some(0));
                 let Action::Io(io) = respond(export, &INGRESS, head, frame.len()) else {
-                    panic!("it is read")
+                    panic!("it is work for the store")
                 };
                 serving.admit(Arrival { io, export, interface: 0, frame }, &mut around);
             }
@@ -174,6 +208,7 @@ impl Core {
                 } else if serving.start_next(&mut around) {
                 } else if let Some((token, blocks)) = around.devices.ended.pop_front() {
                     serving.disk_ended(0, token, blocks, Ok(()), &mut around);
+                } else if serving.turn_stores(&mut around) {
                 } else {
                     break;
                 }

@@ -1,8 +1,10 @@
 //! What a request costs on its way through the range order and through serving, in nanoseconds and allocations.
 //!
 //! Time is CPU time of this thread, so that a busy machine does not enter much. The device ends every request at once and
-//! touches no memory, so that what is left is the bookkeeping, and for writes the one copy of their data. Prints one line
-//! per case, the medians of several rounds; exits 1 if anything allocated.
+//! keeps nothing, so that what is left is the bookkeeping, the checksum of every block, for writes the one copy of their data,
+//! and for reads that the device fills their memory: each block of the volume holds the same byte, since the store would
+//! not take anything else for what was written. Disk requests are those of journal, placement and checkpoints together.
+//! Prints one line per case, the medians of several rounds; exits 1 if anything allocated.
 //!
 //! `cargo bench -p torus-bench --bench order`
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
@@ -10,7 +12,6 @@
 use std::collections::VecDeque;
 use std::hint::black_box;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use af_xdp::region::{Pool, Region, RegionConfig};
 use aoe_xdp::link::{RxFrame, Segment, Segments};
@@ -23,7 +24,9 @@ use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::Served;
 use torus_dataplane::fairness::Limits;
 use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
-use torus_dataplane::store::linear::{Placement, Run};
+use torus_dataplane::store::extent::format::Shape;
+use torus_dataplane::store::extent::fresh::FreshStore;
+use torus_dataplane::store::extent::shard::Object;
 use torus_dataplane::store::{Disk, Durable};
 use torus_uring::Blocks;
 use zerocopy::IntoBytes;
@@ -34,6 +37,11 @@ const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: REQUESTS_MAX, d
 const BATCH: usize = 32;
 const BATCHES: usize = 4_000;
 const ROUNDS: usize = 15;
+/// What every byte of the volume is.
+const BYTE: u8 = 1;
+const VOLUME_SECTORS: u64 = 1 << 17;
+/// Room for the volume and the store's tables.
+const DEVICE_BYTES: u64 = 128 << 20;
 const ADDRESS: Address = Address { shelf: 1, slot: 1 };
 const EXPORT_MAC: Mac = Mac([0x02, 0, 0, 0, 0, 0x10]);
 
@@ -57,8 +65,11 @@ impl Devices for &mut NullDevices {
 }
 
 impl Disk for NullDisk<'_> {
-    fn read(&mut self, _offset_bytes: u64, blocks: Blocks, token: u64) {
+    fn read(&mut self, _offset_bytes: u64, mut blocks: Blocks, token: u64) {
         self.0.requests += 1;
+        for index in 0..blocks.len() {
+            self.0.pool.bytes_mut(blocks.get_mut(index)).fill(BYTE);
+        }
         self.0.ended.push_back((token, blocks));
     }
 
@@ -68,6 +79,7 @@ impl Disk for NullDisk<'_> {
     }
 
     fn sync(&mut self, token: u64) {
+        self.0.requests += 1;
         self.0.ended.push_back((token, Blocks::new()));
     }
 
@@ -97,24 +109,24 @@ impl Core {
         let map = DataMap::attach(&path).unwrap();
         let config = RegionConfig { cores: 2, chunks_per_core: 8192, headers_per_core: 64 };
         let region = Region::new(config).unwrap();
-        let placement = Placement::new(&[Run { first_extent: 0, extents: 16 }], 0);
+        let store = FreshStore::new(DEVICE_BYTES, Shape { shards: Some(1), journal_blocks: None }).unwrap();
         let clients = Clients::new(REQUESTS_MAX, map.core_clients(0).unwrap());
         let mut serving = Serving::new(LIMITS, clients);
-        serving.open_store(0);
-        Core {
+        serving.open_store(0, store.shards.into_iter());
+        let mut core = Core {
             serving,
             devices: NullDevices {
                 pool: region.pool(0).unwrap(),
-                ended: VecDeque::with_capacity(2 * REQUESTS_MAX as usize),
+                ended: VecDeque::with_capacity(8 * REQUESTS_MAX as usize),
                 requests: 0,
             },
             senders: region.pool(1).unwrap(),
-            served: vec![Some(Served { store: 0, placement: Arc::new(placement), owner: 0 })],
+            served: vec![Some(Served { store: 0, object: Object { shard: 0, number: 0 }, owner: 0 })],
             export: Export {
                 key: 0,
                 address: ADDRESS,
                 mac: EXPORT_MAC,
-                size_sectors: 1 << 17,
+                size_sectors: VOLUME_SECTORS,
                 read_only: false,
                 serial: String::new(),
                 config_string: Vec::new(),
@@ -126,7 +138,15 @@ impl Core {
             stats: map.core_stats(0).unwrap(),
             _control: control,
             _folder: folder,
+        };
+        for lba in (0..VOLUME_SECTORS).step_by(16) {
+            let request = core.request(lba, 16, true, BYTE);
+            core.serve(std::slice::from_ref(&request));
+            for segment in request.1.into_segments() {
+                core.senders.release(segment.chunk);
+            }
         }
+        core
     }
 
     /// A request as it is after the target has looked at its frame.
@@ -168,6 +188,7 @@ impl Core {
             } else if serving.start_next(&mut around) {
             } else if let Some((token, blocks)) = around.devices.ended.pop_front() {
                 serving.disk_ended(0, token, blocks, Ok(()), &mut around);
+            } else if serving.turn_stores(&mut around) {
             } else {
                 return;
             }

@@ -11,6 +11,7 @@ use crate::ceiling::disk::Engine;
 use crate::initiator::Behaviour;
 use crate::load::{Check, Load};
 use crate::measure::now_ns;
+use crate::store::Mode;
 use crate::units::{bytes, duration_ns};
 use crate::verify::Oracle;
 use crate::workload::{Pattern, Random};
@@ -36,7 +37,9 @@ Examples:
   torus-bench aoe --interface eth0 --target 1.1 --mixed 70 --verify --verify-log /tmp/v.log --seconds 60
   torus-bench aoe --interface eth0 --target 1.1 --check-log /tmp/v.log
   torus-bench ceiling link --pair --mtu 9000 --window 32 --repeat 3
-  torus-bench ceiling disk --file /var/tmp/f --size 1GiB --depth 32 --write --dsync";
+  torus-bench ceiling disk --file /var/tmp/f --size 1GiB --depth 32 --write --dsync
+  torus-bench store --path /var/tmp/store --size 4GiB --mode both
+  torus-bench store-open --path /dev/shm/store";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -45,6 +48,10 @@ pub(crate) enum Command {
     /// Measures a limit of this machine.
     #[command(subcommand)]
     Ceiling(Ceiling),
+    /// Measures an extent store on a new file beside fio on another one, in interleaved rounds.
+    Store(StoreArgs),
+    /// Measures how long opening a store of one TiB takes, and its memory: metadata only, on a sparse file in memory.
+    StoreOpen(StoreOpenArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -299,6 +306,41 @@ pub(crate) struct DiskArgs {
     pub(crate) json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct StoreArgs {
+    /// File to make for the store and for fio. It is removed at the end.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) path: PathBuf,
+    /// Bytes of the file.
+    #[arg(long, value_parser = bytes, default_value = "4GiB")]
+    pub(crate) size: u64,
+    /// Time of each measurement.
+    #[arg(long, value_name = "DURATION", value_parser = duration_ns, default_value = "3s")]
+    pub(crate) seconds: u64,
+    /// How often each pair is measured.
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) rounds: u32,
+    /// Where data go first.
+    #[arg(long, value_enum, default_value = "both")]
+    pub(crate) mode: Mode,
+    /// Only the rows whose name has this in it.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(crate) only: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreOpenArgs {
+    /// Sparse file to make, on tmpfs: it takes about 1.1 GiB of memory, and is removed at the end.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 impl DiskArgs {
     pub(crate) fn seed(&self) -> u64 {
         self.seed.unwrap_or_else(fresh_seed)
@@ -315,7 +357,7 @@ mod tests {
         let all = ["torus-bench", "aoe", "--interface", "eth0", "--target", "1.2"].iter().chain(args);
         match Cli::try_parse_from(all)?.command {
             Command::Aoe(args) => Ok(*args),
-            Command::Ceiling(_) => unreachable!("asked for aoe"),
+            _ => unreachable!("asked for aoe"),
         }
     }
 

@@ -7,6 +7,7 @@
 //! | [`workload`], [`verify`] | which block comes next; what a sector may hold |
 //! | [`load`], [`station`] | the initiator on a real link |
 //! | [`ceiling`] | what link and disk reach alone |
+//! | [`store`] | what the extent store reaches beside the bare disk, and how it opens |
 //! | [`report`], [`measure`] | what came out, and what it cost |
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ mod load;
 mod measure;
 mod report;
 mod station;
+mod store;
 mod units;
 mod verify;
 mod workload;
@@ -35,7 +37,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use crate::ceiling::disk::{self, Disk};
 use crate::ceiling::link::{Served, export, serve};
 use crate::ceiling::pair::{INTERFACE, Pair, enter};
-use crate::cli::{AoeArgs, Ceiling, Cli, Command, DiskArgs, LinkArgs};
+use crate::cli::{AoeArgs, Ceiling, Cli, Command, DiskArgs, LinkArgs, StoreArgs};
 use crate::load::Load;
 use crate::measure::pin;
 use crate::report::{LinkReport, LoadReport, ServeReport};
@@ -66,6 +68,8 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
             None => ceiling_pair(args),
         },
         Command::Ceiling(Ceiling::Disk(args)) => ceiling_disk(args).map(|()| true),
+        Command::Store(args) => measure_store(args),
+        Command::StoreOpen(args) => store::opening::run(&args.path, args.json),
     }
 }
 
@@ -121,6 +125,18 @@ fn ceiling_disk(args: &DiskArgs) -> anyhow::Result<()> {
         print!("{}", report.table());
     }
     Ok(())
+}
+
+fn measure_store(args: &StoreArgs) -> anyhow::Result<bool> {
+    let asked = store::Asked {
+        path: &args.path,
+        size_bytes: args.size,
+        duration_ns: args.seconds,
+        rounds: args.rounds,
+        mode: args.mode,
+        only: &args.only,
+    };
+    store::run(&asked, args.json)
 }
 
 fn ceiling_link(args: &LinkArgs, name: &str) -> anyhow::Result<()> {

@@ -25,6 +25,20 @@ pub(crate) fn thread_cpu_ns() -> u64 {
     nanoseconds(clock_gettime(ClockId::ThreadCPUTime))
 }
 
+/// CPU time of this process, user and system, the kernel's own threads for its io_uring among it, in nanoseconds.
+pub(crate) fn process_cpu_ns() -> u64 {
+    nanoseconds(clock_gettime(ClockId::ProcessCPUTime))
+}
+
+/// Bytes of this process that are in memory; 0 where `/proc` does not tell.
+pub(crate) fn resident_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: Option<u64> =
+        line.and_then(|line| line.split_whitespace().next()).and_then(|word| word.parse().ok());
+    kib.unwrap_or(0) << 10
+}
+
 /// Keeps this thread on one core.
 pub(crate) fn pin(core: u16) -> anyhow::Result<()> {
     let mut set = CpuSet::new();

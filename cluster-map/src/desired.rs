@@ -5,7 +5,7 @@
 
 use crate::change::{AnswerRecord, at_most, put_macs, put_string, take_macs, take_string};
 use crate::error::{Fault, MapError};
-use crate::layout::{LEVEL, LOWEST_READER};
+use crate::layout::LOWEST_READER;
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
 use crate::{
     ChangeAnswer, ClusterId, MAX_CHANGES, MAX_LISTED_MACS, MAX_PATH_BYTES, NodeId, StoreId, VolumeId,
@@ -85,6 +85,19 @@ pub struct DesiredStore {
     pub size_bytes: u64,
     /// The id that the store is expected to carry; `None` until it is known.
     pub id: Option<StoreId>,
+    /// The scrub that it is to have; `None`: none was asked for, or the last one has been recorded as finished.
+    pub scrub: Option<ScrubWish>,
+}
+
+/// A scrub that a store is to have: every block in use is read and compared with its checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScrubWish {
+    /// Number of the run; a larger one than the last begins anew, the same goes on where it was.
+    pub run: u64,
+    /// Most bytes to read in a second, at least 1; may change while it runs.
+    pub rate_bytes_per_s: u64,
+    /// Stop where it is, to go on later.
+    pub stopped: bool,
 }
 
 /// A volume to have on a store.
@@ -255,6 +268,11 @@ struct StoreRecord {
     size_bytes: U64,
     id: [u8; 16],
     id_known: u8,
+    /// From here on absent at level 2.
+    scrub_known: u8,
+    scrub_stopped: u8,
+    scrub_run: U64,
+    scrub_rate: U64,
 }
 
 impl Record for StoreRecord {
@@ -320,11 +338,19 @@ impl StoreRecord {
         if store.path.is_empty() || store.path.len() > MAX_PATH_BYTES {
             return invalid(format!("store path {:?} is not 1 to {MAX_PATH_BYTES} bytes long", store.path));
         }
+        let scrub = store.scrub;
+        if scrub.is_some_and(|scrub| scrub.rate_bytes_per_s == 0) {
+            return invalid(format!("the scrub of store {:?} has a rate of 0", store.path));
+        }
         Ok(Self {
             path: out.text(&store.path)?,
             size_bytes: store.size_bytes.into(),
             id: store.id.unwrap_or_default().0,
             id_known: store.id.is_some().into(),
+            scrub_known: scrub.is_some().into(),
+            scrub_stopped: scrub.is_some_and(|scrub| scrub.stopped).into(),
+            scrub_run: scrub.map_or(0, |scrub| scrub.run).into(),
+            scrub_rate: scrub.map_or(0, |scrub| scrub.rate_bytes_per_s).into(),
         })
     }
 
@@ -334,7 +360,16 @@ impl StoreRecord {
             return Err(Fault::corrupt("length of a store's path"));
         }
         let id = flag(self.id_known, "id_known")?.then_some(StoreId(self.id));
-        Ok(DesiredStore { path, size_bytes: self.size_bytes.get(), id })
+        let scrub = ScrubWish {
+            run: self.scrub_run.get(),
+            rate_bytes_per_s: self.scrub_rate.get(),
+            stopped: flag(self.scrub_stopped, "scrub_stopped")?,
+        };
+        let scrub = flag(self.scrub_known, "scrub_known")?.then_some(scrub);
+        if scrub.is_some_and(|scrub| scrub.rate_bytes_per_s == 0) {
+            return Err(Fault::corrupt("a scrub has a rate of 0"));
+        }
+        Ok(DesiredStore { path, size_bytes: self.size_bytes.get(), id, scrub })
     }
 }
 
@@ -425,23 +460,14 @@ impl ExportRecord {
     }
 }
 
-impl DesiredExport {
-    /// Whether a data plane that knows nothing of these settings would serve somebody it must not.
-    fn is_restricted(&self) -> bool {
-        self.on_interfaces != EVERY_INTERFACE || !self.masks.is_empty() || !self.reserved_for.is_empty()
-    }
-}
-
 impl Desired {
     /// Writes the state to `out`, replacing what is there; the version is not part of it.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
         at_most(MAX_INTERFACES, self.interfaces.len(), "interfaces")?;
         at_most(MAX_CHANGES, self.answers.len(), "answers to changes")?;
-        let restricted = self.exports.iter().any(DesiredExport::is_restricted);
-        let lowest_reader = if restricted { LEVEL } else { LOWEST_READER };
         let mut to = Encoder::new::<Head>(out);
         let head = Head {
-            preamble: Preamble::of::<Head>(lowest_reader),
+            preamble: Preamble::of::<Head>(LOWEST_READER),
             cluster: self.cluster.0,
             node: self.node.0,
             link: self.link.code(),
@@ -488,13 +514,18 @@ pub(crate) mod tests {
     use super::*;
     use crate::MAX_CONFIG_STRING_BYTES;
     use crate::change::strategies::answer;
+    use crate::layout::LEVEL;
     use crate::record::other_level::{flipped, relaid};
     use proptest::collection::vec;
     use proptest::prelude::*;
 
     fn store() -> impl Strategy<Value = DesiredStore> {
-        ("[a-z/ü]{1,60}", any::<u64>(), any::<Option<[u8; 16]>>())
-            .prop_map(|(path, size_bytes, id)| DesiredStore { path, size_bytes, id: id.map(StoreId) })
+        let scrub = (any::<u64>(), 1..=u64::MAX, any::<bool>())
+            .prop_map(|(run, rate_bytes_per_s, stopped)| ScrubWish { run, rate_bytes_per_s, stopped });
+        let id = any::<Option<[u8; 16]>>();
+        ("[a-z/ü]{1,60}", any::<u64>(), id, prop::option::of(scrub)).prop_map(
+            |(path, size_bytes, id, scrub)| DesiredStore { path, size_bytes, id: id.map(StoreId), scrub },
+        )
     }
 
     fn volume() -> impl Strategy<Value = DesiredVolume> {
@@ -612,7 +643,10 @@ pub(crate) mod tests {
 
     /// What is left of a state in the form of [`older`].
     pub(crate) fn without_newer_fields(mut desired: Desired) -> Desired {
-        desired.stores.iter_mut().for_each(|store| store.id = None);
+        for store in &mut desired.stores {
+            store.id = None;
+            store.scrub = None;
+        }
         desired.answers.clear();
         for export in &mut desired.exports {
             *export = DesiredExport {
@@ -695,6 +729,13 @@ pub(crate) mod tests {
         assert!(refused(with_path(String::new())));
         assert!(refused(with_path("x".repeat(MAX_PATH_BYTES + 1))));
         assert!(!refused(with_path("x".repeat(MAX_PATH_BYTES))));
+        let with_rate = |rate_bytes_per_s| {
+            let scrub = Some(ScrubWish { run: 1, rate_bytes_per_s, stopped: false });
+            let store = DesiredStore { path: "/s".into(), scrub, ..DesiredStore::default() };
+            Desired { stores: vec![store], ..Desired::default() }
+        };
+        assert!(refused(with_rate(0)));
+        assert!(!refused(with_rate(1)));
         assert!(refused(with_mac([2, 0, 0, 0, 0, 1])));
         assert!(!refused(with_mac([2, 0, 0, 0, 0, 0x10])));
     }
@@ -738,21 +779,30 @@ pub(crate) mod tests {
         );
     }
 
-    /// Otherwise a data plane of the former level would serve whom it must not.
     #[test]
-    fn a_restricted_export_is_not_for_readers_of_the_former_level() {
-        let lowest_reader = |export: DesiredExport| {
-            let bytes = encoded(&Desired { exports: vec![export], ..Desired::default() });
-            u32::from_le_bytes(bytes[4..8].try_into().unwrap())
+    fn a_scrub_without_a_rate_is_damage_and_without_its_mark_absent() {
+        let scrub = Some(ScrubWish { run: 7, rate_bytes_per_s: 1, stopped: true });
+        let store = DesiredStore { path: "/s".into(), scrub, ..DesiredStore::default() };
+        let bytes = encoded(&Desired { stores: vec![store.clone()], ..Desired::default() });
+        let with = |field: usize, value: u8| {
+            let mut bytes = bytes.clone();
+            bytes[size_of::<Head>() + field] = value;
+            Desired::decode(&bytes, 1).map(|desired| desired.stores[0].clone())
         };
-        let free = DesiredExport { config_string: b"x".to_vec(), ..DesiredExport::default() };
-        assert_eq!(lowest_reader(free), LEVEL - 1);
-        for restricted in [
-            DesiredExport { masks: vec![[2; 6]], ..DesiredExport::default() },
-            DesiredExport { reserved_for: vec![[2; 6]], ..DesiredExport::default() },
-            DesiredExport { on_interfaces: 1, ..DesiredExport::default() },
-        ] {
-            assert_eq!(lowest_reader(restricted), LEVEL);
-        }
+        let rate = std::mem::offset_of!(StoreRecord, scrub_rate);
+        assert_eq!(with(rate, 0), Err(Fault::corrupt("a scrub has a rate of 0")));
+        let known = std::mem::offset_of!(StoreRecord, scrub_known);
+        assert_eq!(with(known, 0), Ok(DesiredStore { scrub: None, ..store }));
+        assert!(with(known, 2).is_err());
+        assert!(with(std::mem::offset_of!(StoreRecord, scrub_stopped), 2).is_err());
+    }
+
+    #[test]
+    fn a_reader_of_the_former_level_is_served() {
+        let scrub = Some(ScrubWish { run: 7, rate_bytes_per_s: 1, stopped: false });
+        let store = DesiredStore { path: "/s".into(), scrub, ..DesiredStore::default() };
+        let export = DesiredExport { masks: vec![[2; 6]], on_interfaces: 1, ..DesiredExport::default() };
+        let desired = Desired { stores: vec![store], exports: vec![export], ..Desired::default() };
+        assert_eq!(u32::from_le_bytes(encoded(&desired)[4..8].try_into().unwrap()), LEVEL - 1);
     }
 }

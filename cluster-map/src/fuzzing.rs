@@ -49,12 +49,16 @@ pub fn read(bytes: &[u8]) {
 /// Never: all of them can be written.
 #[must_use]
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    use crate::{DesiredExport, DesiredStore, DesiredVolume, ObservedExport, ObservedStore, ObservedVolume};
+    use crate::{
+        DesiredExport, DesiredStore, DesiredVolume, ObservedExport, ObservedStore, ObservedVolume,
+        ScrubObserved, ScrubWish, WritePath,
+    };
     let geometry = Geometry::new(2, ClusterId([7; 16]), NodeId([9; 16]));
     let page = layout::plan(&geometry, [5; 16]).expect("a usual geometry");
     let header = page.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     let mut desired = Vec::new();
-    let store = DesiredStore { path: "/dev/nvme0n1".into(), ..DesiredStore::default() };
+    let scrub = Some(ScrubWish { run: 2, rate_bytes_per_s: 64 << 20, stopped: false });
+    let store = DesiredStore { path: "/dev/nvme0n1".into(), scrub, ..DesiredStore::default() };
     let export =
         DesiredExport { config_string: b"disk".to_vec(), masks: vec![[2; 6]], ..DesiredExport::default() };
     Desired {
@@ -68,8 +72,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     .encode(&mut desired)
     .expect("a usual state");
     let mut observed = Vec::new();
+    let scrub = Some(ScrubObserved { run: 2, done_bytes: 1, total_bytes: 2, ..ScrubObserved::default() });
+    let store = ObservedStore { writes: WritePath::Journal, scrub, ..ObservedStore::default() };
     Observed {
-        stores: vec![ObservedStore::default()],
+        stores: vec![store],
         volumes: vec![ObservedVolume::default()],
         exports: vec![ObservedExport::default()],
         ..Observed::default()

@@ -41,7 +41,7 @@ pub use change::{
 pub use clients::{ClientCounter, ClientSnapshot};
 pub use desired::{
     Allow, AoePolicy, Desired, DesiredExport, DesiredStore, DesiredVolume, EVERY_INTERFACE, LinkChoice,
-    MAX_INTERFACES, SteeringChoice, VolumeIntent,
+    MAX_INTERFACES, ScrubWish, SteeringChoice, VolumeIntent,
 };
 pub use error::{MapError, Role};
 pub use ids::{ClusterId, NodeId, ParseIdError, StoreId, VolumeId};
@@ -50,7 +50,7 @@ pub use layout::{Geometry, LEVEL};
 pub use map::{ControlMap, CoreClients, CoreStats, DataMap, MapReader};
 pub use observed::{
     Durability, ExportState, LinkLosses, LinkMode, MAX_NOTE_BYTES, Observed, ObservedExport, ObservedLink,
-    ObservedStore, ObservedVolume, StoreState, VolumeObserved,
+    ObservedStore, ObservedVolume, ScrubObserved, ScrubState, StoreState, VolumeObserved, WritePath,
 };
 pub use stats::{
     BUCKETS, CoreSnapshot, Counter, HistogramSnapshot, LONGEST_NS, Latency, bucket_bounds, bucket_of,

@@ -110,6 +110,53 @@ pub struct ObservedStore {
     pub free_bytes: u64,
     /// Why it failed; empty otherwise.
     pub error: String,
+    /// The way that data takes to its place.
+    pub writes: WritePath,
+    /// Blocks whose checksum did not match, since the store was opened.
+    pub checksum_errors: u64,
+    /// Blocks of which there is no good copy.
+    pub lost_blocks: u64,
+    /// The last scrub that was asked for, once it has begun.
+    pub scrub: Option<ScrubObserved>,
+}
+
+/// The way that written data takes to its place in a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WritePath {
+    /// Not told: the store is not open, keeps no checksums, or its data plane is of an earlier version.
+    #[default]
+    Unknown,
+    /// Data goes through the journal.
+    Journal,
+    /// Data goes to its place, with the record of it beside it.
+    InPlace,
+}
+
+/// A run of a scrub.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubObserved {
+    /// Its number, as asked for.
+    pub run: u64,
+    /// Where it stands.
+    pub state: ScrubState,
+    /// Bytes that have been read.
+    pub done_bytes: u64,
+    /// Bytes to read in all, as far as is known.
+    pub total_bytes: u64,
+    /// Blocks that this run found damaged.
+    pub errors: u64,
+}
+
+/// Where a scrub stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ScrubState {
+    /// It reads.
+    #[default]
+    Running,
+    /// It was stopped, and can go on.
+    Stopped,
+    /// Everything has been read.
+    Finished,
 }
 
 /// Where opening a store has got to.
@@ -203,6 +250,8 @@ codes!(StoreState { Opening = 0, Ready = 1, Failed = 2, });
 codes!(Durability { Memory = 0, WriteThrough = 1, DsyncWriteBack = 2, });
 codes!(VolumeObserved { Allocating = 0, Ready = 1, Purged = 2, Orphan = 3, Failed = 4, });
 codes!(ExportState { Waiting = 0, Serving = 1, Failed = 2, });
+codes!(WritePath { Unknown = 0, Journal = 1, InPlace = 2, });
+codes!(ScrubState { Running = 0, Stopped = 1, Finished = 2, });
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -257,6 +306,16 @@ struct StoreRecord {
     capacity_bytes: U64,
     free_bytes: U64,
     error: Text,
+    /// From here on absent at level 2.
+    writes: u8,
+    scrub_known: u8,
+    scrub_state: u8,
+    checksum_errors: U64,
+    lost_blocks: U64,
+    scrub_run: U64,
+    scrub_done: U64,
+    scrub_total: U64,
+    scrub_errors: U64,
 }
 
 impl Record for StoreRecord {
@@ -372,6 +431,7 @@ impl LinkRecord {
 
 impl StoreRecord {
     fn encode(out: &mut Encoder<'_>, store: &ObservedStore) -> Result<Self, MapError> {
+        let scrub = store.scrub.unwrap_or_default();
         Ok(Self {
             path: out.text(&store.path)?,
             id: store.id.unwrap_or_default().0,
@@ -381,10 +441,26 @@ impl StoreRecord {
             capacity_bytes: store.capacity_bytes.into(),
             free_bytes: store.free_bytes.into(),
             error: out.text(cut(&store.error))?,
+            writes: store.writes.code(),
+            scrub_known: store.scrub.is_some().into(),
+            scrub_state: scrub.state.code(),
+            checksum_errors: store.checksum_errors.into(),
+            lost_blocks: store.lost_blocks.into(),
+            scrub_run: scrub.run.into(),
+            scrub_done: scrub.done_bytes.into(),
+            scrub_total: scrub.total_bytes.into(),
+            scrub_errors: scrub.errors.into(),
         })
     }
 
     fn decode(self, from: &mut Decoder<'_>) -> Result<ObservedStore, Fault> {
+        let scrub = ScrubObserved {
+            run: self.scrub_run.get(),
+            state: ScrubState::from_code(self.scrub_state)?,
+            done_bytes: self.scrub_done.get(),
+            total_bytes: self.scrub_total.get(),
+            errors: self.scrub_errors.get(),
+        };
         Ok(ObservedStore {
             path: from.text(self.path)?,
             id: flag(self.id_known, "id_known")?.then_some(StoreId(self.id)),
@@ -393,6 +469,10 @@ impl StoreRecord {
             capacity_bytes: self.capacity_bytes.get(),
             free_bytes: self.free_bytes.get(),
             error: from.text(self.error)?,
+            writes: WritePath::from_code(self.writes)?,
+            checksum_errors: self.checksum_errors.get(),
+            lost_blocks: self.lost_blocks.get(),
+            scrub: flag(self.scrub_known, "scrub_known")?.then_some(scrub),
         })
     }
 }
@@ -522,13 +602,28 @@ pub(crate) mod tests {
         )
     }
 
+    fn scrub() -> impl Strategy<Value = ScrubObserved> {
+        let state = select(vec![ScrubState::Running, ScrubState::Stopped, ScrubState::Finished]);
+        (any::<u64>(), state, any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+            |(run, state, done_bytes, total_bytes, errors)| ScrubObserved {
+                run,
+                state,
+                done_bytes,
+                total_bytes,
+                errors,
+            },
+        )
+    }
+
     fn store() -> impl Strategy<Value = ObservedStore> {
         let state = select(vec![StoreState::Opening, StoreState::Ready, StoreState::Failed]);
         let durability =
             select(vec![Durability::Memory, Durability::WriteThrough, Durability::DsyncWriteBack]);
         let id = any::<Option<[u8; 16]>>();
-        ("[a-z/]{0,60}", id, state, durability, any::<u64>(), any::<u64>(), note()).prop_map(
-            |(path, id, state, durability, capacity_bytes, free_bytes, error)| ObservedStore {
+        let writes = select(vec![WritePath::Unknown, WritePath::Journal, WritePath::InPlace]);
+        let checks = (writes, any::<u64>(), any::<u64>(), prop::option::of(scrub()));
+        ("[a-z/]{0,60}", id, state, durability, any::<u64>(), any::<u64>(), note(), checks).prop_map(
+            |(path, id, state, durability, capacity_bytes, free_bytes, error, checks)| ObservedStore {
                 path,
                 id: id.map(StoreId),
                 state,
@@ -536,6 +631,10 @@ pub(crate) mod tests {
                 capacity_bytes,
                 free_bytes,
                 error,
+                writes: checks.0,
+                checksum_errors: checks.1,
+                lost_blocks: checks.2,
+                scrub: checks.3,
             },
         )
     }
@@ -614,7 +713,11 @@ pub(crate) mod tests {
             link.note.clear();
             link.losses = LinkLosses::default();
         }
-        observed.stores.iter_mut().for_each(|store| store.error.clear());
+        for store in &mut observed.stores {
+            store.error.clear();
+            (store.writes, store.scrub) = (WritePath::Unknown, None);
+            (store.checksum_errors, store.lost_blocks) = (0, 0);
+        }
         observed.exports.iter_mut().for_each(|export| export.error.clear());
         for volume in &mut observed.volumes {
             volume.error.clear();
@@ -665,6 +768,22 @@ pub(crate) mod tests {
             let kept = &read.exports[0].error;
             prop_assert!(error.starts_with(kept.as_str()) && kept.len() <= MAX_NOTE_BYTES);
             prop_assert!(kept.len() == error.len() || kept.len() > MAX_NOTE_BYTES - 4);
+        }
+    }
+
+    #[test]
+    fn unknown_words_of_a_scrub_are_damage() {
+        let scrub = Some(ScrubObserved { run: 1, ..ScrubObserved::default() });
+        let store = ObservedStore { writes: WritePath::InPlace, scrub, ..ObservedStore::default() };
+        let bytes = encoded(&Observed { stores: vec![store], ..Observed::default() });
+        for field in [
+            std::mem::offset_of!(StoreRecord, writes),
+            std::mem::offset_of!(StoreRecord, scrub_known),
+            std::mem::offset_of!(StoreRecord, scrub_state),
+        ] {
+            let mut bytes = bytes.clone();
+            bytes[size_of::<Head>() + field] = 3;
+            assert!(matches!(Observed::decode(&bytes, 1), Err(Fault::Corrupt(_))));
         }
     }
 

@@ -5,6 +5,8 @@
 //! - `FAKE_REFUSE`: prints `error: …` and exits with 2;
 //! - `FAKE_ALLOCATE_MS`: a volume takes this long to allocate, with progress;
 //! - `FAKE_FAIL_VOLUMES`: volumes fail with this text;
+//! - `FAKE_SCRUB_MS`: a scrub takes this long, with progress; at once where it is not set;
+//! - `FAKE_SCRUB_ERRORS`: a scrub finds this many damaged blocks, all of them lost;
 //! - `FAKE_ASK`: an initiator counts in the config string of every export, this often in all: it asks for 1 where there
 //!   is none, then for 2 instead of 1, and so on. What became of each is a line in the file `asked` beside the map;
 //! - `FAKE_DEAF`: never looks at the map again once it has reported (as a data plane that hangs).
@@ -22,7 +24,8 @@ use anyhow::{Context, Result, bail};
 use cluster_map::{
     Change, ChangeRequest, ClientCounter, Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability,
     ExportState, Latency, LinkLosses, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore,
-    ObservedVolume, SetRule, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved,
+    ObservedVolume, ScrubObserved, ScrubState, ScrubWish, SetRule, StoreId, StoreState, VolumeId,
+    VolumeIntent, VolumeObserved, WritePath,
 };
 use rustix::fs::FlockOperation;
 
@@ -63,11 +66,19 @@ fn hold_lock(path: &Path) -> Result<File> {
 #[derive(Default)]
 struct Memory {
     stores: BTreeMap<PathBuf, StoreId>,
+    scrubs: BTreeMap<PathBuf, Scrub>,
     since: BTreeMap<VolumeId, Instant>,
     initiators: BTreeMap<VolumeId, Initiator>,
     last_id: u64,
     /// Desired version for whose exports a client was invented.
     told: u64,
+}
+
+/// A scrub of a store.
+struct Scrub {
+    seen: ScrubObserved,
+    worked: Duration,
+    looked: Instant,
 }
 
 /// One that counts in an export's config string.
@@ -100,7 +111,8 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
             count(&desired, &mut memory, often.parse()?, &asked)?;
         }
         let mut observed = observe(&desired, &mut memory)?;
-        busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating);
+        busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating)
+            || observed.stores.iter().any(|s| s.scrub.is_some_and(|s| s.state == ScrubState::Running));
         map.publish_observed(&mut observed)?;
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         map.beat(u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?);
@@ -207,6 +219,10 @@ fn open(store: &DesiredStore, memory: &mut Memory) -> ObservedStore {
             observed.durability = Durability::DsyncWriteBack;
             observed.capacity_bytes = std::fs::metadata(&path).map_or(0, |m| m.len());
             observed.free_bytes = observed.capacity_bytes;
+            observed.writes = WritePath::Journal;
+            observed.scrub = scrub(&path, store.scrub, observed.capacity_bytes, memory);
+            let errors = observed.scrub.map_or(0, |scrub| scrub.errors);
+            (observed.checksum_errors, observed.lost_blocks) = (errors, errors);
         }
         Err(error) => {
             observed.state = StoreState::Failed;
@@ -214,6 +230,47 @@ fn open(store: &DesiredStore, memory: &mut Memory) -> ObservedStore {
         }
     }
     observed
+}
+
+/// Time that passes counts as work while the scrub is not stopped.
+fn scrub(
+    path: &Path,
+    wish: Option<ScrubWish>,
+    total_bytes: u64,
+    memory: &mut Memory,
+) -> Option<ScrubObserved> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    let begin = |run| Scrub {
+        seen: ScrubObserved { run, total_bytes, ..ScrubObserved::default() },
+        worked: Duration::ZERO,
+        looked: Instant::now(),
+    };
+    let Some(wish) = wish else { return memory.scrubs.get(path).map(|scrub| scrub.seen) };
+    let scrub = memory.scrubs.entry(path.to_owned()).or_insert_with(|| begin(wish.run));
+    if wish.run > scrub.seen.run {
+        *scrub = begin(wish.run);
+    }
+    let passed = scrub.looked.elapsed();
+    scrub.looked += passed;
+    if scrub.seen.state == ScrubState::Running {
+        scrub.worked += passed;
+    }
+    let needed = u128::from(number("FAKE_SCRUB_MS"));
+    let done = scrub.worked.as_millis();
+    scrub.seen.state = match scrub.seen.state {
+        ScrubState::Finished => ScrubState::Finished,
+        _ if wish.stopped => ScrubState::Stopped,
+        _ if done >= needed => ScrubState::Finished,
+        _ => ScrubState::Running,
+    };
+    scrub.seen.done_bytes = match needed {
+        0 => total_bytes,
+        needed => u64::try_from(u128::from(total_bytes) * done.min(needed) / needed).unwrap_or(total_bytes),
+    };
+    if scrub.seen.state == ScrubState::Finished {
+        scrub.seen.errors = number("FAKE_SCRUB_ERRORS");
+    }
+    Some(scrub.seen)
 }
 
 fn read_or_format(path: &Path, size_bytes: u64) -> Result<StoreId> {

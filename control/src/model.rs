@@ -12,6 +12,7 @@
 //! | `live/<node>` | [`LiveRecord`], bound to the node's lease |
 //! | `status/<node>` | [`StatusRecord`], bound to the node's lease |
 //! | `stores/<store>` | [`StoreRecord`]; rewritten by every change of what is placed on it, so that capacity is compared too |
+//! | `scrubs/<store>` | [`ScrubRecord`], permanent, so that the number of a store's runs only grows |
 //! | `names/<volume name>` | [`NameRecord`], makes volume names unique |
 //! | `volumes/<volume>` | [`VolumeRecord`] |
 //! | `exports/<shelf>.<slot>` | [`ExportRecord`], makes addresses unique |
@@ -326,6 +327,33 @@ pub struct StoreStatus {
     pub orphaned: u64,
     /// Why it failed; empty if it did not.
     pub error: String,
+    /// `journal` or `in place`; empty if the data plane does not say, as for a store without checksums.
+    #[serde(default)]
+    pub writes: String,
+    /// Blocks whose checksum did not match since it was opened.
+    #[serde(default)]
+    pub checksum_errors: u64,
+    /// Blocks of which there is no good copy.
+    #[serde(default)]
+    pub lost_blocks: u64,
+    /// The scrub that it has or had last, as the data plane tells.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
+}
+
+/// How far a scrub is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// Number of the run.
+    pub run: u64,
+    /// `running`, `stopped` or `finished`.
+    pub state: String,
+    /// Bytes read; while it runs in steps of what its rate allows in a second.
+    pub done: u64,
+    /// Bytes to read in all.
+    pub total: u64,
+    /// Damaged blocks that this run found.
+    pub errors: u64,
 }
 
 /// A volume that is not simply there: being made, resized or purged, or failed, or an orphan.
@@ -389,6 +417,33 @@ pub struct StoreRecord {
     pub path: String,
     /// Bytes for volumes.
     pub size: u64,
+}
+
+/// The last scrub that a store was asked to have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubRecord {
+    /// Number of the run; one that begins anew has a larger one.
+    pub run: u64,
+    /// Most bytes to read in a second.
+    pub rate: u64,
+    /// Stopped where it was, to be resumed.
+    pub stopped: bool,
+    /// When it was asked for, seconds since 1970.
+    pub started_unix_s: u64,
+    /// What it came to, once the data plane has said that it is finished.
+    #[serde(default)]
+    pub finished: Option<ScrubResult>,
+}
+
+/// What a scrub came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubResult {
+    /// When that was recorded, seconds since 1970.
+    pub unix_s: u64,
+    /// Bytes that it read.
+    pub bytes: u64,
+    /// Damaged blocks that it found.
+    pub errors: u64,
 }
 
 /// Who has a volume name.
@@ -514,6 +569,8 @@ pub mod keys {
         status(id: NodeId) = "status";
         /// A store.
         store(id: StoreId) = "stores";
+        /// A store's last scrub.
+        scrub(id: StoreId) = "scrubs";
         /// A volume's name.
         name(name: &str) = "names";
         /// A volume.
@@ -584,6 +641,8 @@ pub struct View {
     pub status: BTreeMap<NodeId, StatusRecord>,
     /// Stores.
     pub stores: BTreeMap<StoreId, Entry<StoreRecord>>,
+    /// Their last scrubs.
+    pub scrubs: BTreeMap<StoreId, Entry<ScrubRecord>>,
     /// Owners of volume names.
     pub names: BTreeMap<String, Entry<NameRecord>>,
     /// Volumes.
@@ -660,6 +719,7 @@ impl View {
                 }
             }
             "stores" => drop(self.stores.insert(part(key, rest)?, entry(kv)?)),
+            "scrubs" => drop(self.scrubs.insert(part(key, rest)?, entry(kv)?)),
             "names" => drop(self.names.insert(rest.to_owned(), entry(kv)?)),
             "volumes" => {
                 let volume = entry::<VolumeRecord>(kv)?;
@@ -693,6 +753,7 @@ impl View {
             "live" => drop(part(key, rest).map(|node| self.live.remove(&node))),
             "status" => drop(part(key, rest).map(|node| self.status.remove(&node))),
             "stores" => drop(self.stores.remove(&part(key, rest)?)),
+            "scrubs" => drop(self.scrubs.remove(&part(key, rest)?)),
             "names" => drop(self.names.remove(rest)),
             "volumes" => {
                 if let Some(volume) = self.volumes.remove(&part(key, rest)?)
@@ -765,6 +826,17 @@ impl View {
         self.placed.get(&store).copied().unwrap_or_default()
     }
 
+    /// A store by id or, failing that, by its path, if one node only has it.
+    #[must_use]
+    pub fn store(&self, id_or_path: &str) -> Option<(StoreId, &Entry<StoreRecord>)> {
+        if let Some(found) = id_or_path.parse().ok().and_then(|id| self.stores.get_key_value(&id)) {
+            return Some((*found.0, found.1));
+        }
+        let mut found = self.stores.iter().filter(|(_, store)| store.record.path == id_or_path);
+        let (id, store) = found.next()?;
+        found.next().is_none().then_some((*id, store))
+    }
+
     /// What the node of a store last said about it.
     #[must_use]
     pub fn store_status(&self, id: StoreId) -> Option<&StoreStatus> {
@@ -828,6 +900,26 @@ mod tests {
         assert_eq!(error, ModelError::Format { key: "torus/volumes/x".into(), found: 2 });
         let missing = decode::<VolumeRecord>("k", b"{}").unwrap_err();
         assert!(matches!(missing, ModelError::Damaged { .. }));
+    }
+
+    #[test]
+    fn a_status_of_the_former_version_is_read() {
+        let text = r#"{"path":"/s","id":null,"state":"ready","durability":"","capacity":1,"free":1,
+            "orphaned":0,"error":""}"#;
+        let status: StoreStatus = serde_json::from_str(text).unwrap();
+        assert_eq!((status.writes.as_str(), status.checksum_errors, status.scrub), ("", 0, None));
+    }
+
+    #[test]
+    fn stores_are_found_by_id_and_by_a_path_of_their_own() {
+        let record = |n: u8, path: &str| {
+            let record = StoreRecord { node: NodeId([n; 16]), path: path.into(), size: 1 };
+            kv(keys::store(StoreId([n; 16])), encode(&record))
+        };
+        let view = View::read([&record(1, "/a"), &record(2, "/b"), &record(3, "/b")]).unwrap();
+        let found = |text: &str| view.store(text).map(|(id, _)| id.0[0]);
+        assert_eq!(found(&StoreId([3; 16]).to_string()), Some(3));
+        assert_eq!((found("/a"), found("/b"), found("/c")), (Some(1), None, None));
     }
 
     #[test]
@@ -928,7 +1020,12 @@ mod tests {
                     settings: ExportSettings::default(),
                 }),
             ),
-            _ => (keys::mac(mac), encode(&MacRecord { volume: VolumeId([change; 16]) })),
+            9 => (keys::mac(mac), encode(&MacRecord { volume: VolumeId([change; 16]) })),
+            _ => {
+                let (run, rate, started_unix_s) = (u64::from(change), 1, 1);
+                let scrub = ScrubRecord { run, rate, stopped: false, started_unix_s, finished: None };
+                (keys::scrub(store), encode(&scrub))
+            }
         }
     }
 
@@ -943,7 +1040,7 @@ mod tests {
 
         #[test]
         fn following_is_the_same_as_reading_anew(
-            steps in proptest::collection::vec((0u8..10, 0u8..3, 0u8..4), 1..40),
+            steps in proptest::collection::vec((0u8..11, 0u8..3, 0u8..4), 1..40),
         ) {
             let (mut entries, mut view) = (BTreeMap::new(), View::default());
             for (revision, (kind, n, change)) in (1..).map(Revision).zip(steps) {

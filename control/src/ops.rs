@@ -17,7 +17,8 @@ use cluster_map::{ClusterId, MAX_PATH_BYTES, NodeId, StoreId, VolumeId};
 use crate::meta::{Compare, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{
     Address, ClusterRecord, Entry, ExportRecord, MacRecord, ModelError, NameRecord, NodeNameRecord,
-    NodeRecord, PREFIX, StoreSpec, View, VolumeRecord, VolumeState, check_name, encode, keys,
+    NodeRecord, PREFIX, ScrubRecord, StoreRecord, StoreSpec, View, VolumeRecord, VolumeState, check_name,
+    encode, keys,
 };
 use crate::placement::{self, PlacementError, available_bytes};
 use crate::settings::{ExportSettings, Policy, SettingError, parse_interfaces};
@@ -25,6 +26,8 @@ use crate::size::human;
 
 /// Smallest store that holds its own metadata and a volume.
 pub const MIN_STORE_BYTES: u64 = 64 << 20;
+/// Bytes that a scrub reads in a second where nobody says otherwise.
+pub const DEFAULT_SCRUB_RATE: u64 = 64 << 20;
 /// Times that a plan is made before a change gives up against concurrent ones.
 const ATTEMPTS: u32 = 24;
 
@@ -729,7 +732,7 @@ pub fn remove_store(view: &View, node: &str, path_or_id: &str, seen: &mut bool) 
     initialised(view)?;
     let (id, entry) = view.node(node).ok_or_else(|| no_node(node))?;
     let wanted: Option<StoreId> = path_or_id.parse().ok();
-    let on_node = |s: &Entry<crate::model::StoreRecord>| s.record.node == id;
+    let on_node = |s: &Entry<StoreRecord>| s.record.node == id;
     let store = view
         .stores
         .iter()
@@ -764,4 +767,102 @@ pub fn remove_store(view: &View, node: &str, path_or_id: &str, seen: &mut bool) 
         txn = txn.when(unchanged(keys::store(*store_id), store)).delete(keys::store(*store_id));
     }
     Ok(Plan::Commit(txn, ()))
+}
+
+/// A store, named by its id or its path.
+///
+/// # Errors
+/// No such store, or several nodes have one at this path.
+pub fn find_store<'a>(view: &'a View, name: &str) -> Result<(StoreId, &'a Entry<StoreRecord>), Refusal> {
+    view.store(name).ok_or_else(|| {
+        if view.stores.values().any(|store| store.record.path == name) {
+            let message = format!("several nodes have a store at {name}");
+            let hint = "name it by its id: see `torusctl store list`";
+            return Refusal::new(RefusalKind::Conflict, "ambiguous_store", message, hint);
+        }
+        let message = format!("there is no store {name}");
+        Refusal::new(RefusalKind::NotFound, "no_such_store", message, "see `torusctl store list`")
+    })
+}
+
+/// Whether a recorded scrub is going on, as far as the cluster wants.
+fn is_scrubbing(record: &ScrubRecord) -> bool {
+    !record.stopped && record.finished.is_none()
+}
+
+/// Begins a scrub of a store, named by its id or its path; while one goes on, changes its rate if one is given. With
+/// `resume`, a scrub that was stopped goes on where it was.
+///
+/// # Errors
+/// No such store, a rate of 0, or nothing to resume.
+pub fn start_scrub(
+    view: &View,
+    name: &str,
+    rate: Option<u64>,
+    resume: bool,
+    now_unix_s: u64,
+) -> Result<Plan<StoreId>, Refusal> {
+    initialised(view)?;
+    let (id, store) = find_store(view, name)?;
+    if rate == Some(0) {
+        let message = "a scrub with a rate of 0 is not possible";
+        let hint = "name bytes per second, for example 100MiB, or stop it with `torusctl scrub stop`";
+        return Err(Refusal::new(RefusalKind::Invalid, "bad_rate", message, hint));
+    }
+    let path = &store.record.path;
+    let known = view.scrubs.get(&id);
+    // A data plane that is further than the record, as after a restored backup, begins only what is newer to it.
+    let told = view.store_status(id).and_then(|status| status.scrub.as_ref());
+    let seen = told.map_or(0, |scrub| scrub.run);
+    // The node has finished it, which is not recorded yet: who asks now wants another one.
+    let over = |record: &ScrubRecord| told.is_some_and(|s| s.run == record.run && s.state == "finished");
+    let record = match known.map(|known| &known.record) {
+        None if resume => return Err(nothing_to_resume(format!("{path} was never scrubbed"))),
+        Some(old) if resume && old.finished.is_some() => {
+            return Err(nothing_to_resume(format!("the last scrub of {path} is finished")));
+        }
+        Some(old) if resume || (is_scrubbing(old) && seen <= old.run && !over(old)) => {
+            ScrubRecord { stopped: false, rate: rate.unwrap_or(old.rate), ..old.clone() }
+        }
+        old => ScrubRecord {
+            run: old.map_or(0, |old| old.run).max(seen).saturating_add(1),
+            rate: rate.unwrap_or(DEFAULT_SCRUB_RATE),
+            stopped: false,
+            started_unix_s: now_unix_s,
+            finished: None,
+        },
+    };
+    Ok(put_scrub(id, known, record))
+}
+
+fn nothing_to_resume(message: String) -> Refusal {
+    let hint = "begin a new one with `torusctl scrub start`";
+    Refusal::new(RefusalKind::Conflict, "no_scrub", message, hint)
+}
+
+/// Stops the scrub of a store, named by its id or its path; it can be resumed.
+///
+/// # Errors
+/// No such store, or no scrub goes on.
+pub fn stop_scrub(view: &View, name: &str) -> Result<Plan<StoreId>, Refusal> {
+    initialised(view)?;
+    let (id, store) = find_store(view, name)?;
+    let known = view.scrubs.get(&id);
+    let Some(going) = known.filter(|known| known.record.finished.is_none()) else {
+        let message = format!("no scrub of {} goes on", store.record.path);
+        let hint = "see `torusctl scrub status`";
+        return Err(Refusal::new(RefusalKind::Conflict, "no_scrub", message, hint));
+    };
+    Ok(put_scrub(id, known, ScrubRecord { stopped: true, ..going.record.clone() }))
+}
+
+fn put_scrub(id: StoreId, known: Option<&Entry<ScrubRecord>>, record: ScrubRecord) -> Plan<StoreId> {
+    let key = keys::scrub(id);
+    let guard = match known {
+        Some(known) if known.record == record => return Plan::Done(id),
+        Some(known) => unchanged(key.clone(), known),
+        None => Compare::Absent(key.clone()),
+    };
+    let txn = Txn::new().when(Compare::Exists(keys::store(id))).when(guard).put(key, encode(&record));
+    Plan::Commit(txn, id)
 }

@@ -127,6 +127,10 @@ mod tests {
                 free: *capacity,
                 orphaned: *orphaned,
                 error: String::new(),
+                writes: String::new(),
+                checksum_errors: 0,
+                lost_blocks: 0,
+                scrub: None,
             };
             view.status.insert(node, StatusRecord { stores: vec![status], ..StatusRecord::default() });
         }

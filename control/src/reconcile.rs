@@ -9,14 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_map::{
     Desired, DesiredExport, DesiredStore, DesiredVolume, Durability, EVERY_INTERFACE, ExportState,
-    LinkChoice, LinkMode, NodeId, Observed, ObservedVolume, SteeringChoice, StoreState, VolumeIntent,
-    VolumeObserved,
+    LinkChoice, LinkMode, NodeId, Observed, ObservedStore, ObservedVolume, ScrubState, ScrubWish,
+    SteeringChoice, StoreId, StoreState, VolumeIntent, VolumeObserved, WritePath,
 };
 
 use crate::meta::{Compare, Txn};
 use crate::model::{
-    Address, Entry, ExportStatus, LinkStatus, SECTOR_BYTES, StatusRecord, StoreRecord, StoreStatus,
-    TombstoneRecord, View, VolumeRecord, VolumeState, VolumeStatus, encode, keys,
+    Address, Entry, ExportStatus, LinkStatus, SECTOR_BYTES, ScrubRecord, ScrubResult, ScrubStatus,
+    StatusRecord, StoreRecord, StoreStatus, TombstoneRecord, View, VolumeRecord, VolumeState, VolumeStatus,
+    encode, keys,
 };
 use crate::settings::{ExportSettings, bare};
 
@@ -53,7 +54,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         let id = store_id(&s.path);
         // A store that is known to exist is never made anew: a missing file is an error, not a blank store.
         let size_bytes = if id.is_some() { 0 } else { s.size };
-        DesiredStore { path: s.path.clone(), size_bytes, id }
+        DesiredStore { path: s.path.clone(), size_bytes, id, scrub: id.and_then(|id| scrub_wish(view, id)) }
     });
     let here = |v: &VolumeRecord| view.stores.get(&v.store).is_some_and(|s| s.record.node == node);
     let volumes = view.volumes.iter().filter(|(_, v)| here(&v.record)).map(|(id, v)| DesiredVolume {
@@ -97,6 +98,14 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
     })
 }
 
+/// The scrub that a store is to have. One that is recorded as finished is not done again by a data plane that starts anew.
+fn scrub_wish(view: &View, store: StoreId) -> Option<ScrubWish> {
+    let scrub = &view.scrubs.get(&store)?.record;
+    // A rate of 0 is never recorded; a record that was edited by hand must not keep all else from being published.
+    let rate_bytes_per_s = scrub.rate.max(1);
+    scrub.finished.is_none().then_some(ScrubWish { run: scrub.run, rate_bytes_per_s, stopped: scrub.stopped })
+}
+
 /// The interfaces of the node, as a mask, that an export is served on; none if it is bound to others.
 fn on_interfaces(settings: &ExportSettings, of_node: &[String]) -> u16 {
     if settings.interfaces.is_empty() {
@@ -116,6 +125,7 @@ pub fn changes(
     now_unix_s: u64,
 ) -> Vec<Txn> {
     let mut txns = store_changes(view, node, observed);
+    txns.extend(observed.stores.iter().filter_map(|seen| finished_scrub(view, node, seen, now_unix_s)));
     for seen in &observed.volumes {
         let here = view.stores.get(&seen.store).is_some_and(|s| s.record.node == node);
         let record = view.volumes.get(&seen.id).filter(|v| here && v.record.store == seen.store);
@@ -147,6 +157,21 @@ fn store_changes(view: &View, node: NodeId, observed: &Observed) -> Vec<Txn> {
             Some(Txn::new().when(guard).when(member_guard).put(key, encode(&record)))
         })
         .collect()
+}
+
+/// Records what a scrub came to, once the data plane has finished the run that is recorded.
+fn finished_scrub(view: &View, node: NodeId, seen: &ObservedStore, now_unix_s: u64) -> Option<Txn> {
+    let (id, scrub) = (seen.id?, seen.scrub?);
+    let store = view.stores.get(&id).filter(|store| store.record.node == node)?;
+    let known = view.scrubs.get(&id)?;
+    let asked = known.record.run == scrub.run && known.record.finished.is_none();
+    if scrub.state != ScrubState::Finished || !asked || store.record.path != seen.path {
+        return None;
+    }
+    let result = ScrubResult { unix_s: now_unix_s, bytes: scrub.done_bytes, errors: scrub.errors };
+    let record = ScrubRecord { stopped: false, finished: Some(result), ..known.record.clone() };
+    let guard = Compare::Revision(keys::scrub(id), known.revision);
+    Some(Txn::new().when(guard).put(keys::scrub(id), encode(&record)))
 }
 
 fn volume_change(
@@ -233,6 +258,24 @@ pub fn durability_words(durability: Durability) -> &'static str {
     }
 }
 
+/// The way of written data, in plain words; empty if it is not told.
+#[must_use]
+pub fn write_path_words(writes: WritePath) -> &'static str {
+    match writes {
+        WritePath::Unknown => "",
+        WritePath::Journal => "journal",
+        WritePath::InPlace => "in place",
+    }
+}
+
+fn scrub_words(state: ScrubState) -> &'static str {
+    match state {
+        ScrubState::Running => "running",
+        ScrubState::Stopped => "stopped",
+        ScrubState::Finished => "finished",
+    }
+}
+
 fn volume_words(state: VolumeObserved) -> &'static str {
     match state {
         VolumeObserved::Allocating => "allocating",
@@ -306,20 +349,37 @@ pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> Sta
         data_plane: data_plane.to_owned(),
         interfaces: published.interfaces.clone(),
         links: links.collect(),
-        stores: store_statuses(observed),
+        stores: store_statuses(published, observed),
         volumes: volumes.collect(),
         serving: serving.into_iter().map(address).collect(),
         exports: exports.collect(),
     }
 }
 
-fn store_statuses(observed: &Observed) -> Vec<StoreStatus> {
+fn store_statuses(published: &Desired, observed: &Observed) -> Vec<StoreStatus> {
     let orphaned = |store| -> u64 {
         let orphans =
             observed.volumes.iter().filter(|v| v.state == VolumeObserved::Orphan && Some(v.store) == store);
         orphans.map(|v| v.size_sectors.saturating_mul(SECTOR_BYTES)).fold(0, u64::saturating_add)
     };
-    let status = |s: &cluster_map::ObservedStore| StoreStatus {
+    // What a scrub has done changes all the time: the status is written once in a second's work for it.
+    let step = |path: &str| {
+        let wish = published.stores.iter().find(|wish| wish.path == path).and_then(|wish| wish.scrub);
+        wish.map_or(1, |wish| wish.rate_bytes_per_s.max(1))
+    };
+    let scrub = |s: &ObservedStore| {
+        s.scrub.map(|scrub| ScrubStatus {
+            run: scrub.run,
+            state: scrub_words(scrub.state).into(),
+            done: match scrub.state {
+                ScrubState::Running => scrub.done_bytes - scrub.done_bytes % step(&s.path),
+                ScrubState::Stopped | ScrubState::Finished => scrub.done_bytes,
+            },
+            total: scrub.total_bytes,
+            errors: scrub.errors,
+        })
+    };
+    let status = |s: &ObservedStore| StoreStatus {
         path: s.path.clone(),
         id: s.id,
         state: match s.state {
@@ -333,6 +393,10 @@ fn store_statuses(observed: &Observed) -> Vec<StoreStatus> {
         free: s.free_bytes,
         orphaned: orphaned(s.id),
         error: shortened(&s.error),
+        writes: write_path_words(s.writes).into(),
+        checksum_errors: s.checksum_errors,
+        lost_blocks: s.lost_blocks,
+        scrub: scrub(s),
     };
     observed.stores.iter().map(status).collect()
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use cluster_map::{
     Allow, AoePolicy, ClusterId, Desired, EVERY_INTERFACE, ExportState, MAX_PATH_BYTES, NodeId, Observed,
-    ObservedExport, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId, VolumeIntent,
-    VolumeObserved,
+    ObservedExport, ObservedStore, ObservedVolume, ScrubObserved, ScrubState, ScrubWish, StoreId, StoreState,
+    VolumeId, VolumeIntent, VolumeObserved, WritePath,
 };
 use hyper::Method;
 use serde_json::{Value, json};
@@ -552,6 +552,236 @@ async fn an_address_is_free_only_after_its_node_has_let_go() {
     assert_eq!(export(&meta, "w", Some("1.1")).await.unwrap().to_string(), "1.1");
 }
 
+async fn start_scrub(
+    meta: &MemoryStore,
+    store: &str,
+    rate: Option<u64>,
+    resume: bool,
+) -> Result<StoreId, Refusal> {
+    change(meta, |v| ops::start_scrub(v, store, rate, resume, 7)).await
+}
+
+async fn stop_scrub(meta: &MemoryStore, store: &str) -> Result<StoreId, Refusal> {
+    change(meta, |v| ops::stop_scrub(v, store)).await
+}
+
+/// What the data plane of node 1 says when its scrub is as given; what follows is recorded.
+async fn report_scrub(meta: &MemoryStore, scrub: ScrubObserved) {
+    let now = view(meta).await;
+    let mut published = reconcile::desired(&now, node_id(1), &settings()).unwrap();
+    published.version = 1;
+    let mut observed = obedient(&published, 1);
+    observed.stores[0].scrub = Some(scrub);
+    let status = reconcile::status(&published, &observed, "running");
+    meta.txn(Txn::new().put(keys::status(node_id(1)), encode(&status))).await.unwrap();
+    for txn in reconcile::changes(&now, node_id(1), &published, &observed, 9) {
+        assert!(meta.txn(txn).await.unwrap().committed());
+    }
+}
+
+async fn scrub_wish(meta: &MemoryStore) -> Option<ScrubWish> {
+    reconcile::desired(&view(meta).await, node_id(1), &settings()).unwrap().stores[0].scrub
+}
+
+#[tokio::test]
+async fn a_scrub_is_begun_changed_stopped_resumed_and_finished_once() {
+    let meta = cluster(2).await;
+    let wish = |run, rate_bytes_per_s, stopped| Some(ScrubWish { run, rate_bytes_per_s, stopped });
+    assert_eq!(scrub_wish(&meta).await, None);
+    assert_eq!(code(start_scrub(&meta, "/none", None, false).await), "no_such_store");
+    assert_eq!(code(start_scrub(&meta, "/s1", Some(0), false).await), "bad_rate");
+    assert_eq!(code(start_scrub(&meta, "/s1", None, true).await), "no_scrub");
+    assert_eq!(code(stop_scrub(&meta, "/s1").await), "no_scrub");
+
+    assert_eq!(start_scrub(&meta, "/s1", None, false).await.unwrap(), store_id(1));
+    assert_eq!(scrub_wish(&meta).await, wish(1, ops::DEFAULT_SCRUB_RATE, false));
+    let other = reconcile::desired(&view(&meta).await, node_id(2), &settings()).unwrap();
+    assert_eq!(other.stores[0].scrub, None, "another node's store");
+    let before = view(&meta).await.scrubs[&store_id(1)].revision;
+    start_scrub(&meta, "/s1", None, false).await.unwrap();
+    assert_eq!(view(&meta).await.scrubs[&store_id(1)].revision, before, "it runs as asked for");
+    start_scrub(&meta, &store_id(1).to_string(), Some(MIB), false).await.unwrap();
+    assert_eq!(scrub_wish(&meta).await, wish(1, MIB, false), "the same run at another rate");
+
+    stop_scrub(&meta, "/s1").await.unwrap();
+    stop_scrub(&meta, "/s1").await.unwrap();
+    assert_eq!(scrub_wish(&meta).await, wish(1, MIB, true));
+    start_scrub(&meta, "/s1", None, true).await.unwrap();
+    assert_eq!(scrub_wish(&meta).await, wish(1, MIB, false));
+
+    // A run that is not the one asked for ends nothing.
+    let seen = |run, state| ScrubObserved { run, state, done_bytes: GIB, total_bytes: GIB, errors: 3 };
+    report_scrub(&meta, seen(1, ScrubState::Running)).await;
+    let status = view(&meta).await.store_status(store_id(1)).unwrap().scrub.clone().unwrap();
+    assert_eq!((status.state.as_str(), status.done, status.errors), ("running", GIB, 3));
+    report_scrub(&meta, seen(0, ScrubState::Finished)).await;
+    assert_eq!(scrub_wish(&meta).await, wish(1, MIB, false));
+    report_scrub(&meta, seen(1, ScrubState::Finished)).await;
+    assert_eq!(scrub_wish(&meta).await, None, "it is not done again");
+    let result = view(&meta).await.scrubs[&store_id(1)].record.finished.unwrap();
+    assert_eq!((result.unix_s, result.bytes, result.errors), (9, GIB, 3));
+    assert_eq!(code(start_scrub(&meta, "/s1", None, true).await), "no_scrub");
+    assert_eq!(code(stop_scrub(&meta, "/s1").await), "no_scrub");
+
+    // Finished, but not recorded yet: who asks then wants another run.
+    let early = cluster(1).await;
+    start_scrub(&early, "/s1", None, false).await.unwrap();
+    let now = view(&early).await;
+    let mut published = reconcile::desired(&now, node_id(1), &settings()).unwrap();
+    published.version = 1;
+    let mut observed = obedient(&published, 1);
+    observed.stores[0].scrub = Some(seen(1, ScrubState::Finished));
+    let status = reconcile::status(&published, &observed, "running");
+    early.txn(Txn::new().put(keys::status(node_id(1)), encode(&status))).await.unwrap();
+    let late = reconcile::changes(&now, node_id(1), &published, &observed, 9);
+    start_scrub(&early, "/s1", None, false).await.unwrap();
+    assert_eq!(scrub_wish(&early).await.unwrap().run, 2);
+    assert!(
+        !early.txn(late[0].clone()).await.unwrap().committed(),
+        "the result of run 1 is not that of run 2"
+    );
+
+    // The next run has a number that is new to the record and to the data plane.
+    start_scrub(&meta, "/s1", None, false).await.unwrap();
+    assert_eq!(scrub_wish(&meta).await, wish(2, ops::DEFAULT_SCRUB_RATE, false));
+    report_scrub(&meta, seen(40, ScrubState::Finished)).await;
+    start_scrub(&meta, "/s1", None, false).await.unwrap();
+    assert_eq!(scrub_wish(&meta).await, wish(41, ops::DEFAULT_SCRUB_RATE, false));
+    stop_scrub(&meta, "/s1").await.unwrap();
+    start_scrub(&meta, "/s1", None, false).await.unwrap();
+    assert_eq!(scrub_wish(&meta).await, wish(42, ops::DEFAULT_SCRUB_RATE, false), "anew, not resumed");
+}
+
+#[tokio::test]
+async fn a_scrub_of_unknown_outcome_is_begun_once_and_survives_other_changes() {
+    for fault in [TxnFault::AnswerLost, TxnFault::RequestLost] {
+        let meta = cluster(1).await;
+        meta.fail_txn(fault);
+        start_scrub(&meta, "/s1", Some(MIB), false).await.unwrap();
+        meta.fail_txn(fault);
+        stop_scrub(&meta, "/s1").await.unwrap();
+        create(&meta, 1, "v", MIB).await.unwrap();
+        converge(&meta, 1).await;
+        let wish = ScrubWish { run: 1, rate_bytes_per_s: MIB, stopped: true };
+        assert_eq!(scrub_wish(&meta).await, Some(wish));
+        // A store that goes and comes back goes on counting.
+        delete(&meta, "v").await.unwrap();
+        converge(&meta, 1).await;
+        let mut seen = false;
+        change(&meta, |v| ops::remove_store(v, "n1", "/s1", &mut seen)).await.unwrap();
+        assert_eq!(code(start_scrub(&meta, "/s1", None, false).await), "no_such_store");
+        change(&meta, |v| ops::join(v, node_id(1), &record(1))).await.unwrap();
+        converge(&meta, 1).await;
+        start_scrub(&meta, "/s1", None, false).await.unwrap();
+        assert_eq!(scrub_wish(&meta).await.unwrap().run, 2);
+    }
+}
+
+#[tokio::test]
+async fn a_path_that_two_nodes_have_is_no_name_of_a_store() {
+    let meta = cluster(2).await;
+    let same = StoreRecord { node: node_id(2), path: "/s1".into(), size: GIB };
+    meta.txn(Txn::new().put(keys::store(store_id(2)), encode(&same))).await.unwrap();
+    assert_eq!(code(start_scrub(&meta, "/s1", None, false).await), "ambiguous_store");
+    start_scrub(&meta, &store_id(2).to_string(), None, false).await.unwrap();
+}
+
+#[test]
+fn progress_of_a_scrub_changes_the_status_once_a_second_at_most() {
+    let scrub =
+        |run, state, done_bytes| ScrubObserved { run, state, done_bytes, total_bytes: GIB, errors: 0 };
+    let wish = ScrubWish { run: 1, rate_bytes_per_s: 10 * MIB, stopped: false };
+    let store = cluster_map::DesiredStore {
+        path: "/s".into(),
+        scrub: Some(wish),
+        ..cluster_map::DesiredStore::default()
+    };
+    let published = Desired { stores: vec![store], ..Desired::default() };
+    let told = |scrub| {
+        let store = ObservedStore {
+            path: "/s".into(),
+            writes: WritePath::InPlace,
+            checksum_errors: 5,
+            lost_blocks: 2,
+            scrub: Some(scrub),
+            ..ObservedStore::default()
+        };
+        let observed = Observed { stores: vec![store], ..Observed::default() };
+        let status = reconcile::status(&published, &observed, "running").stores.remove(0);
+        assert_eq!((status.writes.as_str(), status.checksum_errors, status.lost_blocks), ("in place", 5, 2));
+        status.scrub.unwrap().done
+    };
+    assert_eq!(told(scrub(1, ScrubState::Running, 25 * MIB)), 20 * MIB);
+    assert_eq!(told(scrub(1, ScrubState::Stopped, 25 * MIB)), 25 * MIB);
+    assert_eq!(told(scrub(1, ScrubState::Finished, GIB)), GIB);
+}
+
+#[tokio::test]
+async fn scrubs_are_asked_for_over_the_api() {
+    let served = served(cluster(2).await).await;
+    let path = format!("/v1/stores/{}/scrub", store_id(1));
+    let ask = async |method: Method, body: Option<Value>| served.ask(method, &path, body).await;
+    assert_eq!(ask(Method::GET, None).await.unwrap()["store"]["scrub"], Value::Null);
+    assert_eq!(ask(Method::DELETE, None).await, Err("no_scrub".into()));
+    assert_eq!(ask(Method::POST, Some(json!({"resume": true}))).await, Err("no_scrub".into()));
+    for (rate, code) in [
+        (json!("much"), "bad_rate"),
+        (json!(0), "bad_rate"),
+        (json!(-1), "malformed"),
+        (json!([]), "malformed"),
+    ] {
+        assert_eq!(ask(Method::POST, Some(json!({"rate": rate}))).await, Err(code.into()));
+    }
+    assert_eq!(ask(Method::POST, Some(json!({"speed": 1}))).await, Err("malformed".into()));
+    let begun = ask(Method::POST, Some(json!({}))).await.unwrap()["store"]["scrub"].clone();
+    assert_eq!((&begun["run"], &begun["state"]), (&json!(1), &json!("waiting")));
+    assert_eq!(begun["rate_bytes_per_s"], json!(64 * MIB));
+    for (rate, bytes) in [(json!("100MiB"), 100 * MIB), (json!("3MiB/s"), 3 * MIB), (json!(4096), 4096)] {
+        let answer = ask(Method::POST, Some(json!({"rate": rate}))).await.unwrap();
+        let scrub = &answer["store"]["scrub"];
+        assert_eq!((&scrub["run"], &scrub["rate_bytes_per_s"]), (&json!(1), &json!(bytes)));
+    }
+    let mut known = served.node.subscribe();
+    let going =
+        ScrubObserved { run: 1, state: ScrubState::Running, done_bytes: 0, total_bytes: 9, errors: 0 };
+    report_scrub(&served.meta, going).await;
+    let state = |view: &View| view.store_status(store_id(1)).and_then(|s| Some(s.scrub.clone()?.state));
+    known.wait_for(|known| state(&known.view).as_deref() == Some("running")).await.unwrap();
+    let running = ask(Method::GET, None).await.unwrap();
+    assert_eq!(running["store"]["scrub"]["state"], "running");
+    // While no data plane has the store open, it waits.
+    let mut status = known.borrow_and_update().view.status[&node_id(1)].clone();
+    status.stores[0].state = "opening".into();
+    served.meta.txn(Txn::new().put(keys::status(node_id(1)), encode(&status))).await.unwrap();
+    let opening = |view: &View| view.status[&node_id(1)].stores[0].state == "opening";
+    known.wait_for(|known| opening(&known.view)).await.unwrap();
+    assert_eq!(ask(Method::GET, None).await.unwrap()["store"]["scrub"]["state"], "waiting");
+    let half = ScrubObserved { run: 1, state: ScrubState::Stopped, done_bytes: 5, total_bytes: 9, errors: 1 };
+    report_scrub(&served.meta, half).await;
+    let stopped = ask(Method::DELETE, None).await.unwrap();
+    assert_eq!(stopped["store"]["scrub"]["state"], "stopped");
+    let resumed = served.ask(Method::POST, "/v1/stores/%2Fs1/scrub", Some(json!({"resume": true}))).await;
+    let scrub = &resumed.unwrap()["store"]["scrub"];
+    assert_eq!(
+        (&scrub["state"], &scrub["done_bytes"], &scrub["errors"]),
+        (&json!("waiting"), &json!(5), &json!(1))
+    );
+    report_scrub(&served.meta, ScrubObserved { state: ScrubState::Finished, done_bytes: 9, ..half }).await;
+    known.wait_for(|known| known.view.scrubs[&store_id(1)].record.finished.is_some()).await.unwrap();
+    let list = served.ask(Method::GET, "/v1/stores", None).await.unwrap();
+    let scrub = &list["stores"][0]["scrub"];
+    assert_eq!((&scrub["state"], &scrub["done_bytes"]), (&json!("finished"), &json!(9)));
+    assert_eq!(list["stores"][1]["scrub"], Value::Null);
+    // Of a node that is away only what is recorded is known.
+    let far = format!("/v1/stores/{}/scrub", store_id(2));
+    served.meta.txn(Txn::new().delete(keys::live(node_id(2)))).await.unwrap();
+    known.wait_for(|known| !known.view.live.contains_key(&node_id(2))).await.unwrap();
+    let waits = served.ask(Method::POST, &far, Some(json!({}))).await.unwrap();
+    assert_eq!(waits["store"]["scrub"]["state"], "unknown");
+    let stopped = served.ask(Method::DELETE, &far, None).await.unwrap();
+    assert_eq!(stopped["store"]["scrub"]["state"], "stopped");
+}
+
 struct Served {
     client: Client,
     meta: MemoryStore,
@@ -589,7 +819,7 @@ async fn every_route_is_in_the_document_and_answers() {
     for (path, methods) in document["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys() {
             documented.push(format!("{} {path}", method.to_uppercase()));
-            let url = path.replace("{name}", "none").replace("{volume}", "none");
+            let url = path.replace("{name}", "none").replace("{volume}", "none").replace("{id}", "none");
             let url = if url.ends_with("stores") && method == "delete" { url + "?store=x" } else { url };
             let verb: Method = method.to_uppercase().parse().unwrap();
             let body = (method != "get").then(|| json!({"no such": "field"}));
@@ -606,6 +836,7 @@ async fn every_route_is_in_the_document_and_answers() {
     let expected = [
         "DELETE /v1/exports/{volume}",
         "DELETE /v1/nodes/{name}/stores",
+        "DELETE /v1/stores/{id}/scrub",
         "DELETE /v1/volumes/{name}",
         "GET /v1/exports",
         "GET /v1/exports/{volume}",
@@ -620,6 +851,7 @@ async fn every_route_is_in_the_document_and_answers() {
         "GET /v1/openapi.json",
         "GET /v1/status",
         "GET /v1/stores",
+        "GET /v1/stores/{id}/scrub",
         "GET /v1/version",
         "GET /v1/volumes",
         "GET /v1/volumes/{name}",
@@ -629,6 +861,7 @@ async fn every_route_is_in_the_document_and_answers() {
         "POST /v1/cluster/init",
         "POST /v1/exports",
         "POST /v1/nodes/{name}/stores",
+        "POST /v1/stores/{id}/scrub",
         "POST /v1/volumes",
         "PUT /v1/exports/{volume}/config-string",
         "PUT /v1/exports/{volume}/masks",

@@ -591,6 +591,15 @@ fn two_nodes_share_names_addresses_and_sight() {
         assert_eq!((&list["node"], list["clients"].as_array().unwrap().len()), (&serving, 1), "{list}");
     }
 
+    // So is a scrub: asked for at one node, done by the other, seen at both.
+    let said = two.ok("torusctl", &format!("scrub start {} --wait", one.path("store")));
+    assert!(said.contains("on node n1 is finished"), "{said}");
+    for asked in [&one, &two] {
+        let stores = asked.json("torusctl", "store list")["stores"].as_array().unwrap().clone();
+        let scrub = |node: &str| stores.iter().find(|s| s["node"] == node).unwrap()["scrub"].clone();
+        assert_eq!((&scrub("n1")["state"], scrub("n2")), (&"finished".into(), Value::Null));
+    }
+
     // A name that is taken: the newcomer is not let in, and says so.
     let mut thief = Place::new().with(&[&url, "--name=n1"]);
     thief.start();
@@ -649,6 +658,132 @@ fn stores_are_added_and_removed_while_it_runs() {
     place.ok("torusctl", &format!("store remove {more}"));
     wait_until("nothing is wrong", || place.status().is_some_and(|s| s["problem"] == ""));
     assert!(!Path::new(&more).exists(), "a known store is never made anew");
+}
+
+#[test]
+fn a_store_is_scrubbed_by_the_commands() {
+    let mut place = Place::new();
+    place.environment = vec![("FAKE_SCRUB_MS", "4000")];
+    place.start_serving();
+    let store = place.path("store");
+    assert!(place.ok("torusctl", "scrub status").contains("never"));
+    assert!(place.fails("torusctl", &format!("scrub stop {store}"), 1).contains("torusctl scrub status"));
+    assert!(place.fails("torusctl", &format!("scrub resume {store}"), 1).contains("torusctl scrub start"));
+    assert!(place.fails("torusctl", "scrub start /none", 1).contains("torusctl store list"));
+    place.fails("torusctl", "scrub start", 2);
+    place.fails("torusctl", "scrub start --all /x", 2);
+    place.fails("torusctl", "scrub start --all --rate much", 2);
+    assert!(place.ok("torusctl", "scrub stop --all").contains("nothing to do"));
+
+    let said = place.ok("torusctl", &format!("scrub start {store} --rate 1MiB"));
+    assert!(said.contains("run 1, at most 1 MiB/s"), "{said}");
+    let scrub = || place.json("torusctl", &format!("scrub status {store}"))["store"]["scrub"].clone();
+    wait_until("it runs", || scrub()["state"] == "running" && scrub()["done_bytes"].as_u64() > Some(0));
+    let shown = place.ok("torusctl", "node show");
+    assert!(
+        shown.contains("journal") && shown.contains("running ") && shown.contains("LOST BLOCKS"),
+        "{shown}"
+    );
+    let said = place.ok("torusctl", "scrub stop --all");
+    assert!(said.contains("is stopped: `torusctl scrub resume` goes on with run 1"), "{said}");
+    wait_until("it is stopped", || scrub()["state"] == "stopped");
+    let done = scrub()["done_bytes"].as_u64().unwrap();
+
+    // It stays stopped when torusd is killed, and goes on where it was.
+    place.end(Signal::KILL);
+    place.start_serving();
+    let scrub = || place.json("torusctl", &format!("scrub status {store}"))["store"]["scrub"].clone();
+    wait_until("it is known again", || scrub()["done_bytes"] == done);
+    let resumed = place.ok("torusctl", "scrub resume --all --wait");
+    assert!(resumed.contains("is finished: 1 GiB read, 0 damaged block(s)"), "{resumed}");
+    wait_until("it is recorded", || scrub()["finished_unix_s"].as_u64() > Some(0));
+    assert_eq!((&scrub()["run"], &scrub()["done_bytes"]), (&1.into(), &(1u64 << 30).into()));
+    assert_eq!(place.end(Signal::TERM).code(), Some(0));
+
+    // One that is finished is not done again by a new data plane; what the next one finds is told.
+    place.environment = vec![("FAKE_SCRUB_ERRORS", "3")];
+    place.start_serving();
+    assert_eq!((&scrub_of(&place)["state"], &scrub_of(&place)["errors"]), (&"finished".into(), &0.into()));
+    let said = place.fails("torusctl", "scrub start --all --wait", 1);
+    assert!(said.contains("damaged blocks were found in 1 of 1 store(s)"), "{said}");
+    assert_eq!((&scrub_of(&place)["run"], &scrub_of(&place)["errors"]), (&2.into(), &3.into()));
+    let list = place.ok("torusctl", "store list");
+    assert!(list.contains("finished, 3 damaged") && list.contains("CHECKSUM ERRORS"), "{list}");
+    let status = place.ok("torusctl", "scrub status");
+    let lines: Vec<_> = status.lines().collect();
+    assert_eq!(lines[0].find("SCRUB"), lines[1].find("finished"), "columns are aligned: {status}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = place.ok("torusctl", &format!("completion {shell}"));
+        assert!(["scrub", "resume", "dump"].iter().all(|word| script.contains(word)), "{shell}");
+    }
+    for command in ["start", "stop", "resume", "status"] {
+        assert!(place.ok("torusctl", &format!("scrub {command} --help")).contains("Examples:"), "{command}");
+    }
+    // One that is removed while its scrub is waited for, and one that another run replaces, end the waiting.
+    place.end(Signal::TERM);
+    place.environment = vec![("FAKE_SCRUB_MS", "60000")];
+    place.start_serving();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| place.fails("torusctl", "scrub start --all --wait", 1));
+        wait_until("it runs", || scrub_of(&place)["state"] == "running");
+        place.ok("torusctl", "scrub stop --all");
+        let said = waiting.join().unwrap();
+        assert!(said.contains("was stopped at") && said.contains("torusctl scrub resume"), "{said}");
+    });
+}
+
+fn scrub_of(place: &Place) -> Value {
+    place.json("torusctl", "scrub status")["stores"][0]["scrub"].clone()
+}
+
+/// The data plane's program beside torusctl gets what is given, and its exit code and output are those of torusctl.
+#[test]
+fn offline_tools_are_those_of_the_data_plane_beside() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let torusctl = dir.path().join("torusctl");
+    fs::copy(env!("CARGO_BIN_EXE_torusctl"), &torusctl).unwrap();
+    let run = |arguments: &str, path: &str| {
+        let mut command = Command::new(&torusctl);
+        command.args(arguments.split_whitespace()).env("PATH", path).stdin(Stdio::piped());
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.as_ref().unwrap();
+        match std::io::Write::write_all(&mut stdin, b"yes\n") {
+            // It ended without reading.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            written => written.unwrap(),
+        }
+        let output = child.wait_with_output().unwrap();
+        let (out, err) = texts(&output);
+        (output.status.code(), out, err)
+    };
+    let (code, _, err) = run("store check /x", "/nowhere");
+    assert_eq!(code, Some(1));
+    assert!(err.contains("neither beside torusctl nor in PATH; install it"), "{err}");
+
+    let program = |folder: &Path, code: u8| {
+        fs::create_dir_all(folder).unwrap();
+        let script = format!("#!/bin/sh\nread line\necho \"$line: $*\"\necho trouble >&2\nexit {code}\n");
+        let path = folder.join("torus-dataplane");
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    let other = dir.path().join("other");
+    let path = other.to_str().unwrap();
+    program(&other, 7);
+    let said = |code, words: &str| (Some(code), format!("yes: store {words}\n"), "trouble\n".to_owned());
+    assert_eq!(run("store dump /x --journal", path), said(7, "dump /x --journal"));
+    program(dir.path(), 3);
+    assert_eq!(run("store check /x --data --json", path), said(3, "check /x --data --json"));
+    assert_eq!(
+        run("store format /x --size 1GiB --cluster c --force", path),
+        said(3, "format /x --size 1GiB --cluster c --force")
+    );
+    for (verb, option) in [("format", "--shards N"), ("check", "--data"), ("dump", "--volume UUID")] {
+        let (code, out, _) = run(&format!("store {verb} --help"), path);
+        assert!(code == Some(0) && out.contains(option) && out.contains("Examples:"), "{out}");
+    }
+    assert_eq!(run("store check", path).0, Some(2));
 }
 
 #[test]

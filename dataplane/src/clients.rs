@@ -438,7 +438,7 @@ mod tests {
         }
         for number in 1..=12 {
             let client = published(&table, 1, number).expect("a regular keeps its place");
-            assert_eq!(client.get(ClientCounter::Reads), REGULAR_AFTER.into());
+            assert_eq!(client.get(ClientCounter::Reads), u64::from(REGULAR_AFTER));
         }
         assert_eq!(seen(&mut table.clients, 1, 13, 1), Some(waiting));
         assert_eq!(table.control.reader().clients().unwrap().len(), 16);

@@ -109,6 +109,21 @@ impl Device {
             rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size_bytes)
                 .map_err(|error| io_error("reserve its space")(error.into()))?;
         }
+        Device::of(file, path, min_bytes)
+    }
+
+    /// What is known of an open store.
+    fn of(file: File, path: &Path, min_bytes: u64) -> Result<Device, DeviceError> {
+        let shown = path.display().to_string();
+        let io_error = |what| {
+            let path = shown.clone();
+            move |source: io::Error| DeviceError::Io { path, what, source }
+        };
+        let metadata = file.metadata().map_err(io_error("read its metadata"))?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DeviceError::Kind { path: shown });
+        }
         // A block device's metadata have no length; its end has.
         let len_bytes = (&file).seek(SeekFrom::End(0)).map_err(io_error("find its size"))?;
         if len_bytes < min_bytes {
@@ -122,6 +137,35 @@ impl Device {
             (false, false) => Durability::WriteThrough,
         };
         Ok(Device { file, path: path.to_owned(), len_bytes, durability, is_regular: kind.is_file() })
+    }
+
+    /// Opens a store to look at it: nothing can be written through it. It is locked against those that write, who wait as long,
+    /// and not against others that look.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; [`DeviceError::InUse`] at once where somebody has it open for writing.
+    pub fn open_read_only(path: &Path, min_bytes: u64) -> Result<Device, DeviceError> {
+        let shown = || path.display().to_string();
+        let io_error = |what| move |source: io::Error| DeviceError::Io { path: shown(), what, source };
+        let open = |flags: OFlags| {
+            let flags = i32::try_from(flags.bits()).expect("open flags are small");
+            OpenOptions::new().read(true).custom_flags(flags).open(path)
+        };
+        let file = match open(OFlags::DIRECT) {
+            // Older tmpfs has no O_DIRECT, and needs none; for looking the page cache does as well.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => open(OFlags::empty()),
+            opened => opened,
+        };
+        let file = file.map_err(|source| match source.kind() {
+            ErrorKind::NotFound => DeviceError::Missing { path: shown() },
+            _ => DeviceError::Io { path: shown(), what: "open it", source },
+        })?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(DeviceError::InUse { path: shown() }),
+            Err(error) => return Err(io_error("lock it")(error.into())),
+        }
+        Device::of(file, path, min_bytes)
     }
 
     /// The descriptor; duplicates share its lock.
@@ -176,12 +220,28 @@ impl Device {
         }
     }
 
+    /// Whether a durable write costs a flush of the device's whole cache, since it cannot force a single write to stable media
+    /// (Documentation/ABI/stable/sysfs-block, `queue/fua`): several writes and one sync are cheaper then.
+    #[must_use]
+    pub fn flushes_whole_cache(&self) -> bool {
+        let Ok(metadata) = self.file.metadata() else { return false };
+        let number = if self.is_regular { metadata.dev() } else { metadata.rdev() };
+        let forces_writes = ["queue/fua", "../queue/fua"].iter().find_map(|name| sysfs_number(number, name));
+        self.durability == Durability::DsyncWriteBack && forces_writes == Some(0)
+    }
+
     /// Whether a fill should go piece by piece, with rests, to leave the device to others. In a file it should not: while
     /// a file has new extents to record, each durable write to it waits for the file system's journal, so what shortens
     /// that time is best.
     #[must_use]
     pub fn fills_gently(&self) -> bool {
         !self.is_regular
+    }
+
+    /// Whether it is a file of a file system, which records where its bytes are when they are first written.
+    #[must_use]
+    pub fn is_file(&self) -> bool {
+        self.is_regular
     }
 
     /// Whether nothing has ever been put on it, as far as both ends show. Bytes in `except` are not looked at.
@@ -212,6 +272,54 @@ impl Device {
             .read_exact_at(buffer.bytes_mut(), offset_bytes)
             .map_err(|source| self.io_error("read it", source))?;
         Ok(buffer.bytes().to_vec())
+    }
+
+    /// Reads bytes into memory that O_DIRECT takes; offset, length and address are multiples of 4096.
+    ///
+    /// # Errors
+    /// When they cannot be read in full.
+    pub fn read_into(&self, offset_bytes: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        self.file.read_exact_at(bytes, offset_bytes).map_err(|source| self.io_error("read it", source))
+    }
+
+    /// Writes bytes from memory that O_DIRECT takes, durable after the next sync; offset, length and address are multiples of
+    /// 4096.
+    ///
+    /// # Errors
+    /// When they cannot be written in full.
+    pub fn write_from(&self, offset_bytes: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.file.write_all_at(bytes, offset_bytes).map_err(|source| self.io_error("write it", source))
+    }
+
+    /// Forces everything written to stable media.
+    ///
+    /// # Errors
+    /// When the device says so: what it holds is unknown then.
+    pub fn sync_data(&self) -> Result<(), DeviceError> {
+        self.file.sync_data().map_err(|source| self.io_error("sync it", source))
+    }
+
+    /// Whether a power cut leaves each 4 KiB that was being written either old or new: it is the device's smallest unit, or it
+    /// says so (Documentation/ABI/stable/sysfs-block, `atomic_write_unit_max_bytes`). Never taken for granted in a file.
+    #[must_use]
+    pub fn writes_blocks_atomically(&self) -> bool {
+        if self.durability == Durability::Memory {
+            return true;
+        }
+        let Ok(metadata) = self.file.metadata() else { return false };
+        if self.is_regular {
+            return false;
+        }
+        let number = metadata.rdev();
+        // A partition has its disk's queue, and may begin anywhere.
+        let starts_aligned = sysfs_number(number, "start").is_none_or(|sector| sector.is_multiple_of(8));
+        let is_block_or_more = |name: &str| {
+            let folders = ["queue", "../queue"];
+            let size = folders.iter().find_map(|folder| sysfs_number(number, &format!("{folder}/{name}")));
+            size.is_some_and(|bytes| bytes >= ALIGN_BYTES as u64)
+        };
+        starts_aligned
+            && (is_block_or_more("logical_block_size") || is_block_or_more("atomic_write_unit_max_bytes"))
     }
 
     /// Writes bytes and waits until they are on stable media; offset and length are multiples of 4096.
@@ -274,6 +382,29 @@ impl Device {
         Ok(true)
     }
 
+    /// Makes a range ready to be written: its room is the store's, and a file system has nothing more to record. What it holds
+    /// afterwards is of no matter.
+    ///
+    /// # Errors
+    /// When there is no room, or it cannot be written.
+    pub fn make_ready(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), DeviceError> {
+        if !self.is_regular || self.was_written(offset_bytes, len_bytes) {
+            return Ok(());
+        }
+        rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset_bytes, len_bytes)
+            .map_err(|error| self.io_error("reserve room for it", error.into()))?;
+        if self.durability == Durability::Memory {
+            return Ok(());
+        }
+        self.fill_with_zeros(offset_bytes, len_bytes, |_| true).map(drop)
+    }
+
+    /// Whether every byte of a range of a file was written before.
+    fn was_written(&self, offset_bytes: u64, len_bytes: u64) -> bool {
+        let hole = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(offset_bytes));
+        hole.is_ok_and(|hole| hole >= offset_bytes + len_bytes)
+    }
+
     /// Bytes from `offset_bytes` on that a file in memory has never held; 0 elsewhere.
     fn hole_at(&self, offset_bytes: u64) -> u64 {
         if self.durability != Durability::Memory {
@@ -287,7 +418,8 @@ impl Device {
         }
     }
 
-    fn io_error(&self, what: &'static str, source: io::Error) -> DeviceError {
+    /// What the system said to something that was tried on it.
+    pub(crate) fn io_error(&self, what: &'static str, source: io::Error) -> DeviceError {
         DeviceError::Io { path: self.path.display().to_string(), what, source }
     }
 }
@@ -341,6 +473,13 @@ fn open_direct(path: &Path, create: bool) -> io::Result<File> {
         }
         opened => opened,
     }
+}
+
+/// A number that sysfs tells of a block device.
+fn sysfs_number(device_number: u64, name: &str) -> Option<u64> {
+    let (major, minor) = (rustix::fs::major(device_number), rustix::fs::minor(device_number));
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{name}")).ok()?;
+    text.trim().parse().ok()
 }
 
 fn is_memory(fs_type: i64) -> bool {

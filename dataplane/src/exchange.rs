@@ -20,7 +20,7 @@ use crossbeam::queue::ArrayQueue;
 use rustix::event::EventfdFlags;
 use torus_uring::WakeHandle;
 
-use crate::store::linear::Placement;
+use crate::store::extent::shard::{Object, ScrubTask, Shard};
 
 /// Messages that may wait for a core: a few receive batches from every other core.
 const MESSAGES_MAX: usize = 4096;
@@ -57,6 +57,22 @@ pub enum Message {
     },
     /// Take your chunk back.
     TakeBack(Chunk),
+    /// The manager wants every block of a layer from there on to go; no core uses them any more.
+    Unmap {
+        /// Position of the store.
+        store: usize,
+        /// The layer.
+        object: Object,
+        /// The first block to go.
+        from_block: u64,
+    },
+    /// The manager says which scrub of a store it wants.
+    Scrub {
+        /// Position of the store.
+        store: usize,
+        /// The run, and the rate of one shard; `None` for none.
+        task: Option<ScrubTask>,
+    },
 }
 
 /// How cores reach a store.
@@ -68,6 +84,29 @@ pub struct StoreAccess {
     pub durability: Durability,
     /// Each write must be synced.
     pub dsync: bool,
+    /// The shards on their way to their cores, by core.
+    pub shards: Arc<[ShardQueue]>,
+}
+
+/// Shards for one core to adopt.
+pub type ShardQueue = ArrayQueue<Box<Shard>>;
+
+/// Deals the shards of the store at a position out to cores.
+#[must_use]
+pub fn deal_shards(shards: Vec<Box<Shard>>, store: usize, cores: usize) -> Arc<[ShardQueue]> {
+    let queues: Arc<[ShardQueue]> = (0..cores).map(|_| ArrayQueue::new(shards.len().max(1))).collect();
+    for shard in shards {
+        let core = usize::from(core_of_shard(shard.number(), store, cores));
+        let queued = queues[core].push(shard);
+        assert!(queued.is_ok(), "a queue has room for all shards");
+    }
+    queues
+}
+
+/// The core that has a shard of the store at a position: neighbours have different ones, of one store and of several.
+#[must_use]
+pub fn core_of_shard(shard: u16, store: usize, cores: usize) -> u16 {
+    u16::try_from((usize::from(shard) + store) % cores).expect("a core's index has 16 bits")
 }
 
 /// Where the data of an export is.
@@ -75,9 +114,9 @@ pub struct StoreAccess {
 pub struct Served {
     /// Position of its store in [`CoreConfig::stores`].
     pub store: usize,
-    /// Its place there.
-    pub placement: Arc<Placement>,
-    /// The core that serves it.
+    /// Its layer there.
+    pub object: Object,
+    /// The core that serves it: the one that has its shard.
     pub owner: u16,
 }
 

@@ -1,7 +1,7 @@
 //! `torus-dataplane`: started and supervised by `torusd`.
 //!
-//! Exit codes: 0 drained as asked; 2 the configuration cannot be served (one line on standard error says why and what to
-//! do); anything else is a crash, after which it is started again.
+//! Exit codes of `run`: 0 drained as asked; 2 the configuration cannot be served (one line on standard error says why and what to
+//! do); anything else is a crash, after which it is started again. Those of `store` are the commands' own.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
@@ -30,6 +30,9 @@ enum Command {
         #[arg(long)]
         lock: PathBuf,
     },
+    /// Make a store, check one, show what is on it; no node is needed
+    #[command(subcommand)]
+    Store(torus_dataplane::tools::Command),
 }
 
 fn main() -> ExitCode {
@@ -39,7 +42,10 @@ fn main() -> ExitCode {
         report(panic);
         std::process::abort();
     }));
-    let Command::Run { map, lock } = Arguments::parse().command;
+    let (map, lock) = match Arguments::parse().command {
+        Command::Run { map, lock } => (map, lock),
+        Command::Store(command) => return torus_dataplane::tools::run(&command),
+    };
     let (manager, _lock) = match torus_dataplane::manager::start(&map, &lock) {
         Ok(started) => started,
         Err(error) => {

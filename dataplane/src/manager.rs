@@ -1,10 +1,9 @@
-//! The thread that turns the desired state of the map into reality: opens interfaces and stores, allocates and fills
+//! The thread that turns the desired state of the map into reality: opens interfaces and stores, makes
 //! volumes, tells the cores what to serve, and writes down what came of it.
 //!
 //! Invariants:
 //! * It never touches a request: cores go on at full speed while it waits for a device.
-//! * A volume is served only after its extents have been filled (no bytes of another volume are ever seen), and only up to
-//!   the size in force in the store's table.
+//! * A volume is served only up to the size in force in its store's catalog.
 //! * Extents are freed only when the desired state says *purging* (I2) or smaller, and no core has a request on them any
 //!   more. What is found and not asked for is reported as orphan and kept.
 //! * What is observed of an export or a volume is published after it has become true.
@@ -38,7 +37,7 @@ use crate::exchange::{CoreConfig, Mailbox, Served};
 
 /// How often interfaces are looked at, and the longest time between two signs of life.
 const LOOK: Duration = Duration::from_secs(1);
-/// The same while volumes are being filled.
+/// The same while volumes are being given up.
 const LOOK_BUSY: Duration = Duration::from_millis(20);
 /// Longest wait of the thread that watches the desired state.
 const WATCH: Duration = Duration::from_secs(60);
@@ -148,7 +147,7 @@ impl Manager {
             }
             self.check_cores()?;
             // Woken by the desired state and by changes that are asked for.
-            let look = if self.stores.is_filling() { LOOK_BUSY } else { LOOK };
+            let look = if self.stores.is_unmapping() { LOOK_BUSY } else { LOOK };
             if self.map.desired_version() == desired.version {
                 std::thread::park_timeout(look);
             }
@@ -173,11 +172,30 @@ impl Manager {
         // From here on no core has a request on what is not served.
         let served: BTreeSet<VolumeId> = self.exports.keys().copied().collect();
         self.stores.release(desired, &served);
+        self.send_to_cores();
         if self.stores.close_removed() {
             self.configure(self.exports.clone(), Purpose::Serve)?;
             self.stores.drop_closed();
         }
         self.publish(desired)
+    }
+
+    /// Sends what stores have for cores; what finds a full box waits for the next round.
+    fn send_to_cores(&mut self) {
+        let mailboxes = Arc::clone(&self.mailboxes);
+        let mut kept = Vec::new();
+        for (core, message) in self.stores.outbox().drain(..) {
+            let mailbox = &mailboxes[usize::from(core)];
+            match mailbox.send(message) {
+                Ok(sleeping) => {
+                    if sleeping {
+                        mailbox.ring_doorbell();
+                    }
+                }
+                Err(refused) => kept.push((core, refused)),
+            }
+        }
+        *self.stores.outbox() = kept;
     }
 
     /// Hands out what has become of the changes that initiators asked for (the exports of `desired` are in force), and
@@ -235,15 +253,13 @@ impl Manager {
         purpose: Purpose,
     ) -> anyhow::Result<()> {
         self.version += 1;
-        let cores = self.mailboxes.len();
         let mut served: Vec<Option<Served>> = vec![None; self.keys_next as usize];
         let mut table = Vec::new();
         let mut announce = Vec::new();
-        let mut placements = self.stores.placements();
+        let mut objects = self.stores.objects();
         for (volume, export) in &exports {
-            let Some((store, placement)) = placements.remove(volume) else { continue };
-            let owner = owner_of(export, cores);
-            served[export.key as usize] = Some(Served { store, placement, owner });
+            let Some((store, object, owner)) = objects.remove(volume) else { continue };
+            served[export.key as usize] = Some(Served { store, object, owner });
             table.push(wire_export(export));
             if purpose == Purpose::Reannounce || self.exports.get(volume) != Some(export) {
                 announce.push(export.key);
@@ -301,9 +317,11 @@ impl Manager {
         };
         let present = &self.exports;
         self.links.accept_macs(|ordinal| macs(exports, ordinal), |ordinal| macs(present, ordinal))?;
-        let cores = self.mailboxes.len();
+        let objects = self.stores.objects();
         self.links.steer(|ordinal| {
-            let owned = exports.values().map(|export| (wire_export(export), owner_of(export, cores)));
+            let owned = exports.iter().filter_map(|(volume, export)| {
+                objects.get(volume).map(|(_, _, owner)| (wire_export(export), *owner))
+            });
             let here = owned.filter(|(export, _)| export.is_on(ordinal));
             here.map(|(export, owner)| (export.mac_on(ordinal).0, owner)).collect()
         });
@@ -376,11 +394,6 @@ impl Manager {
             error,
         }
     }
-}
-
-/// The core that serves an export, by whatever interface and queue its frames come in.
-fn owner_of(export: &KeyedExport, cores: usize) -> u16 {
-    u16::try_from(export.key as usize % cores).expect("a core's index has 16 bits")
 }
 
 /// A mask over the interfaces that a desired state names, as one over those that this process serves on: they differ once the

@@ -14,10 +14,10 @@ use aoe_xdp::link::{Pool, Region, RxFrame};
 use aoe_xdp::order::RequestId;
 use aoe_xdp::target::{Io, IoKind};
 use aoe_xdp::wire::{ATA_DATA_OFFSET, SECTOR_LEN};
-use torus_uring::Blocks;
+use torus_uring::{BLOCKS_MAX, Blocks};
 
 use crate::clients::ClientId;
-use crate::store::{BLOCK_BYTES, BLOCK_SECTORS, release_blocks};
+use crate::store::{BLOCK_BYTES, BLOCK_SECTORS, Crcs, release_blocks};
 
 /// Riders of one request: every sector of three blocks asked for by itself, and a few duplicates. A chunk of frame memory
 /// takes as many handles.
@@ -144,6 +144,8 @@ pub struct Request {
     pub range: Range,
     /// A write's payload, at its place in whole blocks; kept to compare duplicates with.
     pub payload: Blocks,
+    /// What is known of the payload's whole blocks.
+    pub crcs: Crcs,
     riders: Riders,
 }
 
@@ -170,6 +172,7 @@ impl Request {
             device: 0,
             range,
             payload: Blocks::new(),
+            crcs: Crcs::default(),
             riders: Riders { first: NONE, last: NONE, count: 0 },
         }
     }
@@ -378,12 +381,23 @@ fn data_pieces<'f>(
 }
 
 /// Copies the data of a write for `part` out of its frame to its place in the blocks of `whole`. The one copy on the way of
-/// a write: receive buffers are too short and too scarce to lend to the disk.
-pub fn copy_payload(pool: &mut Pool, frame: &RxFrame, part: Range, whole: Range, blocks: &mut Blocks) {
+/// a write: receive buffers are too short and too scarce to lend to the disk. Gives the CRC32C of each block that the part has
+/// whole, computed while its bytes are at hand.
+pub fn copy_payload(
+    pool: &mut Pool,
+    frame: &RxFrame,
+    part: Range,
+    whole: Range,
+    blocks: &mut Blocks,
+) -> Crcs {
     let region = std::sync::Arc::clone(pool.region());
+    let mut sums = [(0, 0); BLOCKS_MAX];
     for (block, offset, piece) in data_pieces(&region, frame, part, whole) {
-        pool.copy_in(blocks.get_mut(block), offset, piece);
+        let (crc, len) = sums[block];
+        let crc = pool.copy_in_checksummed(blocks.get_mut(block), offset, piece, crc);
+        sums[block] = (crc, len + piece.len());
     }
+    sums.map(|(crc, len)| (len == BLOCK_BYTES).then_some(crc))
 }
 
 /// Whether a frame brings, for `part`, the very bytes that the blocks of `whole` hold.

@@ -37,8 +37,11 @@ use crate::request::{
     RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload, share_blocks,
     take_blocks,
 };
-use crate::store::linear::LinearStore;
-use crate::store::{BLOCK_BYTES, Disk, Operation, Outcome, RequestToken, Store, StoreError, release_blocks};
+use crate::store::extent::ExtentStore;
+use crate::store::extent::shard::{Object, ScrubTask, Shard};
+use crate::store::{
+    BLOCK_BYTES, Crcs, Disk, Operation, Outcome, RequestToken, Store, StoreError, release_blocks,
+};
 
 /// AoE requests in progress for each request: merged and repeated ones share a request.
 const RIDERS_PER_REQUEST: u32 = 4;
@@ -99,10 +102,9 @@ pub struct Serving {
     /// Requests of the present batch that may start and take neighbours in until its end.
     forming: VecDeque<RequestId>,
     /// By position.
-    stores: Vec<Option<LinearStore>>,
+    stores: Vec<Option<ExtentStore>>,
     outcomes: Vec<Outcome>,
     answers: VecDeque<Answer>,
-    requests_max: u32,
     /// Parity of the configuration in force.
     epoch: u8,
 }
@@ -122,7 +124,6 @@ impl Serving {
             stores: Vec::with_capacity(DEVICES_MAX),
             outcomes: Vec::with_capacity(requests_max as usize),
             answers: VecDeque::with_capacity(riders_max as usize),
-            requests_max,
             epoch: 0,
         }
     }
@@ -130,19 +131,55 @@ impl Serving {
     // ---------------------------------------------------------------------------------------------------------------
     // Configuration
 
-    /// Makes a store usable. Allocates; stores come rarely.
-    pub fn open_store(&mut self, at: usize) {
+    /// Makes this core's shards of a store usable. Allocates; stores come rarely.
+    pub fn open_store(&mut self, at: usize, shards: impl Iterator<Item = Box<Shard>>) {
         while self.stores.len() <= at {
             self.stores.push(None);
         }
-        self.stores[at] = Some(LinearStore::new(self.requests_max));
+        let mut store = ExtentStore::new();
+        for shard in shards {
+            store.adopt(shard);
+        }
+        self.stores[at] = Some(store);
     }
 
-    /// Forgets a store that no request may name any more.
+    /// Begins to bring a store to rest that no new request will name.
     pub fn close_store(&mut self, at: usize) {
-        if let Some(store) = self.stores.get_mut(at) {
-            *store = None;
+        if let Some(store) = self.stores.get_mut(at).and_then(Option::as_mut) {
+            store.close();
         }
+    }
+
+    /// Lets a store go once it is at rest; whether it is gone.
+    pub fn drop_closed_store(&mut self, at: usize, pool: &mut Pool) -> bool {
+        let Some(slot) = self.stores.get_mut(at) else { return true };
+        if slot.as_ref().is_some_and(|store| !store.is_closed()) {
+            return false;
+        }
+        if let Some(store) = slot.take() {
+            store.dissolve(pool);
+        }
+        true
+    }
+
+    /// Begins to take from a layer every block from `from_block` on.
+    pub fn unmap(&mut self, at: usize, object: Object, from_block: u64) {
+        if let Some(store) = self.stores.get_mut(at).and_then(Option::as_mut) {
+            store.unmap(object, from_block);
+        }
+    }
+
+    /// Says which scrub of a store is wanted.
+    pub fn set_scrub(&mut self, at: usize, task: Option<ScrubTask>) {
+        if let Some(store) = self.stores.get_mut(at).and_then(Option::as_mut) {
+            store.set_scrub(task);
+        }
+    }
+
+    /// When a store wants a turn, if nothing else gives it one before; `u64::MAX` for never.
+    #[must_use]
+    pub fn stores_due_ns(&self) -> u64 {
+        self.stores.iter().flatten().map(ExtentStore::due_ns).min().unwrap_or(u64::MAX)
     }
 
     /// Whether the store at this position is open.
@@ -207,7 +244,7 @@ impl Serving {
                 self.clients.dropped(client, Dropped::Memory);
                 return;
             };
-            copy_payload(pool, arrival.frame, range, range, &mut payload);
+            request.crcs = copy_payload(pool, arrival.frame, range, range, &mut payload);
             request.payload = payload;
         }
         let Ok(id) = self.requests.insert(request, rider(&arrival, around.now_ns)) else {
@@ -288,7 +325,9 @@ impl Serving {
                 if !widen(pool, &mut request.payload, request.range, joined) {
                     return false;
                 }
-                copy_payload(pool, arrival.frame, range, joined, &mut request.payload);
+                // Blocks have moved, and those that two frames make up have no sum yet.
+                let _of_one_frame = copy_payload(pool, arrival.frame, range, joined, &mut request.payload);
+                request.crcs = Crcs::default();
             }
         }
         request.range = joined;
@@ -341,6 +380,7 @@ impl Serving {
                 keep_head_bytes: range.head_bytes(),
                 keep_tail_bytes: range.tail_bytes(),
                 blocks: share_blocks(pool, &request.payload),
+                crcs: request.crcs,
             },
             IoKind::Read => match take_blocks(pool, range.block_count()) {
                 Some(blocks) => Operation::Read { first_block: range.first_block(), blocks },
@@ -351,8 +391,22 @@ impl Serving {
             },
         };
         let mut device = around.devices.device(place.store);
-        store.start(RequestToken(id.0), &place.placement, operation, &mut device, &mut self.outcomes);
+        store.start(RequestToken(id.0), &place.object, operation, &mut device, &mut self.outcomes);
         true
+    }
+
+    /// Lets stores send what they have gathered; whether any had something to do. Called when nothing else is left: what has come
+    /// by then goes to the device together.
+    pub fn turn_stores(&mut self, around: &mut Around<'_, impl Devices>) -> bool {
+        let mut worked = false;
+        for (at, store) in self.stores.iter_mut().enumerate() {
+            let Some(store) = store.as_mut().filter(|store| store.needs_turn(around.now_ns)) else {
+                continue;
+            };
+            store.turn(around.now_ns, &mut around.devices.device(at), &mut self.outcomes);
+            worked = true;
+        }
+        worked
     }
 
     /// A disk request of the store at this position has ended.
@@ -389,9 +443,12 @@ impl Serving {
                 self.abandon(id, Some(Dropped::Memory), around);
                 return true;
             }
-            Err(StoreError::Unreadable(_) | StoreError::OutOfRange) if kind == IoKind::Read => {
-                target::Outcome::Uncorrectable
-            }
+            Err(
+                StoreError::Unreadable(_)
+                | StoreError::OutOfRange
+                | StoreError::Corrupt { .. }
+                | StoreError::Lost,
+            ) if kind == IoKind::Read => target::Outcome::Uncorrectable,
             Err(_) => target::Outcome::Fault,
         };
         let mut blocks = outcome.blocks;

@@ -11,12 +11,11 @@
 //! * Blocks that could not be read are never written back, and never given to the caller as data (I7).
 
 pub mod extent;
-pub mod linear;
 
 use af_xdp::region::{Chunk, Pool};
 use torus_uring::{Blocks, IoError};
 
-/// Bytes of a block, the unit of checksums to come, of read-modify-write, and of buffers.
+/// Bytes of a block, the unit of checksums, of read-modify-write, and of buffers.
 pub const BLOCK_BYTES: usize = torus_uring::BLOCK_BYTES;
 /// Sectors of a block.
 pub const BLOCK_SECTORS: u64 = 8;
@@ -30,6 +29,9 @@ pub const EXTENT_SECTORS: u64 = EXTENT_BYTES / SECTOR_BYTES;
 /// The request that an outcome belongs to: the reactor's own number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestToken(pub u32);
+
+/// CRC32C of the first blocks of a write, where whoever copied the data has computed it.
+pub type Crcs = [Option<u32>; torus_uring::BLOCKS_MAX];
 
 /// What a reactor asks of a store. Blocks are those of the volume; `blocks` hold one chunk for each.
 #[derive(Debug)]
@@ -52,6 +54,15 @@ pub enum Operation {
         keep_head_bytes: u16,
         /// Bytes at the end of the last block that are not part of the write, below [`BLOCK_BYTES`].
         keep_tail_bytes: u16,
+        /// What is known of the blocks; never of one that is written in part.
+        crcs: Crcs,
+    },
+    /// Take blocks from the volume: they read as zeros afterwards, and their room is free where a whole extent goes.
+    Unmap {
+        /// The first block.
+        first_block: u64,
+        /// How many.
+        count: u64,
     },
     /// Force everything acknowledged to stable media.
     Flush,

@@ -15,12 +15,12 @@ use aoe_xdp::target::{AoePolicy, Export, ExportTable, Ingress, ON_ALL_INTERFACES
 use aoe_xdp::wire::{ATA_DATA_OFFSET, Address, AtaArg, AtaHead, Header, Mac, command, parse_ata};
 use cluster_map::{ClusterId, ControlMap, Counter, DataMap, Geometry, NodeId, StoreId, VolumeId};
 use torus_dataplane::changes::ChangeQueue;
-use torus_dataplane::device::Device;
-use torus_dataplane::exchange::{CoreConfig, Mailbox, Served, StoreAccess};
+use torus_dataplane::exchange::{CoreConfig, Mailbox, Served, StoreAccess, core_of_shard, deal_shards};
 use torus_dataplane::reactor::{Egress, OwnedQueue, Parts, Reactor};
-use torus_dataplane::store::linear::Placement;
-use torus_dataplane::store::linear::catalog::Catalog;
-use torus_dataplane::store::linear::format::DATA_OFFSET_BYTES;
+use torus_dataplane::store::EXTENT_BYTES;
+use torus_dataplane::store::extent::extents::FreeSlot;
+use torus_dataplane::store::extent::opening::{self, Identity};
+use torus_dataplane::store::extent::shard::Object;
 use zerocopy::IntoBytes;
 
 #[path = "../../aoe-xdp/tests/link/netns.rs"]
@@ -94,7 +94,7 @@ impl Node {
     fn start_as(folder: &Path, setup: &Setup) -> Node {
         let Setup { cores, link, chunks_per_core } = *setup;
         let folder = tempfile::tempdir_in(folder).unwrap();
-        let (access, placements) = make_store(&folder.path().join("store"));
+        let (access, objects) = make_store(&folder.path().join("store"), cores);
         let map_folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let map_path = map_folder.path().join("map");
         let control =
@@ -110,8 +110,8 @@ impl Node {
         for slot in 0..EXPORTS {
             interface.add_mac(export(slot).mac.0).unwrap();
         }
-        let served = (0..EXPORTS).zip(placements).map(|(slot, placement)| {
-            Some(Served { store: 0, placement: Arc::new(placement), owner: u16::from(slot) % cores })
+        let served = objects.into_iter().map(|object| {
+            Some(Served { store: 0, object, owner: core_of_shard(object.shard, 0, usize::from(cores)) })
         });
         let config = CoreConfig {
             version: 1,
@@ -178,6 +178,21 @@ impl Node {
         }
     }
 
+    /// Waits until what was written is in its place: until then it is read from memory, by a copy.
+    fn rest(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut before = self.count(Counter::DiskWrites);
+        loop {
+            // More than twice as long as a shard is at rest before it writes its last.
+            std::thread::sleep(Duration::from_millis(500));
+            let now = self.count(Counter::DiskWrites);
+            if std::mem::replace(&mut before, now) == now {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the store never rests");
+        }
+    }
+
     /// What all cores have counted.
     fn count(&self, counter: Counter) -> u64 {
         self.control.stats().iter().map(|core| core.get(counter)).sum()
@@ -204,24 +219,42 @@ impl Node {
     }
 }
 
-fn make_store(path: &Path) -> (StoreAccess, Vec<Placement>) {
-    let mut catalog = Catalog::open(path, 128 << 20, ClusterId([1; 16]), None, StoreId([3; 16])).unwrap();
-    let mut allocation = catalog.allocation().clone();
+/// A store with a volume for each export, whose shards are dealt out so that export `n` belongs to core `n % cores`.
+fn make_store(path: &Path, cores: u16) -> (StoreAccess, Vec<Object>) {
+    let identity = Identity {
+        cluster: ClusterId([1; 16]),
+        node: NodeId([2; 16]),
+        expected: None,
+        fresh: StoreId([3; 16]),
+    };
+    let mut opened = opening::open(path, 128 << 20, identity).unwrap();
+    let mut catalog = opened.store.catalog().clone();
+    let shards = opened.store.layout().shards;
     for slot in 0..EXPORTS {
-        allocation.reserve(VolumeId([slot; 16]), VOLUME_SECTORS).unwrap();
-        allocation.commit(VolumeId([slot; 16]), VOLUME_SECTORS);
+        catalog.add(VolumeId([slot; 16]), VOLUME_SECTORS, shards).unwrap();
     }
-    catalog.commit(allocation).unwrap();
-    let runs = |slot| catalog.allocation().get(VolumeId([slot; 16])).unwrap().runs.clone();
-    let placements = (0..EXPORTS).map(|slot| Placement::new(&runs(slot), DATA_OFFSET_BYTES)).collect();
-    let device: &Device = catalog.device();
-    device.fill_with_zeros(DATA_OFFSET_BYTES, 2 * VOLUME_SECTORS * 512, |_| true).unwrap();
+    opened.store.commit(catalog).unwrap();
+    let object = |slot| {
+        let volume = opened.store.catalog().get(VolumeId([slot; 16])).unwrap();
+        assert_eq!(core_of_shard(volume.shard, 0, usize::from(cores)), u16::from(slot) % cores);
+        Object { shard: volume.shard, number: volume.object }
+    };
+    let objects = (0..EXPORTS).map(object).collect();
+    let device = opened.store.device();
+    // All that the volumes can ever take is there before the first write.
+    let wanted = u64::from(EXPORTS) * VOLUME_SECTORS * 512 / EXTENT_BYTES;
+    for slot in opened.free.iter().copied().take(usize::try_from(wanted).unwrap()) {
+        device.make_ready(opened.store.layout().data_offset(slot), EXTENT_BYTES).unwrap();
+        opened.shared.give_back(FreeSlot::new(slot));
+    }
+    opened.shared.set_no_more(true);
     let access = StoreAccess {
         file: Arc::new(OwnedFd::from(device.file().try_clone().unwrap())),
         durability: device.durability(),
         dsync: device.needs_dsync(),
+        shards: deal_shards(opened.shards, 0, usize::from(cores)),
     };
-    (access, placements)
+    (access, objects)
 }
 
 /// What an initiator has in flight: a request's tag is its position.
@@ -305,6 +338,7 @@ fn read_rounds(folder: &Path, rounds: usize) -> Totals {
     let mut client = Client::open();
     let writes: Vec<_> = (0..BLOCKS).map(|b| write(0, b * 8, pattern(0, b * 8, 1, 8))).collect();
     assert!(client.run(&writes).iter().all(|answer| status(answer) == 0x40));
+    node.rest();
     let reads: Vec<_> = (0..BLOCKS).map(|b| read(0, (b * 37 % BLOCKS) * 8, 8)).collect();
     for _ in 0..rounds {
         for (request, answer) in reads.iter().zip(client.run(&reads)) {

@@ -23,5 +23,8 @@ fn main() -> io::Result<()> {
     for (name, bytes) in cluster_map::fuzzing::seeds() {
         write("map", name, &bytes)?;
     }
+    for (name, bytes) in torus_dataplane::store::extent::fuzzing::seeds() {
+        write("store", name, &bytes)?;
+    }
     Ok(())
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use af_xdp::nic::Nic;
 use af_xdp::raw::RawSocket;
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::frames::{Mac, Reply, Request};
@@ -20,6 +21,8 @@ use crate::world::{CLIENT, Carrier, EXPORTS, LARGE, MAIN, World};
 const INSIDE: &str = "TORUS_CONFORMANCE_INSIDE";
 /// Only what hangs takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The beginning of a store; a small one has its journals there.
+const STORES_OWN_BYTES: u64 = 64 << 20;
 /// The largest frame of a client.
 const FRAME_MAX: usize = 10_000;
 
@@ -169,6 +172,12 @@ impl Node {
     /// Starts a node that serves the world's exports on these interfaces (as `torusd --interface` takes them).
     #[must_use]
     pub fn start(interfaces: &str) -> Node {
+        Node::start_with(interfaces, EXPORTS[LARGE].sectors)
+    }
+
+    /// The same with a large export of that size.
+    #[must_use]
+    pub fn start_with(interfaces: &str, large_sectors: u64) -> Node {
         ip("link set lo up");
         let folder = PathBuf::from("/dev/shm").join(format!("torus-conformance-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
@@ -176,10 +185,13 @@ impl Node {
         // A file system of its own, so that a case can fill it.
         fs::create_dir(folder.join("disk")).unwrap();
         run_tool(
-            Command::new("mount").args(["-t", "tmpfs", "-o", "size=32m", "none"]).arg(folder.join("disk")),
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=512m", "none"]).arg(folder.join("disk")),
         );
-        // Room for all exports, and one more of each small one's size.
-        let bytes = EXPORTS.iter().map(|plan| plan.sectors * 512).sum::<u64>() + (128 << 20);
+        let mut plans = EXPORTS;
+        plans[LARGE].sectors = large_sectors;
+        // Room for all exports, and one more of each small one's size; an eighth more is the store's own.
+        let exports_bytes = plans.iter().map(|plan| plan.sectors * 512).sum::<u64>() + (128 << 20);
+        let bytes = (exports_bytes + exports_bytes / 8) & !4095;
         let node_interface = interfaces.split([',', '@']).next().unwrap().to_owned();
         let mut node = Node {
             folder,
@@ -190,9 +202,12 @@ impl Node {
             interface_mac: mac_of(&node_interface),
             worlds: 0,
         };
-        File::create(node.store()).unwrap().set_len(bytes).unwrap();
+        let store = File::create(node.store()).unwrap();
+        store.set_len(bytes).unwrap();
+        // What is the store's own has its room whatever becomes of the rest.
+        fallocate(&store, FallocateFlags::KEEP_SIZE, 0, STORES_OWN_BYTES).unwrap();
         node.run_torusd();
-        for (number, plan) in EXPORTS.iter().enumerate() {
+        for (number, plan) in plans.iter().enumerate() {
             node.tool("torusctl", &format!("volume create v{number} {}", plan.sectors * 512));
             let read_only = if plan.read_only { "--read-only" } else { "" };
             let open =

@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use torus_conformance::frames::{EVERYONE, Reply, Request};
 use torus_conformance::node::{self, Node, Station};
-use torus_conformance::world::{CLIENT, Carrier, DEFAULT_POLICY, EXPORTS, MAIN, OTHER, World};
+use torus_conformance::world::{CLIENT, Carrier, DEFAULT_POLICY, EXPORTS, LARGE, MAIN, OTHER, World};
 use torus_conformance::{cases, for_each_case};
 
 /// Only what hangs takes longer.
@@ -102,25 +103,63 @@ fn case_32_a_start_is_advertised() {
 fn case_55_a_failing_store() {
     node::isolated("case_55_a_failing_store", || {
         node::veth_pair("a0", "b0");
-        let mut node = Node::start("a0");
+        const LARGE_SECTORS: u64 = 2 << 20;
+        const EXTENT_SECTORS: u64 = 8192;
+        let mut node = Node::start_with("a0", LARGE_SECTORS);
+        let mut w = World::new(&mut node);
+        for generation in 1..=2 {
+            assert_eq!(w.ask(Request::write(0, &pattern(0, 8, generation))).ata(), DONE);
+        }
+        let place = place_of(&node.store(), &pattern(0, 8, 2));
         // What cannot be read: the end of the store's file is gone.
         let file = File::options().write(true).open(node.store()).unwrap();
         let len = file.metadata().unwrap().len();
-        file.set_len(8 << 20).unwrap();
+        file.set_len(place).unwrap();
         assert_eq!(World::new(&mut node).ask(Request::read(0, 1)).ata(), (0x41, 0x40));
+        // What is not what was written: it is back, and empty.
         file.set_len(len).unwrap();
-        assert_eq!(World::new(&mut node).ask(Request::read(0, 1)).sectors(1), [0; 512]);
-        // What cannot be written: its file system is full.
+        let mut w = World::new(&mut node);
+        assert_eq!(w.ask(Request::read(0, 1)).ata(), (0x41, 0x40));
+        assert_eq!(w.ask(Request::write(0, &pattern(0, 8, 3))).ata(), DONE);
+        assert_eq!(w.content(MAIN, 0, 8), pattern(0, 8, 3));
+        // What cannot be written: the store's file system is full, and so in the end is the store.
         let ballast = node.beside_the_store("ballast");
         let filled = std::io::copy(&mut std::io::repeat(1), &mut File::create(&ballast).unwrap());
         assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
-        let (status, _) = World::new(&mut node).ask(Request::write(800, &pattern(800, 8, 1))).ata();
-        assert_eq!(status & 0x21, 0x21, "device fault and error, never an AoE error");
+        let mut w = World::new(&mut node);
+        let mut fill = |lba| {
+            let request = w.to(LARGE, Request::write(lba, &pattern(lba, 8, 1)));
+            w.ask_as_is(&request).ata()
+        };
+        let places = || (0..LARGE_SECTORS).step_by(usize::try_from(EXTENT_SECTORS).unwrap());
+        let refused = places().find(|lba| fill(*lba) != DONE).expect("there is no room for all of it");
+        assert!(refused > 0, "what was made ready before is used");
+        assert_eq!(fill(refused).0 & 0x21, 0x21, "device fault and error, never an AoE error");
+        assert_eq!(fill(0), DONE, "what has its room is written over");
         std::fs::remove_file(&ballast).unwrap();
-        assert_eq!(World::new(&mut node).ask(Request::write(800, &pattern(800, 8, 2))).ata(), DONE);
-        assert_eq!(World::new(&mut node).content(MAIN, 800, 8), pattern(800, 8, 2));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while fill(refused) != DONE {
+            assert!(Instant::now() < deadline, "there is room again, and it is not used");
+        }
+        for lba in places().take_while(|lba| *lba <= refused) {
+            assert_eq!(w.content(LARGE, lba, 8), pattern(lba, 8, 1));
+        }
         node.stop();
     });
+}
+
+/// Where in a store a block has its place: behind the journal, where it stood first.
+fn place_of(path: &Path, block: &[u8]) -> u64 {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let bytes = std::fs::read(path).unwrap();
+        let same = bytes.chunks(block.len()).enumerate().filter(|(_, other)| *other == block);
+        let places: Vec<_> = same.map(|(at, _)| (at * block.len()) as u64).collect();
+        if let &[_, place] = &places[..] {
+            return place;
+        }
+        assert!(Instant::now() < deadline, "it is not put in place: {places:?}");
+    }
 }
 
 #[test]

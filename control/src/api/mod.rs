@@ -9,6 +9,7 @@ mod error;
 mod handlers;
 mod metrics;
 mod render;
+mod scrubs;
 mod settings;
 pub mod types;
 
@@ -47,6 +48,7 @@ fn parts() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
         .routes(routes!(handlers::stores))
         .routes(routes!(handlers::add_store))
         .routes(routes!(handlers::remove_store))
+        .routes(routes!(scrubs::scrub, scrubs::start_scrub, scrubs::stop_scrub))
         .routes(routes!(handlers::volumes, handlers::create_volume))
         .routes(routes!(handlers::volume, handlers::resize_volume, handlers::delete_volume))
         .routes(routes!(handlers::exports, handlers::create_export))

@@ -4,7 +4,8 @@ use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, NodeId, ObservedLink
 
 use super::types as t;
 use crate::model::{
-    Address, ClusterRecord, Entry, ExportRecord, Mac, NodeRecord, View, VolumeRecord, VolumeState,
+    Address, ClusterRecord, Entry, ExportRecord, Mac, NodeRecord, ScrubRecord, StoreStatus, View,
+    VolumeRecord, VolumeState,
 };
 use crate::placement::available_bytes;
 use crate::settings::Policy;
@@ -102,7 +103,8 @@ pub(crate) fn stores(view: &View, of: Option<NodeId>) -> Vec<t::Store> {
     all
 }
 
-fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) -> t::Store {
+/// One path of a node, with the store that is recorded for it.
+pub(crate) fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) -> t::Store {
     let live = view.live.contains_key(&node);
     let status = view.status.get(&node).and_then(|s| s.stores.iter().find(|s| s.path == path));
     let status = status.filter(|_| live);
@@ -113,10 +115,43 @@ fn store(view: &View, node: NodeId, path: &str, id: Option<StoreId>) -> t::Store
         state: status.map_or("unknown", |s| &s.state).to_owned(),
         durability: status.filter(|s| s.state == "ready").map(|s| s.durability.clone()).unwrap_or_default(),
         capacity_bytes: status.map_or(0, |s| s.capacity),
+        used_bytes: status.map_or(0, |s| s.capacity.saturating_sub(s.free)),
         available_bytes: id.map_or(0, |id| available_bytes(view, id)),
         orphaned_bytes: status.map_or(0, |s| s.orphaned),
         volumes: id.map_or(0, |id| view.placed(id).volumes),
+        write_path: status.filter(|s| s.state == "ready").map(|s| s.writes.clone()).unwrap_or_default(),
+        checksum_errors: status.map_or(0, |s| s.checksum_errors),
+        lost_blocks: status.map_or(0, |s| s.lost_blocks),
+        scrub: id.and_then(|id| view.scrubs.get(&id)).map(|known| scrub(&known.record, live, status)),
         error: status.map(|s| s.error.clone()).unwrap_or_default(),
+    }
+}
+
+/// What was asked for, with what the node tells of it; once it is recorded as finished, the record knows all.
+fn scrub(record: &ScrubRecord, live: bool, status: Option<&StoreStatus>) -> t::Scrub {
+    let told = status.and_then(|s| s.scrub.as_ref()).filter(|scrub| scrub.run == record.run);
+    let ready = status.is_some_and(|s| s.state == "ready");
+    let (state, done_bytes, total_bytes, errors) = match (&record.finished, told) {
+        (Some(result), _) => ("finished", result.bytes, result.bytes, result.errors),
+        // It is to go on, which its node has not seen yet, or cannot do while the store is not open.
+        (None, Some(told))
+            if !record.stopped && (told.state == "stopped" || told.state == "running" && !ready) =>
+        {
+            ("waiting", told.done, told.total, told.errors)
+        }
+        (None, Some(told)) => (told.state.as_str(), told.done, told.total, told.errors),
+        (None, None) if record.stopped => ("stopped", 0, 0, 0),
+        (None, None) => (if live { "waiting" } else { "unknown" }, 0, 0, 0),
+    };
+    t::Scrub {
+        run: record.run,
+        state: state.to_owned(),
+        rate_bytes_per_s: record.rate,
+        done_bytes,
+        total_bytes,
+        errors,
+        started_unix_s: record.started_unix_s,
+        finished_unix_s: record.finished.map(|result| result.unix_s),
     }
 }
 

@@ -177,14 +177,77 @@ pub struct Store {
     pub durability: String,
     /// Bytes for volumes.
     pub capacity_bytes: u64,
-    /// Bytes that new volumes can have.
+    /// Bytes that volumes occupy: an extent is occupied when it is first written.
+    pub used_bytes: u64,
+    /// Bytes that new volumes can have: what is not promised to others, occupied or not.
     pub available_bytes: u64,
     /// Bytes of volumes that no record names; they are kept.
     pub orphaned_bytes: u64,
     /// Volumes on it.
     pub volumes: u64,
+    /// The way of written data: `journal` or `in place`; empty if the store is not open or keeps no checksums.
+    pub write_path: String,
+    /// Blocks whose checksum did not match since it was opened.
+    pub checksum_errors: u64,
+    /// Blocks of which there is no good copy.
+    pub lost_blocks: u64,
+    /// The last scrub that it was asked to have; absent if there was none.
+    pub scrub: Option<Scrub>,
     /// Why it failed; may be empty.
     pub error: String,
+}
+
+/// A scrub of a store: every block in use is read and compared with its checksum.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Scrub {
+    /// Number of the run; one that begins anew has a larger one.
+    pub run: u64,
+    /// `waiting` until its node has begun, `running`, `stopped`, `finished`, or `unknown` if its node is not live.
+    pub state: String,
+    /// Most bytes that it reads in a second.
+    pub rate_bytes_per_s: u64,
+    /// Bytes read, as far as the node has told.
+    pub done_bytes: u64,
+    /// Bytes to read in all, as far as the node has told.
+    pub total_bytes: u64,
+    /// Damaged blocks that this run found.
+    pub errors: u64,
+    /// When it was asked for, seconds since 1970.
+    pub started_unix_s: u64,
+    /// When it was recorded as finished, seconds since 1970.
+    pub finished_unix_s: Option<u64>,
+}
+
+/// A store with its scrub, and how current the answer is.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ScrubAnswer {
+    /// `connected` or `disconnected since …`.
+    pub metadata: String,
+    /// The store.
+    pub store: Store,
+}
+
+/// Bytes in a second.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum ScrubRate {
+    /// As a number.
+    Bytes(u64),
+    /// As a text with a unit, such as `100MiB`.
+    Text(String),
+}
+
+/// A scrub to begin, to change or to resume.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubRequest {
+    /// Most to read in a second, such as `100MiB` or a number of bytes; where it is not given, 64 MiB for a new run, and
+    /// unchanged for one that there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<ScrubRate>,
+    /// Go on with the run that was stopped, where it was.
+    #[serde(default)]
+    pub resume: bool,
 }
 
 /// Stores.

@@ -8,8 +8,8 @@ use clap_complete::Shell;
 use hyper::Method;
 
 use super::{
-    CliError, Common, Done, EXIT_CODES, completion, dash, fields, finish, follow_volume, print, print_json,
-    print_version, staleness, table, yes_no,
+    CliError, Common, Done, EXIT_CODES, completion, dash, fields, finish, follow_volume, offline, print,
+    print_json, print_version, scrub, staleness, table, yes_no,
 };
 use crate::api::types as t;
 use crate::client::{Client, segment};
@@ -24,6 +24,7 @@ Examples:
   torusctl volume create data 100GiB
   torusctl volume list --json
   torusctl node show
+  torusctl scrub start --all --wait
   torusctl --api 10.0.0.7:4321 status
 
 Exports are made with torusblk.
@@ -52,6 +53,9 @@ enum Command {
     /// Stores: the files and block devices of a node
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Scrubs: have a store read all that it holds and compare it with its checksums
+    #[command(subcommand)]
+    Scrub(scrub::ScrubCommand),
     /// Volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
@@ -103,6 +107,8 @@ enum StoreCommand {
         #[arg(long, default_value = "self")]
         node: String,
     },
+    #[command(flatten)]
+    Offline(offline::OfflineCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -174,6 +180,7 @@ async fn run(ctl: Ctl) -> Done {
         Command::Node(NodeCommand::List) => node_list(&client, json).await,
         Command::Node(NodeCommand::Show { node }) => node_show(&client, json, &node).await,
         Command::Store(command) => store(&client, json, command).await,
+        Command::Scrub(command) => scrub::run(&client, json, command).await,
         Command::Volume(command) => volume(&client, json, command).await,
         Command::Version => print_version(&client, "torusctl", json).await,
         Command::Completion { shell } => completion(&mut Ctl::command(), shell),
@@ -331,8 +338,13 @@ fn store_table(stores: &[t::Store]) -> String {
             s.state.clone(),
             dash(&s.durability),
             human(s.capacity_bytes),
+            human(s.used_bytes),
             human(s.available_bytes),
             s.volumes.to_string(),
+            dash(&s.write_path),
+            s.checksum_errors.to_string(),
+            s.lost_blocks.to_string(),
+            s.scrub.as_ref().map_or_else(|| "-".into(), scrub::brief),
             if s.orphaned_bytes > 0 { human(s.orphaned_bytes) } else { "-".into() },
             dash(&s.id),
             dash(&s.error),
@@ -344,13 +356,18 @@ fn store_table(stores: &[t::Store]) -> String {
         "state",
         "durability",
         "capacity",
+        "used",
         "available",
         "volumes",
+        "writes",
+        "checksum errors",
+        "lost blocks",
+        "scrub",
         "orphaned",
         "id",
         "error",
     ];
-    table(&header, &[4, 5, 6, 7], stores.iter().map(row).collect())
+    table(&header, &[4, 5, 6, 7, 9, 10, 12], stores.iter().map(row).collect())
 }
 
 /// Every counter that counted anything, one row each, one column per core; then the latencies.
@@ -408,6 +425,7 @@ async fn store(client: &Client, json: bool, command: StoreCommand) -> Done {
             let path = format!("/v1/nodes/{}/stores?store={}", segment(&node), segment(&store));
             client.request(Method::DELETE, &path, None::<&()>).await?
         }
+        StoreCommand::Offline(command) => return Err(offline::run(&command, json)),
     };
     if json { print_json(&answer) } else { print(&format!("{}\n", answer.message)) }
 }

@@ -4,6 +4,8 @@
 
 pub mod blk;
 pub mod ctl;
+mod offline;
+mod scrub;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -153,14 +155,8 @@ async fn follow_volume(client: &Client, name: &str, verb: &str) -> Result<Option
             break Err(CliError::Failed(format!("volume {}: {}", volume.name, volume.error)));
         }
         if started.elapsed() > QUICK && io::stderr().is_terminal() {
-            let bar = bar.get_or_insert_with(|| {
-                let style = ProgressStyle::with_template(
-                    "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-                );
-                ProgressBar::new(volume.size_bytes)
-                    .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-                    .with_message(format!("{verb} {}", volume.name))
-            });
+            let bar =
+                bar.get_or_insert_with(|| progress_bar(volume.size_bytes, format!("{verb} {}", volume.name)));
             bar.set_position(volume.progress.as_ref().map_or(0, |p| p.done_bytes));
         }
         tokio::time::sleep(POLL).await;
@@ -169,6 +165,14 @@ async fn follow_volume(client: &Client, name: &str, verb: &str) -> Result<Option
         bar.finish_and_clear();
     }
     end
+}
+
+/// A bar on stderr that counts bytes.
+fn progress_bar(total_bytes: u64, message: String) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    ProgressBar::new(total_bytes)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_message(message)
 }
 
 /// Prints a shell's completion script for a command.

@@ -22,7 +22,7 @@ use super::{Manager, ProcessLock, Stores};
 use crate::changes::ChangeQueue;
 use crate::exchange::Mailbox;
 use crate::reactor::{Egress, OwnedLane, OwnedQueue, Parts, Reactor};
-use crate::store::linear::catalog::CatalogError;
+use crate::store::extent::opening::OpenError;
 
 /// Interfaces of a node: their ordinals are four bits of an export's MAC.
 const INTERFACES_MAX: usize = 16;
@@ -71,7 +71,7 @@ pub enum StartError {
     Memory(#[from] RegionError),
     /// A store.
     #[error(transparent)]
-    Store(#[from] CatalogError),
+    Store(#[from] OpenError),
     /// A core's thread.
     #[error("core {cpu} cannot start: {reason}")]
     Core {
@@ -345,7 +345,7 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
     let map = DataMap::attach(map_path)?;
     let desired = first_desired(&map)?;
     check(&desired)?;
-    let stores = Stores::open_all(&desired)?;
+    let stores = Stores::open_all(&desired, desired.cores.len())?;
     let paths = open_paths(&desired)?;
     let mailboxes = (0..desired.cores.len()).map(|_| Mailbox::new()).collect::<std::io::Result<Vec<_>>>();
     let mailboxes: Arc<[Mailbox]> = mailboxes

@@ -1,73 +1,104 @@
-//! The stores of a node: which are open, what is allocated on them, and the zero-fill of new extents.
+//! The stores of a node: which are open, which volumes are on them, and what becomes of volumes that go or shrink.
 //!
-//! A volume's extents are reserved in the table first, then filled by a thread of their own, then committed; after a crash
-//! in between the fill is begun again. So the table never promises bytes that were not written.
+//! A volume is an entry of its store's catalog; its extents come with its first writes. One that goes, or the end of one that
+//! shrinks, is first given up in the catalog, durably; then its shard is told, and tells when nothing is left; then the
+//! catalog forgets it. What was under way when the process ended is begun again.
 
+mod slots;
+
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cluster_map::{
-    Desired, DesiredStore, DesiredVolume, ObservedStore, ObservedVolume, StoreId, StoreState, VolumeId,
-    VolumeIntent, VolumeObserved,
+    Desired, DesiredStore, DesiredVolume, ObservedStore, ObservedVolume, ScrubObserved, ScrubState,
+    ScrubWish, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved, WritePath,
 };
 
+use self::slots::SlotFeeder;
 use crate::device::DeviceError;
-use crate::exchange::StoreAccess;
-use crate::store::linear::Placement;
-use crate::store::linear::allocation::Entry;
-use crate::store::linear::catalog::{Catalog, CatalogError};
-use crate::store::linear::format::DATA_OFFSET_BYTES;
-use crate::store::{BLOCK_BYTES, EXTENT_BYTES, SECTOR_BYTES};
+use crate::exchange::{Message, StoreAccess, core_of_shard, deal_shards};
+use crate::store::extent::catalog::{Catalog, Volume, VolumeState};
+use crate::store::extent::opening::{self, Identity, OpenError, OpenStore};
+use crate::store::extent::shard::{Object, ScrubTask};
+use crate::store::extent::shared::{ShardEvent, Shared};
+use crate::store::{BLOCK_SECTORS, EXTENT_BYTES, SECTOR_BYTES};
 
 /// How long a store that could not be opened is left alone before it is tried again.
 const RETRY: Duration = Duration::from_secs(10);
+/// What AoE addresses.
+const VOLUME_SECTORS_MAX: u64 = (1 << 48) - 1;
 
-/// Volumes of one store that are filled at a time: each has a thread and a descriptor. The rest wait for their turn.
-const FILLS_MAX: usize = 64;
-
-/// A zero-fill in progress.
-struct Fill {
-    size_sectors: u64,
-    done_bytes: Arc<AtomicU64>,
-    cancelled: Arc<AtomicBool>,
-    thread: JoinHandle<Result<bool, DeviceError>>,
-}
-
-struct OpenStore {
+/// A store of this node.
+struct NodeStore {
     /// As the desired state spells it.
     path: String,
-    catalog: Catalog,
+    /// Its place among the stores.
+    position: usize,
+    store: OpenStore,
     access: StoreAccess,
-    fills: BTreeMap<VolumeId, Fill>,
+    shared: Arc<Shared>,
+    feeder: SlotFeeder,
     /// Why a volume could not be made or changed, and for which size: another wish is another try.
     failures: BTreeMap<VolumeId, (u64, String)>,
+    /// Layers whose shard has been told what to give up, and has not said that it has.
+    unmapping: BTreeSet<u32>,
+    /// Why it takes no more writes; empty while it does.
+    failed: String,
+    /// The scrub that cores were told to make.
+    scrub: Option<ScrubWish>,
+    /// What was published last of it.
+    told: Cell<Told>,
     /// The desired state names it no more.
     removed: bool,
     /// Cores have been told to let it go.
     released: bool,
 }
 
+/// What becomes true of a store by itself, and is published when it has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Told {
+    allocated: u32,
+    checksum_errors: u64,
+    lost_blocks: u64,
+    scrub: Option<ScrubObserved>,
+    /// No more slots can be made ready.
+    lacks_room: bool,
+}
+
 /// All stores. Positions are stable while a store is open.
-#[derive(Default)]
 pub(super) struct Stores {
-    slots: Vec<Option<OpenStore>>,
+    slots: Vec<Option<NodeStore>>,
     /// By path: why opening failed, and when.
     failed: BTreeMap<String, (String, Instant)>,
     access_changed: bool,
+    cores: usize,
+    /// Messages for cores, with the core of each.
+    outbox: Vec<(u16, Message)>,
 }
 
 impl Stores {
+    /// None yet, on a node with so many cores.
+    pub(super) fn new(cores: usize) -> Stores {
+        Stores {
+            slots: Vec::new(),
+            failed: BTreeMap::new(),
+            access_changed: false,
+            cores,
+            outbox: Vec::new(),
+        }
+    }
+
     /// Opens every store that the desired state names.
     ///
     /// # Errors
     /// The first one that cannot be opened.
-    pub(super) fn open_all(desired: &Desired) -> Result<Stores, CatalogError> {
-        let mut stores = Stores::default();
+    pub(super) fn open_all(desired: &Desired, cores: usize) -> Result<Stores, OpenError> {
+        let mut stores = Stores::new(cores);
         for wish in &desired.stores {
             stores.open(desired, wish)?;
         }
@@ -97,32 +128,50 @@ impl Stores {
         }
     }
 
-    fn open(&mut self, desired: &Desired, wish: &DesiredStore) -> Result<(), CatalogError> {
+    fn open(&mut self, desired: &Desired, wish: &DesiredStore) -> Result<(), OpenError> {
         let mut fresh = [0u8; 16];
         rustix::rand::getrandom(&mut fresh, rustix::rand::GetRandomFlags::empty()).map_err(|error| {
             DeviceError::Io { path: wish.path.clone(), what: "make an id", source: error.into() }
         })?;
-        let catalog =
-            Catalog::open(Path::new(&wish.path), wish.size_bytes, desired.cluster, wish.id, StoreId(fresh))?;
-        let device = catalog.device();
+        let identity = Identity {
+            cluster: desired.cluster,
+            node: desired.node,
+            expected: wish.id,
+            fresh: StoreId(fresh),
+        };
+        let opened = opening::open(Path::new(&wish.path), wish.size_bytes, identity)?;
+        let position = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        let device = opened.store.device();
         let access = StoreAccess {
             file: Arc::new(OwnedFd::from(device.try_clone()?.into_file())),
             durability: device.durability(),
             dsync: device.needs_dsync(),
+            shards: deal_shards(opened.shards, position, self.cores),
         };
-        let store = OpenStore {
+        let feeder = SlotFeeder::start(
+            device.try_clone()?,
+            Arc::clone(opened.store.layout()),
+            Arc::clone(&opened.shared),
+            opened.free,
+        )?;
+        self.slots[position] = Some(NodeStore {
             path: wish.path.clone(),
-            catalog,
+            position,
+            store: opened.store,
             access,
-            fills: BTreeMap::new(),
+            shared: opened.shared,
+            feeder,
             failures: BTreeMap::new(),
+            unmapping: BTreeSet::new(),
+            failed: String::new(),
+            scrub: None,
+            told: Cell::default(),
             removed: false,
             released: false,
-        };
-        match self.slots.iter_mut().find(|slot| slot.is_none()) {
-            Some(slot) => *slot = Some(store),
-            None => self.slots.push(Some(store)),
-        }
+        });
         self.access_changed = true;
         Ok(())
     }
@@ -134,83 +183,84 @@ impl Stores {
 
     /// How cores reach the stores, by position.
     pub(super) fn access(&self) -> Vec<Option<StoreAccess>> {
-        let access = |slot: &Option<OpenStore>| {
-            slot.as_ref().filter(|store| !store.released).map(|s| s.access.clone())
+        let access = |slot: &Option<NodeStore>| {
+            slot.as_ref().filter(|store| !store.released).map(|store| store.access.clone())
         };
         self.slots.iter().map(access).collect()
     }
 
-    /// Whether there is something to do although nobody wants anything new: a fill to take in, a store to try again or to
+    /// Whether there is something to do although nobody wants anything new: a shard to hear of, a store to try again or to
     /// close.
     pub(super) fn have_work(&self) -> bool {
-        self.is_filling() || !self.failed.is_empty() || self.slots.iter().flatten().any(|store| store.removed)
+        let waits = |store: &NodeStore| {
+            store.removed || !store.shared.events.is_empty() || store.told.get() != store.told_now()
+        };
+        self.is_unmapping()
+            || !self.failed.is_empty()
+            || !self.outbox.is_empty()
+            || self.slots.iter().flatten().any(waits)
     }
 
-    /// Whether a zero-fill is in progress.
-    pub(super) fn is_filling(&self) -> bool {
-        self.slots.iter().flatten().any(|store| !store.fills.is_empty())
+    /// Whether a shard is giving something up.
+    pub(super) fn is_unmapping(&self) -> bool {
+        self.slots.iter().flatten().any(|store| !store.unmapping.is_empty())
+    }
+
+    /// Messages for cores that have not been sent.
+    pub(super) fn outbox(&mut self) -> &mut Vec<(u16, Message)> {
+        &mut self.outbox
     }
 
     /// All volumes on stores that are named, with the store's position.
-    fn volumes(&self) -> impl Iterator<Item = (usize, &Entry)> {
-        let named =
-            |(at, slot): (usize, &'_ Option<OpenStore>)| slot.as_ref().filter(|s| !s.removed).map(|_| at);
-        let positions: Vec<usize> = self.slots.iter().enumerate().filter_map(named).collect();
-        positions.into_iter().flat_map(|at| {
-            let store = self.slots[at].as_ref().expect("just seen");
-            store.catalog.allocation().entries().iter().map(move |entry| (at, entry))
-        })
+    fn volumes(&self) -> impl Iterator<Item = (usize, &Volume)> {
+        let named = self.slots.iter().flatten().filter(|store| !store.removed);
+        named.flat_map(|store| store.store.catalog().volumes().iter().map(|volume| (store.position, volume)))
     }
 
     /// Sectors that can be served, by volume: what is in force on its store, never more than desired.
     pub(super) fn servable_sectors(&self, desired: &Desired) -> BTreeMap<VolumeId, u64> {
-        let committed: BTreeMap<VolumeId, u64> =
-            self.volumes().map(|(_, entry)| (entry.id, entry.committed_sectors)).collect();
+        let present = self.volumes().filter(|(_, volume)| volume.state == VolumeState::Present);
+        let sizes: BTreeMap<VolumeId, u64> =
+            present.map(|(_, volume)| (volume.id, volume.size_sectors)).collect();
         let active = desired.volumes.iter().filter(|wish| wish.state == VolumeIntent::Active);
         active
-            .filter_map(|wish| Some((wish.id, wish.size_sectors.min(*committed.get(&wish.id)?))))
+            .filter_map(|wish| Some((wish.id, wish.size_sectors.min(*sizes.get(&wish.id)?))))
             .filter(|(_, sectors)| *sectors > 0)
             .collect()
     }
 
-    /// Where each volume is: the store's position, and its place there.
-    pub(super) fn placements(&self) -> BTreeMap<VolumeId, (usize, Arc<Placement>)> {
-        let place = |entry: &Entry| Arc::new(Placement::new(&entry.runs, DATA_OFFSET_BYTES));
-        self.volumes().map(|(at, entry)| (entry.id, (at, place(entry)))).collect()
+    /// Where each volume is: the store's position, its layer there, and the core that has it.
+    pub(super) fn objects(&self) -> BTreeMap<VolumeId, (usize, Object, u16)> {
+        let place = |(at, volume): (usize, &Volume)| {
+            let object = Object { shard: volume.shard, number: volume.object };
+            (volume.id, (at, object, core_of_shard(volume.shard, at, self.cores)))
+        };
+        self.volumes().map(place).collect()
     }
 
-    /// Takes finished fills in, and begins what the desired state wants larger or new.
+    /// Takes in what shards tell, and makes what the desired state wants new or larger.
     pub(super) fn allocate(&mut self, desired: &Desired) {
         for store in self.slots.iter_mut().flatten() {
-            store.finish_fills();
+            store.hear_shards();
             if store.removed {
                 continue;
             }
-            let id = store.catalog.id();
+            let id = store.store.id();
             let own = desired.volumes.iter().filter(|wish| wish.store == id);
-            let active = own.filter(|wish| wish.state == VolumeIntent::Active);
-            store.allocate(active, !desired.exports.is_empty());
+            store.provide(own.filter(|wish| wish.state == VolumeIntent::Active));
         }
     }
 
-    /// Frees what is purged or smaller. Called when no core serves more than the desired state names.
+    /// Gives up what is purging or smaller. Called when no core serves more than the desired state names.
     pub(super) fn release(&mut self, desired: &Desired, served: &BTreeSet<VolumeId>) {
         for store in self.slots.iter_mut().flatten().filter(|store| !store.removed) {
-            let id = store.catalog.id();
-            for wish in desired.volumes.iter().filter(|wish| wish.store == id) {
-                let Some(committed) =
-                    store.catalog.allocation().get(wish.id).map(|entry| entry.committed_sectors)
-                else {
-                    continue;
-                };
-                match wish.state {
-                    VolumeIntent::Purging if !served.contains(&wish.id) => store.purge(wish),
-                    VolumeIntent::Active if wish.size_sectors > 0 && committed > wish.size_sectors => {
-                        self.access_changed |= store.shrink(wish);
-                    }
-                    _ => {}
-                }
-            }
+            let id = store.store.id();
+            let own = desired.volumes.iter().filter(|wish| wish.store == id);
+            self.access_changed |= store.give_up(own, served);
+            store.tell_shards(self.cores, &mut self.outbox);
+            let wish = desired.stores.iter().find(|wish| wish.path == store.path);
+            let scrub = wish.and_then(|wish| wish.scrub.as_ref());
+            store.tell_scrub(scrub, self.cores, &mut self.outbox);
         }
     }
 
@@ -218,13 +268,8 @@ impl Stores {
     pub(super) fn close_removed(&mut self) -> bool {
         let mut any = false;
         for store in self.slots.iter_mut().flatten().filter(|store| store.removed && !store.released) {
-            for fill in store.fills.values() {
-                fill.cancelled.store(true, Ordering::Relaxed);
-            }
-            if store.fills.is_empty() {
-                store.released = true;
-                any = true;
-            }
+            store.released = true;
+            any = true;
         }
         any
     }
@@ -259,230 +304,268 @@ impl Stores {
 
     /// What is known of the volumes that are named or found.
     pub(super) fn observe_volumes(&self, desired: &Desired) -> Vec<ObservedVolume> {
-        let open: Vec<&OpenStore> = self.slots.iter().flatten().filter(|store| !store.removed).collect();
+        let open: Vec<&NodeStore> = self.slots.iter().flatten().filter(|store| !store.removed).collect();
         let mut volumes = Vec::new();
         for wish in &desired.volumes {
-            if let Some(store) = open.iter().find(|store| store.catalog.id() == wish.store) {
+            if let Some(store) = open.iter().find(|store| store.store.id() == wish.store) {
                 volumes.push(store.observe_volume(wish));
             }
         }
         let named: BTreeSet<VolumeId> = desired.volumes.iter().map(|wish| wish.id).collect();
         for store in open {
-            for entry in store.catalog.allocation().entries() {
-                if !named.contains(&entry.id) {
-                    volumes.push(ObservedVolume {
-                        id: entry.id,
-                        store: store.catalog.id(),
-                        state: VolumeObserved::Orphan,
-                        size_sectors: entry.committed_sectors,
-                        done_bytes: 0,
-                        error: String::new(),
-                    });
-                }
-            }
+            let present = store.store.catalog().volumes().iter();
+            let orphans =
+                present.filter(|volume| volume.state == VolumeState::Present && !named.contains(&volume.id));
+            volumes.extend(orphans.map(|volume| ObservedVolume {
+                id: volume.id,
+                store: store.store.id(),
+                state: VolumeObserved::Orphan,
+                size_sectors: volume.size_sectors,
+                done_bytes: 0,
+                error: String::new(),
+            }));
         }
         volumes
     }
 }
 
-impl OpenStore {
-    /// Takes in what has been filled, all in one change of the table.
-    fn finish_fills(&mut self) {
-        let finished: Vec<VolumeId> =
-            self.fills.iter().filter(|(_, fill)| fill.thread.is_finished()).map(|(id, _)| *id).collect();
-        let mut allocation = self.catalog.allocation().clone();
-        let mut filled = Vec::new();
-        for id in finished {
-            let fill = self.fills.remove(&id).expect("just listed");
-            let failure = match fill.thread.join() {
-                Ok(Ok(true)) if allocation.get(id).is_some() => {
-                    allocation.commit(id, fill.size_sectors);
-                    filled.push((id, fill.size_sectors));
-                    continue;
+impl NodeStore {
+    /// Takes in what shards have done.
+    fn hear_shards(&mut self) {
+        let mut catalog = self.store.catalog().clone();
+        while let Some(event) = self.shared.events.pop() {
+            match event {
+                ShardEvent::Failed { why, .. } => {
+                    self.failed = format!(
+                        "{why}: the store takes no more writes; look at the device, then restart the node"
+                    );
                 }
-                Ok(Ok(_)) => continue,
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => "the zero-fill crashed".to_owned(),
-            };
-            self.failures.insert(id, (fill.size_sectors, failure));
-        }
-        if !filled.is_empty()
-            && let Err(error) = self.catalog.commit(allocation)
-        {
-            self.failures.extend(filled.into_iter().map(|(id, size)| (id, (size, error.to_string()))));
-        }
-    }
-
-    /// Begins to make volumes as large as they are wanted, gently if the node is `serving` others.
-    fn allocate<'w>(&mut self, wishes: impl Iterator<Item = &'w DesiredVolume>, serving: bool) {
-        let room = FILLS_MAX.saturating_sub(self.fills.len());
-        let due: Vec<&DesiredVolume> = wishes.filter(|wish| self.is_due(wish)).take(room).collect();
-        for wish in self.reserve(&due) {
-            if let Err(error) = self.begin_fill(wish, serving) {
-                self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
-            }
-        }
-    }
-
-    /// Whether a volume is smaller than it is wanted, and nothing is being done about it.
-    fn is_due(&self, wish: &DesiredVolume) -> bool {
-        let committed = self.catalog.allocation().get(wish.id).map_or(0, |entry| entry.committed_sectors);
-        let tried = self.failures.get(&wish.id).is_some_and(|(size, _)| *size == wish.size_sectors);
-        (committed < wish.size_sectors || committed == 0) && !self.fills.contains_key(&wish.id) && !tried
-    }
-
-    /// Reserves extents for volumes, all in one change of the table; gives those that have theirs.
-    fn reserve<'w>(&mut self, wishes: &[&'w DesiredVolume]) -> Vec<&'w DesiredVolume> {
-        let mut allocation = self.catalog.allocation().clone();
-        let mut reserved = Vec::new();
-        for wish in wishes {
-            self.failures.remove(&wish.id);
-            match allocation.reserve(wish.id, wish.size_sectors) {
-                Ok(()) => reserved.push(*wish),
-                Err(error) => {
-                    self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
-                }
-            }
-        }
-        if allocation == *self.catalog.allocation() {
-            return reserved;
-        }
-        match self.catalog.commit(allocation) {
-            Ok(()) => reserved,
-            // The table may have room for some of them.
-            Err(CatalogError::Table(_)) if reserved.len() > 1 => {
-                reserved.iter().flat_map(|wish| self.reserve(&[wish])).collect()
-            }
-            Err(error) => {
-                let failed = |wish: &DesiredVolume| (wish.id, (wish.size_sectors, error.to_string()));
-                self.failures.extend(reserved.into_iter().map(failed));
-                Vec::new()
-            }
-        }
-    }
-
-    /// Begins to fill what a volume has reserved.
-    fn begin_fill(&mut self, wish: &DesiredVolume, serving: bool) -> anyhow::Result<()> {
-        let entry = self.catalog.allocation().get(wish.id).expect("just reserved");
-        let ranges = unfilled_ranges(entry);
-        let device = self.catalog.device().try_clone()?;
-        let gently = serving && device.fills_gently();
-        let done_bytes = Arc::new(AtomicU64::new(0));
-        let cancelled = Arc::new(AtomicBool::new(false));
-        let (done, cancel) = (Arc::clone(&done_bytes), Arc::clone(&cancelled));
-        let thread = std::thread::Builder::new().name("zero-fill".into()).spawn(move || {
-            let mut before = 0;
-            let mut piece_began = Instant::now();
-            for (offset_bytes, len_bytes) in ranges {
-                let went_on = device.fill_with_zeros(offset_bytes, len_bytes, |bytes| {
-                    done.store(before + bytes, Ordering::Relaxed);
-                    if gently {
-                        // Half of the device's time at most is taken from those who use it.
-                        std::thread::sleep(piece_began.elapsed());
-                        piece_began = Instant::now();
+                ShardEvent::Unmapped { object, from_block } => {
+                    self.unmapping.remove(&object);
+                    let Some(volume) = catalog.of_object(object).copied() else { continue };
+                    match volume.state {
+                        VolumeState::Purging if from_block == 0 => catalog.remove(volume.id),
+                        VolumeState::Purging => {}
+                        // A smaller size may have been wanted meanwhile.
+                        VolumeState::Present if volume.unmap_from_block == from_block => {
+                            if let Some(volume) = catalog.get_mut(volume.id) {
+                                volume.unmap_from_block = u64::MAX;
+                            }
+                        }
+                        VolumeState::Present => {}
                     }
-                    !cancel.load(Ordering::Relaxed)
-                })?;
-                if !went_on {
-                    return Ok(false);
                 }
-                before += len_bytes;
             }
-            Ok(true)
-        })?;
-        self.fills.insert(wish.id, Fill { size_sectors: wish.size_sectors, done_bytes, cancelled, thread });
-        Ok(())
-    }
-
-    fn purge(&mut self, wish: &DesiredVolume) {
-        if let Some(fill) = self.fills.get(&wish.id) {
-            fill.cancelled.store(true, Ordering::Relaxed);
-            return;
         }
-        let mut allocation = self.catalog.allocation().clone();
-        allocation.remove(wish.id);
-        if let Err(error) = self.catalog.commit(allocation) {
-            self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+        // What is not remembered is done once more.
+        if let Err(error) = self.commit(catalog) {
+            self.failed = error.to_string();
         }
     }
 
-    /// Gives the end of a volume up; whether it did.
-    fn shrink(&mut self, wish: &DesiredVolume) -> bool {
-        if self.fills.contains_key(&wish.id) {
-            return false;
+    fn commit(&mut self, catalog: Catalog) -> Result<(), OpenError> {
+        if catalog == *self.store.catalog() { Ok(()) } else { self.store.commit(catalog) }
+    }
+
+    /// Makes volumes, and makes them as large as they are wanted; all in one change of the catalog.
+    fn provide<'w>(&mut self, wishes: impl Iterator<Item = &'w DesiredVolume>) {
+        let mut catalog = self.store.catalog().clone();
+        let mut changed = Vec::new();
+        for wish in wishes {
+            let tried = self.failures.get(&wish.id).is_some_and(|(size, _)| *size == wish.size_sectors);
+            if tried {
+                continue;
+            }
+            match self.provide_one(wish, &mut catalog) {
+                Ok(true) => changed.push(wish),
+                Ok(false) => {}
+                Err(why) => {
+                    self.failures.insert(wish.id, (wish.size_sectors, why));
+                }
+            }
         }
-        match self.try_shrink(wish) {
-            Ok(()) => true,
+        if let Err(error) = self.commit(catalog) {
+            let failed = changed.into_iter().map(|wish| (wish.id, (wish.size_sectors, error.to_string())));
+            self.failures.extend(failed);
+        }
+    }
+
+    /// Whether the catalog has changed for it.
+    fn provide_one(&self, wish: &DesiredVolume, catalog: &mut Catalog) -> Result<bool, String> {
+        if !(1..=VOLUME_SECTORS_MAX).contains(&wish.size_sectors) {
+            return Err(format!("a volume has between 1 and 2^48 - 1 sectors, not {}", wish.size_sectors));
+        }
+        let shards = self.store.layout().shards;
+        match catalog.get_mut(wish.id) {
+            None => {
+                catalog
+                    .add(wish.id, wish.size_sectors, shards)
+                    .map_err(|_| OpenError::CatalogFull { path: self.path.clone() }.to_string())?;
+                Ok(true)
+            }
+            Some(volume) if volume.state == VolumeState::Purging => {
+                Err("the volume is being purged, and there is no way back".to_owned())
+            }
+            // What was given up must be gone before it can be zeros again.
+            Some(volume)
+                if volume.size_sectors < wish.size_sectors && volume.unmap_from_block == u64::MAX =>
+            {
+                volume.size_sectors = wish.size_sectors;
+                Ok(true)
+            }
+            Some(_) => Ok(false),
+        }
+    }
+
+    /// Gives volumes up in the catalog that are purging, and the ends of those that are smaller; whether one became smaller.
+    fn give_up<'w>(
+        &mut self,
+        wishes: impl Iterator<Item = &'w DesiredVolume>,
+        served: &BTreeSet<VolumeId>,
+    ) -> bool {
+        let mut catalog = self.store.catalog().clone();
+        let mut changed = Vec::new();
+        let mut shrunk = false;
+        for wish in wishes {
+            let Some(volume) = catalog.get_mut(wish.id) else { continue };
+            if volume.state == VolumeState::Purging {
+                continue;
+            }
+            match wish.state {
+                VolumeIntent::Purging if !served.contains(&wish.id) => {
+                    volume.state = VolumeState::Purging;
+                    // What it was giving up before goes with the rest.
+                    self.unmapping.remove(&volume.object);
+                    changed.push(wish);
+                }
+                VolumeIntent::Active if wish.size_sectors > 0 && volume.size_sectors > wish.size_sectors => {
+                    volume.size_sectors = wish.size_sectors;
+                    volume.unmap_from_block = wish.size_sectors.div_ceil(BLOCK_SECTORS);
+                    self.unmapping.remove(&volume.object);
+                    changed.push(wish);
+                    shrunk = true;
+                }
+                _ => {}
+            }
+        }
+        match self.commit(catalog) {
+            Ok(()) => shrunk,
             Err(error) => {
-                self.failures.insert(wish.id, (wish.size_sectors, error.to_string()));
+                let failed =
+                    changed.into_iter().map(|wish| (wish.id, (wish.size_sectors, error.to_string())));
+                self.failures.extend(failed);
                 false
             }
         }
     }
 
-    fn try_shrink(&mut self, wish: &DesiredVolume) -> Result<(), CatalogError> {
-        let mut allocation = self.catalog.allocation().clone();
-        allocation.shrink(wish.id, wish.size_sectors);
-        // What the last extent keeps beyond the new end must be zeros when the volume grows again.
-        let entry = allocation.get(wish.id).expect("shrunk, not removed");
-        let last = entry.runs.last().expect("a volume has at least one extent");
-        let end_bytes = DATA_OFFSET_BYTES + u64::from(last.first_extent + last.extents) * EXTENT_BYTES;
-        let unused = u64::from(entry.extents()) * EXTENT_BYTES - wish.size_sectors * SECTOR_BYTES;
-        let unused = unused / BLOCK_BYTES as u64 * BLOCK_BYTES as u64;
-        self.catalog.device().fill_with_zeros(end_bytes - unused, unused, |_| true)?;
-        self.catalog.commit(allocation)
-    }
-
-    fn observe(&self) -> ObservedStore {
-        let allocation = self.catalog.allocation();
-        ObservedStore {
-            path: self.path.clone(),
-            id: Some(self.catalog.id()),
-            state: StoreState::Ready,
-            durability: self.access.durability,
-            capacity_bytes: u64::from(allocation.extent_count()) * EXTENT_BYTES,
-            free_bytes: u64::from(allocation.free_extents()) * EXTENT_BYTES,
-            error: String::new(),
+    /// Tells shards what the catalog has given up, once.
+    fn tell_shards(&mut self, cores: usize, outbox: &mut Vec<(u16, Message)>) {
+        for volume in self.store.catalog().volumes() {
+            let from_block = match volume.state {
+                VolumeState::Purging => 0,
+                VolumeState::Present if volume.unmap_from_block != u64::MAX => volume.unmap_from_block,
+                VolumeState::Present => continue,
+            };
+            if self.unmapping.insert(volume.object) {
+                let object = Object { shard: volume.shard, number: volume.object };
+                let core = core_of_shard(volume.shard, self.position, cores);
+                outbox.push((core, Message::Unmap { store: self.position, object, from_block }));
+            }
         }
     }
 
+    fn observe(&self) -> ObservedStore {
+        let slots = self.store.layout().slots();
+        let told = self.told_now();
+        self.told.set(told);
+        let error = if self.failed.is_empty() { self.feeder.error() } else { self.failed.clone() };
+        ObservedStore {
+            path: self.path.clone(),
+            id: Some(self.store.id()),
+            state: if self.failed.is_empty() { StoreState::Ready } else { StoreState::Failed },
+            durability: self.access.durability,
+            capacity_bytes: u64::from(slots) * EXTENT_BYTES,
+            free_bytes: u64::from(slots.saturating_sub(told.allocated)) * EXTENT_BYTES,
+            error: shortened(&error),
+            // With one copy, whatever the device can do.
+            writes: WritePath::Journal,
+            checksum_errors: told.checksum_errors,
+            lost_blocks: told.lost_blocks,
+            scrub: told.scrub,
+        }
+    }
+
+    /// What there is to tell beside what this manager does itself.
+    fn told_now(&self) -> Told {
+        let counters = &self.shared.counters;
+        let allocated = counters.allocated.load(Ordering::Relaxed);
+        Told {
+            allocated,
+            checksum_errors: counters.checksum_errors.load(Ordering::Relaxed),
+            lost_blocks: counters.lost_blocks.load(Ordering::Relaxed),
+            scrub: self.observe_scrub(allocated),
+            lacks_room: !self.feeder.error().is_empty(),
+        }
+    }
+
+    /// Where the scrub stands that was asked for last.
+    fn observe_scrub(&self, allocated: u32) -> Option<ScrubObserved> {
+        let wish = self.scrub.as_ref()?;
+        let cells = self.shared.scrubs.iter().filter(|cell| cell.run.load(Ordering::Acquire) == wish.run);
+        let mut told = ScrubObserved { run: wish.run, ..ScrubObserved::default() };
+        let mut finished = 0;
+        for cell in cells {
+            told.done_bytes += u64::from(cell.done_extents.load(Ordering::Relaxed)) * EXTENT_BYTES;
+            told.errors += cell.errors.load(Ordering::Relaxed);
+            finished += usize::from(cell.is_finished.load(Ordering::Relaxed));
+        }
+        told.total_bytes = (u64::from(allocated) * EXTENT_BYTES).max(told.done_bytes);
+        told.state = if finished == self.shared.scrubs.len() {
+            told.total_bytes = told.done_bytes;
+            ScrubState::Finished
+        } else if wish.stopped {
+            ScrubState::Stopped
+        } else {
+            ScrubState::Running
+        };
+        Some(told)
+    }
+
+    /// Tells cores which scrub is wanted, when that has changed.
+    fn tell_scrub(&mut self, wish: Option<&ScrubWish>, cores: usize, outbox: &mut Vec<(u16, Message)>) {
+        if self.scrub.as_ref() == wish {
+            return;
+        }
+        self.scrub = wish.cloned();
+        let shards = self.store.layout().shards;
+        let task = wish
+            .filter(|wish| !wish.stopped)
+            .map(|wish| ScrubTask { run: wish.run, rate_bytes_per_s: wish.rate_bytes_per_s.max(1) });
+        let owners: BTreeSet<u16> =
+            (0..shards).map(|shard| core_of_shard(shard, self.position, cores)).collect();
+        outbox.extend(owners.into_iter().map(|core| (core, Message::Scrub { store: self.position, task })));
+    }
+
     fn observe_volume(&self, wish: &DesiredVolume) -> ObservedVolume {
-        let entry = self.catalog.allocation().get(wish.id);
-        let committed = entry.map_or(0, |entry| entry.committed_sectors);
+        let volume = self.store.catalog().get(wish.id);
+        let size_sectors = volume.map_or(0, |volume| volume.size_sectors);
         let failure = self.failures.get(&wish.id).filter(|(size, _)| *size == wish.size_sectors);
-        let filling = self.fills.get(&wish.id);
-        let state = match (wish.state, failure, entry) {
+        let state = match (wish.state, failure, volume) {
             (_, Some(_), _) => VolumeObserved::Failed,
             (VolumeIntent::Purging, _, None) => VolumeObserved::Purged,
-            (VolumeIntent::Active, _, Some(_)) if committed == wish.size_sectors => VolumeObserved::Ready,
+            (VolumeIntent::Active, _, Some(_)) if size_sectors == wish.size_sectors => VolumeObserved::Ready,
             _ => VolumeObserved::Allocating,
         };
         ObservedVolume {
             id: wish.id,
             store: wish.store,
             state,
-            size_sectors: committed,
-            done_bytes: filling
-                .map_or(committed * SECTOR_BYTES, |fill| fill.done_bytes.load(Ordering::Relaxed)),
+            size_sectors,
+            done_bytes: size_sectors * SECTOR_BYTES,
             error: failure.map(|(_, error)| shortened(error)).unwrap_or_default(),
         }
     }
-}
-
-/// Device ranges of a volume that have not been filled: (first byte, bytes).
-fn unfilled_ranges(entry: &Entry) -> Vec<(u64, u64)> {
-    let mut skip = entry.filled_extents;
-    let mut ranges = Vec::new();
-    for run in &entry.runs {
-        let skipped = skip.min(run.extents);
-        skip -= skipped;
-        let extents = run.extents - skipped;
-        if extents > 0 {
-            let first = u64::from(run.first_extent + skipped);
-            ranges.push((DATA_OFFSET_BYTES + first * EXTENT_BYTES, u64::from(extents) * EXTENT_BYTES));
-        }
-    }
-    ranges
 }
 
 /// An error text that fits the map.
@@ -491,226 +574,4 @@ fn shortened(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::FileExt;
-
-    use cluster_map::ClusterId;
-
-    use super::*;
-    use crate::store::EXTENT_SECTORS;
-
-    const SIZE: u64 = 64 << 20;
-    const SECTORS: u64 = 3 * EXTENT_SECTORS;
-
-    struct Node {
-        folder: tempfile::TempDir,
-        desired: Desired,
-        stores: Stores,
-    }
-
-    fn volume(n: u8) -> VolumeId {
-        VolumeId([n; 16])
-    }
-
-    impl Node {
-        fn new() -> Node {
-            let folder = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
-            let mut desired = Desired { cluster: ClusterId([1; 16]), ..Desired::default() };
-            let path = folder.path().join("s").to_str().unwrap().to_owned();
-            desired.stores.push(DesiredStore { path, size_bytes: SIZE, id: None });
-            let stores = Stores::open_all(&desired).unwrap();
-            Node { folder, desired, stores }
-        }
-
-        fn id(&self) -> StoreId {
-            self.stores.observe(&self.desired)[0].id.unwrap()
-        }
-
-        fn want(&mut self, n: u8, size_sectors: u64, state: VolumeIntent) {
-            let store = self.id();
-            self.desired.volumes.retain(|wish| wish.id != volume(n));
-            self.desired.volumes.push(DesiredVolume { id: volume(n), store, size_sectors, state });
-        }
-
-        /// Steps until no fill is left, serving `served`.
-        fn converge(&mut self, served: &[u8]) {
-            let served: BTreeSet<VolumeId> = served.iter().map(|n| volume(*n)).collect();
-            let deadline = Instant::now() + Duration::from_secs(30);
-            loop {
-                self.stores.open_missing(&self.desired);
-                self.stores.allocate(&self.desired);
-                self.stores.release(&self.desired, &served);
-                if !self.stores.is_filling() {
-                    return;
-                }
-                assert!(Instant::now() < deadline, "a fill never ends");
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-
-        fn state(&self, n: u8) -> VolumeObserved {
-            let all = self.stores.observe_volumes(&self.desired);
-            all.iter().find(|observed| observed.id == volume(n)).unwrap().state
-        }
-
-        fn committed(&self, n: u8) -> Option<u64> {
-            self.stores
-                .volumes()
-                .find(|(_, entry)| entry.id == volume(n))
-                .map(|(_, entry)| entry.committed_sectors)
-        }
-
-        fn path(&self) -> std::path::PathBuf {
-            self.folder.path().join("s")
-        }
-
-        /// The device bytes of a volume's sectors.
-        fn device_ranges(&self, n: u8) -> Vec<(u64, u64)> {
-            let (_, entry) = self.stores.volumes().find(|(_, entry)| entry.id == volume(n)).unwrap();
-            unfilled_ranges(&Entry { filled_extents: 0, ..entry.clone() })
-        }
-
-        fn write_everywhere(&self, n: u8, byte: u8) {
-            let file = std::fs::OpenOptions::new().write(true).open(self.path()).unwrap();
-            for (offset, len) in self.device_ranges(n) {
-                file.write_all_at(&vec![byte; usize::try_from(len).unwrap()], offset).unwrap();
-            }
-            file.sync_all().unwrap();
-        }
-
-        fn bytes(&self, n: u8) -> Vec<u8> {
-            let file = std::fs::File::open(self.path()).unwrap();
-            let mut all = Vec::new();
-            for (offset, len) in self.device_ranges(n) {
-                let mut bytes = vec![0; usize::try_from(len).unwrap()];
-                file.read_exact_at(&mut bytes, offset).unwrap();
-                all.extend(bytes);
-            }
-            all
-        }
-    }
-
-    #[test]
-    fn a_new_volume_on_used_extents_reads_as_zeros() {
-        let mut node = Node::new();
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.converge(&[]);
-        assert_eq!(node.state(1), VolumeObserved::Ready);
-        node.write_everywhere(1, 0xaa);
-        node.want(1, SECTORS, VolumeIntent::Purging);
-        node.converge(&[]);
-        node.desired.volumes.clear();
-        node.want(2, SECTORS, VolumeIntent::Active);
-        node.converge(&[]);
-        assert_eq!(node.committed(2), Some(SECTORS));
-        assert!(node.bytes(2).iter().all(|&byte| byte == 0));
-    }
-
-    #[test]
-    fn only_what_is_purging_and_unserved_is_freed() {
-        let mut node = Node::new();
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.want(2, SECTORS, VolumeIntent::Active);
-        node.converge(&[1, 2]);
-        node.write_everywhere(1, 0xbb);
-        // Not named any more: an orphan, kept.
-        node.desired.volumes.retain(|wish| wish.id != volume(1));
-        node.converge(&[2]);
-        assert_eq!(node.state(1), VolumeObserved::Orphan);
-        assert!(node.bytes(1).iter().all(|&byte| byte == 0xbb));
-        // Purging, and still served: kept.
-        node.want(2, SECTORS, VolumeIntent::Purging);
-        node.converge(&[2]);
-        assert_ne!(node.state(2), VolumeObserved::Purged);
-        node.converge(&[]);
-        assert_eq!(node.state(2), VolumeObserved::Purged);
-        assert_eq!(node.committed(2), None);
-        assert!(node.committed(1).is_some());
-    }
-
-    #[test]
-    fn a_volume_grows_in_zeros_and_shrinks_only_when_wanted() {
-        let mut node = Node::new();
-        node.want(1, EXTENT_SECTORS, VolumeIntent::Active);
-        node.converge(&[1]);
-        node.write_everywhere(1, 0xcc);
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.converge(&[1]);
-        assert_eq!(node.committed(1), Some(SECTORS));
-        let bytes = node.bytes(1);
-        let (old, new) = bytes.split_at(usize::try_from(EXTENT_BYTES).unwrap());
-        assert!(old.iter().all(|&byte| byte == 0xcc) && new.iter().all(|&byte| byte == 0));
-        node.write_everywhere(1, 0xdd);
-        // Down to one and a half extents, and up again: what was given up does not come back.
-        let half = EXTENT_SECTORS + EXTENT_SECTORS / 2;
-        node.want(1, half, VolumeIntent::Active);
-        node.converge(&[1]);
-        assert_eq!(node.committed(1), Some(half));
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.converge(&[1]);
-        let bytes = node.bytes(1);
-        let (kept, new) = bytes.split_at(usize::try_from(half * SECTOR_BYTES).unwrap());
-        assert!(kept.iter().all(|&byte| byte == 0xdd) && new.iter().all(|&byte| byte == 0));
-    }
-
-    #[test]
-    fn an_interrupted_fill_is_begun_again() {
-        let mut node = Node::new();
-        node.want(1, SECTORS, VolumeIntent::Active);
-        // Reserved and not filled, as a crash leaves it; the extents hold something old.
-        {
-            let store = node.stores.slots[0].as_mut().unwrap();
-            let mut allocation = store.catalog.allocation().clone();
-            allocation.reserve(volume(1), SECTORS).unwrap();
-            store.catalog.commit(allocation).unwrap();
-        }
-        node.write_everywhere(1, 0xee);
-        assert_eq!(node.committed(1), Some(0), "not served");
-        node.stores = Stores::default();
-        node.converge(&[]);
-        assert_eq!(node.state(1), VolumeObserved::Ready);
-        assert!(node.bytes(1).iter().all(|&byte| byte == 0));
-    }
-
-    #[test]
-    fn what_does_not_fit_is_said_and_another_size_is_tried() {
-        let mut node = Node::new();
-        node.want(1, 1000 * EXTENT_SECTORS, VolumeIntent::Active);
-        node.converge(&[]);
-        assert_eq!(node.state(1), VolumeObserved::Failed);
-        let observed = node.stores.observe_volumes(&node.desired);
-        assert!(observed[0].error.contains("free extents"), "{}", observed[0].error);
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.converge(&[]);
-        assert_eq!(node.state(1), VolumeObserved::Ready);
-    }
-
-    #[test]
-    fn a_store_that_is_named_no_more_is_closed_and_can_come_back() {
-        let mut node = Node::new();
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.converge(&[]);
-        let named = std::mem::take(&mut node.desired.stores);
-        node.stores.open_missing(&node.desired);
-        assert_eq!(node.committed(1), None, "not served any more");
-        assert!(node.stores.close_removed());
-        assert!(node.stores.access().iter().all(Option::is_none));
-        node.stores.drop_closed();
-        node.desired.stores = named;
-        node.converge(&[]);
-        assert_eq!(node.committed(1), Some(SECTORS));
-    }
-
-    #[test]
-    fn a_store_that_cannot_be_opened_is_said_and_the_others_serve() {
-        let mut node = Node::new();
-        let path = node.folder.path().join("missing").to_str().unwrap().to_owned();
-        node.desired.stores.push(DesiredStore { path, size_bytes: 0, id: None });
-        node.want(1, SECTORS, VolumeIntent::Active);
-        node.converge(&[]);
-        let observed = node.stores.observe(&node.desired);
-        assert_eq!(observed[1].state, StoreState::Failed);
-        assert!(observed[1].error.contains("does not exist"), "{}", observed[1].error);
-        assert_eq!(node.state(1), VolumeObserved::Ready);
-    }
-}
+mod tests;

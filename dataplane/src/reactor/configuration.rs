@@ -23,20 +23,17 @@ impl Reactor {
                 (Some(access), None) => {
                     self.devices[at] = self.open_device(access);
                     if self.devices[at].is_some() {
-                        self.serving.open_store(at);
+                        let own = &access.shards[usize::from(self.core)];
+                        self.serving.open_store(at, std::iter::from_fn(|| own.pop()));
                     }
                 }
-                (None, Some(own)) => {
-                    // A later file would get its place in the ring, and what waits for this one.
-                    debug_assert!(
-                        !self.waiting.names(own.file),
-                        "a store closes after its last disk request"
-                    );
-                    self.ring.unregister_file(own.file);
-                    self.devices[at] = None;
-                    self.serving.close_store(at);
-                }
+                (None, Some(_)) => self.serving.close_store(at),
                 _ => {}
+            }
+        }
+        if config.drain {
+            for at in 0..self.devices.len() {
+                self.serving.close_store(at);
             }
         }
         let exports = &config.exports;
@@ -66,13 +63,31 @@ impl Reactor {
 
     /// Tells the manager once no request of an older configuration is left.
     pub(super) fn settle(&mut self) {
-        if self.settling && self.serving.is_settled() {
+        if self.settling && self.serving.is_settled() && self.drop_closed_stores() {
             self.settling = false;
             self.mailboxes[usize::from(self.core)].set_applied(self.config.version);
         }
     }
 
-    pub(super) fn is_drained(&self) -> bool {
-        self.serving.is_empty() && self.waiting.is_empty() && !self.unsent
+    /// Lets go the stores that the configuration has no more, once they are at rest; whether all are gone.
+    fn drop_closed_stores(&mut self) -> bool {
+        let mut all = true;
+        for at in 0..self.devices.len() {
+            let wanted = !self.config.drain && self.config.stores.get(at).is_some_and(Option::is_some);
+            if wanted || self.devices[at].is_none() {
+                continue;
+            }
+            if !self.serving.drop_closed_store(at, &mut self.pool) {
+                all = false;
+            } else if let Some(own) = self.devices[at].take() {
+                debug_assert!(!self.waiting.names(own.file), "a store at rest has no disk request");
+                self.ring.unregister_file(own.file);
+            }
+        }
+        all
+    }
+
+    pub(super) fn is_drained(&mut self) -> bool {
+        self.serving.is_empty() && self.drop_closed_stores() && self.waiting.is_empty() && !self.unsent
     }
 }

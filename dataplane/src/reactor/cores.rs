@@ -31,8 +31,13 @@ impl Reactor {
                 self.stats.add(Counter::TxRingFull, 1);
                 self.give_back(data);
             }
-            Err(Message::TakeBack(_) | Message::Changed { .. }) => {
-                unreachable!("chunks go home by `send_home`, and the manager tells of changes")
+            Err(
+                Message::TakeBack(_)
+                | Message::Changed { .. }
+                | Message::Unmap { .. }
+                | Message::Scrub { .. },
+            ) => {
+                unreachable!("chunks go home by `send_home`, and the rest comes from the manager")
             }
         }
     }
@@ -48,6 +53,8 @@ impl Reactor {
                 Message::TakeBack(chunk) => self.pool.release(chunk),
                 Message::Send { interface, head, data } => self.send(interface, &head, data),
                 Message::Changed { token, outcome } => self.finish_change(token, outcome),
+                Message::Unmap { store, object, from_block } => self.serving.unmap(store, object, from_block),
+                Message::Scrub { store, task } => self.serving.set_scrub(store, task),
                 Message::Serve { interface, frame } => {
                     // Routed again: the sender may have had another configuration.
                     if let Some(ingress) = config.ingress.get(usize::from(interface))

@@ -170,7 +170,10 @@ impl Reactor {
             } else if let Some(event) = self.ring.next_event() {
                 self.event(event);
             } else {
-                return worked;
+                let (serving, mut around) = self.serving();
+                if !serving.turn_stores(&mut around) {
+                    return worked;
+                }
             }
             worked = true;
         }

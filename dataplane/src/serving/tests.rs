@@ -2,6 +2,10 @@
 //!
 //! Frames are made and answers read as on the wire, so that everything between the two takes part: target, order, riders,
 //! turns and store. Numbers of the cases are those of the conformance table.
+//!
+//! The store is thin and takes writes into its journal first. So a node begins with zeros written wherever a case reads: else
+//! a read would have nothing to do with the device. What a write costs is told by its batches and by the blocks in them; that
+//! they go to their place afterwards is the store's own affair.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,11 +17,17 @@ use cluster_map::{ClientCounter, ClusterId, ControlMap, DataMap, Geometry, NodeI
 use zerocopy::IntoBytes;
 
 use super::*;
-use crate::store::linear::{Placement, Run};
-use crate::store::{BLOCK_SECTORS, Durable, EXTENT_BYTES, EXTENT_SECTORS};
+use crate::store::extent::format::Shape;
+use crate::store::extent::fresh::FreshStore;
+use crate::store::extent::shard::RESERVE_CHUNKS;
+use crate::store::{BLOCK_SECTORS, Crcs, Durable, EXTENT_SECTORS};
 
-const DATA_OFFSET: u64 = 1 << 20;
+const DEVICE_BYTES: u64 = 32 << 20;
+/// One shard for each export.
+const SHARDS: u16 = 2;
 const EXPORTS: u8 = 2;
+/// Longer than a shard that rests takes to put everything in its place.
+const REST_NS: u64 = 300_000_000;
 const ERROR: IoError = IoError::Errno(5);
 /// Requests are made around the border between two extents, so that some go to the device in two pieces.
 const BASE: u64 = EXTENT_SECTORS - 6 * BLOCK_SECTORS;
@@ -77,8 +87,15 @@ struct TestDevices {
     pool: Pool,
     image: Vec<u8>,
     pending: Vec<Pending>,
+    /// Where the journals are, bytes: for each the first one and the end.
+    journals: Vec<std::ops::Range<u64>>,
     reads: u64,
-    writes: u64,
+    /// Writes to journals.
+    batches: u64,
+    /// Blocks of data in them.
+    batch_blocks: u64,
+    /// Ended writes of which not all was written, or nothing.
+    failed_writes: u64,
 }
 
 impl TestDevices {
@@ -90,6 +107,43 @@ impl TestDevices {
             assert!(!meet || !(writes || other_writes), "{request:?} is given out beside {other:?}");
         }
         self.pending.push(request);
+    }
+
+    /// Ends one of the disk requests in flight, if there is any.
+    fn end(&mut self, pick: usize, end: End) -> Option<(u64, Blocks, Result<(), IoError>)> {
+        if self.pending.is_empty() {
+            return None;
+        }
+        let result = if end == End::Well { Ok(()) } else { Err(ERROR) };
+        let (token, blocks) = match self.pending.remove(pick) {
+            Pending::Sync { token } => (token, Blocks::new()),
+            Pending::Read { offset, mut blocks, token } => {
+                for index in 0..blocks.len() {
+                    let at = usize::try_from(offset).unwrap() + index * BLOCK_BYTES;
+                    let bytes = self.pool.bytes_mut(blocks.get_mut(index));
+                    match end {
+                        End::Well => bytes.copy_from_slice(&self.image[at..at + BLOCK_BYTES]),
+                        _ => bytes.fill(0xee),
+                    }
+                }
+                (token, blocks)
+            }
+            Pending::Write { offset, blocks, token } => {
+                let region = Arc::clone(self.pool.region());
+                let written = match end {
+                    End::Well => blocks.len(),
+                    End::Failed => 0,
+                    End::FailedHalfWay => 1,
+                };
+                self.failed_writes += u64::from(end != End::Well);
+                for (index, chunk) in blocks.iter().enumerate().take(written) {
+                    let at = usize::try_from(offset).unwrap() + index * BLOCK_BYTES;
+                    self.image[at..at + BLOCK_BYTES].copy_from_slice(region.bytes(chunk));
+                }
+                (token, blocks)
+            }
+        };
+        Some((token, blocks, result))
     }
 }
 
@@ -113,7 +167,11 @@ impl Disk for TestDisk<'_> {
     }
 
     fn write(&mut self, offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
-        self.0.writes += 1;
+        if self.0.journals.iter().any(|journal| journal.contains(&offset_bytes)) {
+            self.0.batches += 1;
+            // One block tells what the others are.
+            self.0.batch_blocks += blocks.len() as u64 - 1;
+        }
         self.0.begin(Pending::Write { offset: offset_bytes, blocks, token });
     }
 
@@ -159,6 +217,14 @@ fn mac(slot: u8) -> Mac {
     Mac([0x02, 0xaa, 0, 0, slot, 0x10])
 }
 
+/// The layer of an export, on a shard of its own.
+fn object(export: u8) -> Object {
+    Object { shard: u16::from(export), number: u32::from(export) }
+}
+
+/// The number of the client that looks what a node holds.
+const READER: u8 = 0xff;
+
 fn client(number: u8) -> Mac {
     Mac([0x02, 0, 0, 0, 0xc1, number])
 }
@@ -169,6 +235,13 @@ impl Node {
     }
 
     fn with_limits(limits: Limits, chunks: u32) -> Node {
+        let mut node = Node::thin(limits, chunks);
+        node.fill();
+        node
+    }
+
+    /// A node whose volumes were never written.
+    fn thin(limits: Limits, chunks: u32) -> Node {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = folder.path().join("map");
         let geometry = Geometry::new(1, ClusterId([1; 16]), NodeId([2; 16]));
@@ -176,12 +249,9 @@ impl Node {
         let map = DataMap::attach(&path).unwrap();
         let config = RegionConfig { cores: 2, chunks_per_core: chunks, headers_per_core: 64 };
         let region = Region::new(config).unwrap();
-        // Four extents each, the device's order being another than the volume's.
-        let run = |first_extent| Run { first_extent, extents: 1 };
-        let served = (0..u32::from(EXPORTS)).map(|export| {
-            let placement = Placement::new(&[run(2 * export + 1), run(2 * export)], DATA_OFFSET);
-            Some(Served { store: 0, placement: Arc::new(placement), owner: 0 })
-        });
+        let shape = Shape { shards: Some(SHARDS), journal_blocks: None };
+        let store = FreshStore::new(DEVICE_BYTES, shape).unwrap();
+        let served = (0..EXPORTS).map(|export| Some(Served { store: 0, object: object(export), owner: 0 }));
         let export = |slot| Export {
             key: u32::from(slot),
             address: address(slot),
@@ -197,16 +267,22 @@ impl Node {
         };
         let clients = Clients::new(limits.clients, map.core_clients(0).unwrap());
         let mut serving = Serving::new(limits, clients);
-        serving.open_store(0);
-        let image_bytes = DATA_OFFSET + u64::from(EXPORTS) * 2 * EXTENT_BYTES;
+        serving.open_store(0, store.shards.into_iter());
+        let journals = (0..SHARDS).map(|shard| {
+            let begin = store.layout.journal_offset(shard);
+            begin..begin + u64::from(store.layout.journal_blocks) * BLOCK_BYTES as u64
+        });
         Node {
             serving,
             devices: TestDevices {
                 pool: region.pool(0).unwrap(),
-                image: vec![0; usize::try_from(image_bytes).unwrap()],
-                pending: Vec::with_capacity(2 * limits.requests as usize),
+                image: vec![0; usize::try_from(DEVICE_BYTES).unwrap()],
+                pending: Vec::with_capacity(16 * 1024),
+                journals: journals.collect(),
                 reads: 0,
-                writes: 0,
+                batches: 0,
+                batch_blocks: 0,
+                failed_writes: 0,
             },
             served: served.collect(),
             exports: ExportTable::new((0..EXPORTS).map(export).collect()).unwrap(),
@@ -218,6 +294,41 @@ impl Node {
             control,
             _folder: folder,
         }
+    }
+
+    /// Writes zeros wherever cases read, past the requests and their counters, and lets the store rest.
+    fn fill(&mut self) {
+        const STEP_SECTORS: usize = 16;
+        let mut outcomes = Vec::new();
+        let places = (0..4096).chain(BASE - 64..BASE + 192).step_by(STEP_SECTORS);
+        for (lba, export) in places.flat_map(|lba| (0..EXPORTS).map(move |export| (lba, export))) {
+            let mut blocks = take_blocks(&mut self.devices.pool, 2).unwrap();
+            for index in 0..blocks.len() {
+                self.devices.pool.bytes_mut(blocks.get_mut(index)).fill(0);
+            }
+            let operation = Operation::Write {
+                first_block: lba / BLOCK_SECTORS,
+                blocks,
+                keep_head_bytes: 0,
+                keep_tail_bytes: 0,
+                crcs: Crcs::default(),
+            };
+            let store = self.serving.stores[0].as_mut().unwrap();
+            let mut disk = TestDisk(&mut self.devices);
+            store.start(RequestToken(0), &object(export), operation, &mut disk, &mut outcomes);
+            store.turn(self.now_ns, &mut disk, &mut outcomes);
+            while let Some((token, blocks, result)) = self.devices.end(0, End::Well) {
+                let store = self.serving.stores[0].as_mut().unwrap();
+                let mut disk = TestDisk(&mut self.devices);
+                store.finished(token, blocks, result, &mut disk, &mut outcomes);
+                store.turn(self.now_ns, &mut disk, &mut outcomes);
+            }
+            assert!(outcomes.drain(..).all(|outcome| outcome.result == Ok(())));
+        }
+        self.rest();
+        self.assert_idle();
+        let devices = &mut self.devices;
+        (devices.reads, devices.batches, devices.batch_blocks) = (0, 0, 0);
     }
 
     fn step<T>(&mut self, step: impl FnOnce(&mut Serving, &mut Around<'_, &mut TestDevices>) -> T) -> T {
@@ -284,7 +395,9 @@ impl Node {
                 while let Some(answer) = self.serving.next_answer() {
                     self.take(answer);
                 }
-            } else if !self.step(|serving, around| serving.start_next(around)) {
+            } else if !self.step(|serving, around| serving.start_next(around))
+                && !self.step(|serving, around| serving.turn_stores(around))
+            {
                 return;
             }
         }
@@ -309,50 +422,54 @@ impl Node {
 
     /// Ends one of the disk requests in flight.
     fn end(&mut self, pick: usize, end: End) {
-        let failed = if end == End::Well { Ok(()) } else { Err(ERROR) };
-        let (token, blocks) = match self.devices.pending.remove(pick) {
-            Pending::Sync { token } => (token, Blocks::new()),
-            Pending::Read { offset, mut blocks, token } => {
-                for index in 0..blocks.len() {
-                    let at = usize::try_from(offset).unwrap() + index * BLOCK_BYTES;
-                    let bytes = self.devices.pool.bytes_mut(blocks.get_mut(index));
-                    match end {
-                        End::Well => bytes.copy_from_slice(&self.devices.image[at..at + BLOCK_BYTES]),
-                        _ => bytes.fill(0xee),
-                    }
-                }
-                (token, blocks)
-            }
-            Pending::Write { offset, blocks, token } => {
-                let region = Arc::clone(self.devices.pool.region());
-                let written = match end {
-                    End::Well => blocks.len(),
-                    End::Failed => 0,
-                    End::FailedHalfWay => 1,
-                };
-                for (index, chunk) in blocks.iter().enumerate().take(written) {
-                    let at = usize::try_from(offset).unwrap() + index * BLOCK_BYTES;
-                    self.devices.image[at..at + BLOCK_BYTES].copy_from_slice(region.bytes(chunk));
-                }
-                (token, blocks)
-            }
-        };
-        self.step(|serving, around| serving.disk_ended(0, token, blocks, failed, around));
+        let (token, blocks, result) = self.devices.end(pick, end).expect("it is in flight");
+        self.step(|serving, around| serving.disk_ended(0, token, blocks, result, around));
         self.work();
     }
 
-    /// Ends everything in flight, the newest disk request first.
+    /// Ends everything in flight, the newest disk request first, and what comes of it, until every request has ended.
     fn end_all(&mut self) {
         self.work();
-        while !self.devices.pending.is_empty() {
-            self.end(self.devices.pending.len() - 1, End::Well);
+        loop {
+            if !self.devices.pending.is_empty() {
+                self.end(self.devices.pending.len() - 1, End::Well);
+            } else if !self.serving.is_empty() {
+                // Something waits for memory or a slot, and looks again after a while.
+                let due_ns = self.serving.stores_due_ns();
+                assert_ne!(due_ns, u64::MAX, "requests wait for nothing");
+                self.now_ns = self.now_ns.max(due_ns);
+                self.work();
+            } else {
+                return;
+            }
         }
     }
 
-    fn image_sector(&self, slot: u8, lba: u64) -> &[u8] {
-        let extent = 2 * u64::from(slot) + 1 - lba / EXTENT_SECTORS;
-        let at = DATA_OFFSET + extent * EXTENT_BYTES + lba % EXTENT_SECTORS * SECTOR as u64;
-        &self.devices.image[usize::try_from(at).unwrap()..][..SECTOR]
+    /// Lets time pass until the store has put everything in its place and wants nothing any more.
+    fn rest(&mut self) {
+        self.end_all();
+        for _ in 0..1000 {
+            if self.serving.stores_due_ns() == u64::MAX {
+                return;
+            }
+            self.now_ns = self.now_ns.max(self.serving.stores_due_ns());
+            self.end_all();
+        }
+        panic!("the store never rests");
+    }
+
+    /// What a reader finds in a sector, once the store rests: so it is what the device holds.
+    fn sector(&mut self, slot: u8, lba: u64) -> Vec<u8> {
+        const TAG: u32 = u32::MAX;
+        self.rest();
+        let before = (self.devices.reads, self.replies.len());
+        self.receive(&Asked { slot, client: client(READER), ..read(TAG, lba, 1) });
+        self.end_all();
+        assert_eq!(self.devices.reads, before.0 + 1, "it comes from the device");
+        self.devices.reads = before.0;
+        let reply = self.replies.pop().unwrap();
+        assert_eq!((self.replies.len(), reply.tag, reply.status), (before.1, TAG, 0x40));
+        reply.data
     }
 
     fn count(&self, counter: Counter) -> u64 {
@@ -363,9 +480,22 @@ impl Node {
         self.replies.iter().map(|reply| reply.tag).collect()
     }
 
-    /// Nothing is left: no request, no chunk, no place in the order.
-    fn assert_idle(&self) {
+    /// Nothing is left once the store rests: no request, no chunk, no place in the order.
+    fn assert_idle(&mut self) {
+        self.rest();
         assert!(self.serving.is_empty() && self.serving.order.is_empty());
+        let kept = usize::from(SHARDS) * RESERVE_CHUNKS;
+        assert_eq!(self.devices.pool.free_chunks() + kept, self.chunks, "every chunk is back");
+        assert_eq!(self.senders.free_chunks(), self.chunks);
+    }
+
+    /// The same of a node whose store has failed: that one keeps what it could not put in its place, until it is closed.
+    fn assert_idle_after_failure(&mut self) {
+        self.end_all();
+        assert!(self.serving.is_empty() && self.serving.order.is_empty());
+        self.serving.close_store(0);
+        self.rest();
+        assert!(self.serving.drop_closed_store(0, &mut self.devices.pool), "a failed store closes");
         assert_eq!(self.devices.pool.free_chunks(), self.chunks, "every chunk is back");
         assert_eq!(self.senders.free_chunks(), self.chunks);
     }
@@ -416,7 +546,7 @@ fn case_16_a_request_that_comes_twice_gets_two_answers_for_one_disk_request() {
         node.receive(&write(tag + 100, 1, 64, 8));
     }
     node.work();
-    assert_eq!((node.devices.reads, node.devices.writes), (1, 1));
+    assert_eq!((node.devices.reads, node.devices.batches), (1, 1));
     node.end_all();
     let mut tags = node.tags();
     tags.sort_unstable();
@@ -441,12 +571,12 @@ fn case_57_a_resent_write_is_never_answered_before_the_first_copy_is_done_nor_la
     node.receive(&write(5, 1, 8, 8));
     node.receive(&write(6, 3, 8, 8));
     node.work();
-    assert_eq!(node.tags(), [], "nothing is answered before the first copy is done");
-    assert_eq!(node.devices.writes, 1, "and the second does not go to the device");
+    assert!(node.tags().is_empty(), "nothing is answered before the first copy is done");
+    assert_eq!(node.devices.batches, 1, "and the second does not go to the device");
     node.end_all();
     assert_eq!(node.tags(), [1, 2, 3, 4, 5, 6]);
     assert_eq!(node.replies[2].data, payload(1, 8, 8));
-    assert_eq!(node.image_sector(0, 8), sector_of(3, 8));
+    assert_eq!(node.sector(0, 8), sector_of(3, 8));
     assert_eq!(node.count(Counter::Duplicates), 1);
     node.assert_idle();
 }
@@ -478,13 +608,13 @@ fn case_60_a_copy_by_another_interface_or_station_keeps_the_order_too() {
     node.receive(&Asked { interface: 1, ..write(2, 1, 8, 8) });
     node.receive(&Asked { interface: 1, client: client(2), ..write(3, 1, 8, 8) });
     node.work();
-    assert_eq!((node.tags(), node.devices.writes), (vec![], 1));
+    assert_eq!((node.tags(), node.devices.batches), (vec![], 1));
     node.receive(&Asked { interface: 1, client: client(2), ..write(4, 2, 8, 8) });
     node.end_all();
     let answers: Vec<_> = node.replies.iter().map(|r| (r.tag, r.interface, r.client)).collect();
     let expected = [(1, 0, client(1)), (2, 1, client(1)), (3, 1, client(2)), (4, 1, client(2))];
     assert_eq!(answers, expected, "each answer goes where its request came from");
-    assert_eq!(node.image_sector(0, 8), sector_of(2, 8));
+    assert_eq!(node.sector(0, 8), sector_of(2, 8));
     node.assert_idle();
 }
 
@@ -509,7 +639,7 @@ fn case_61_twice_the_advertised_buffers_are_served_or_dropped_and_retries_succee
             missing.retain(|tag| !done.contains(tag));
         }
         for tag in 0..outstanding {
-            assert_eq!(node.image_sector(0, u64::from(tag) * 8), sector_of(tag, u64::from(tag) * 8));
+            assert_eq!(node.sector(0, u64::from(tag) * 8), sector_of(tag, u64::from(tag) * 8));
         }
         node.assert_idle();
     }
@@ -542,15 +672,15 @@ fn a_late_copy_of_a_linux_write_is_dropped_and_counted_where_tags_prove_it() {
         node.receive(&asked(late, 6, 64));
         node.end_all();
         let holds = if station == 1 { 8 } else { 6 };
-        assert_eq!(node.image_sector(0, 64), sector_of(holds, 64), "station {station}");
-        assert_eq!(node.image_sector(0, 66), sector_of(6, 66), "sectors beside it are free");
+        assert_eq!(node.sector(0, 64), sector_of(holds, 64), "station {station}");
+        assert_eq!(node.sector(0, 66), sector_of(6, 66), "sectors beside it are free");
         let answers = node.tags().iter().filter(|&&tag| tag == late).count();
         assert_eq!(answers, if station == 1 { 1 } else { 2 }, "a late copy has no answer");
     }
     assert_eq!(node.count(Counter::LateWrites), 1);
     let clients = node.control.reader().clients_of(7, 0).unwrap();
     let dropped: Vec<u64> = clients.iter().map(|client| client.get(ClientCounter::DroppedLate)).collect();
-    assert_eq!(dropped, [1, 0]);
+    assert_eq!(dropped, [1, 0, 0], "of the two stations and of who looked");
     node.assert_idle();
 }
 
@@ -569,7 +699,7 @@ fn a_device_that_stands_still_costs_a_bounded_number_of_requests_and_goes_on_by_
         }
         node.work();
     }
-    assert_eq!(node.tags(), []);
+    assert!(node.tags().is_empty());
     assert!(node.devices.pending.len() <= 64 && node.devices.pool.free_chunks() >= 512 - 2 * 64);
     let dropped = node.count(Counter::ClientOverLimit) + node.count(Counter::RxDropped);
     let held = 20 * 128 - usize::try_from(dropped).unwrap();
@@ -585,13 +715,13 @@ fn a_device_that_stands_still_costs_a_bounded_number_of_requests_and_goes_on_by_
         assert!(before.is_none_or(|before| before <= round), "answered out of order");
     }
     for (lba, round) in holds {
-        assert_eq!(node.image_sector(0, lba), sector_of(round, lba));
+        assert_eq!(node.sector(0, lba), sector_of(round, lba));
     }
     node.assert_idle();
     // And what comes now is served at once.
     node.receive(&write(9_999, 99, 0, 8));
     node.end_all();
-    assert_eq!(node.image_sector(0, 0), sector_of(99, 0));
+    assert_eq!(node.sector(0, 0), sector_of(99, 0));
 }
 
 #[test]
@@ -646,13 +776,14 @@ fn four_neighbours_of_1_kib_are_one_write_without_a_read() {
             node.receive(&write(part, part, 16 + 2 * u64::from(part), 2));
         }
         node.work();
-        assert_eq!((node.devices.reads, node.devices.writes), (0, 1), "{order:?}");
+        assert_eq!((node.devices.reads, node.devices.batches), (0, 1), "{order:?}");
+        assert_eq!(node.devices.batch_blocks, 1);
         node.end_all();
         assert_eq!(node.tags(), order);
         for part in 0..4 {
             let lba = 16 + 2 * u64::from(part);
-            assert_eq!(node.image_sector(0, lba), sector_of(part, lba));
-            assert_eq!(node.image_sector(0, lba + 1), sector_of(part, lba + 1));
+            assert_eq!(node.sector(0, lba), sector_of(part, lba));
+            assert_eq!(node.sector(0, lba + 1), sector_of(part, lba + 1));
         }
         assert_eq!(node.count(Counter::Merged), 3);
         node.assert_idle();
@@ -666,10 +797,11 @@ fn twelve_neighbours_are_one_write_of_three_blocks_and_the_thirteenth_begins_ano
         node.receive(&write(part, part, 16 + 2 * u64::from(part), 2));
     }
     node.work();
-    assert_eq!((node.devices.reads, node.devices.writes), (1, 1), "one write; the thirteenth reads first");
-    assert_eq!(node.devices.pending[0].extent().1, 3 * BLOCK_BYTES as u64);
+    assert_eq!((node.devices.reads, node.devices.batches), (1, 1), "one write; the thirteenth reads first");
+    assert_eq!(node.devices.batch_blocks, 3);
     node.end_all();
-    assert_eq!((node.devices.reads, node.devices.writes, node.replies.len()), (1, 2, 13));
+    assert_eq!((node.devices.reads, node.devices.batches, node.replies.len()), (1, 2, 13));
+    assert_eq!(node.devices.batch_blocks, 3 + 1);
     node.assert_idle();
 }
 
@@ -683,10 +815,11 @@ fn neighbours_of_two_clients_and_exports_are_told_apart_when_they_alternate() {
         node.receive(&Asked { slot: 1, ..write(20 + part, 3, lba, 2) });
     }
     node.work();
-    assert_eq!((node.devices.reads, node.devices.writes), (0, 3));
+    assert_eq!((node.devices.reads, node.devices.batches), (0, 2), "one batch for each shard");
+    assert_eq!(node.devices.batch_blocks, 3);
     node.end_all();
     for (slot, lba, number) in [(0, 16, 1), (0, 80, 2), (1, 16, 3)] {
-        assert_eq!(node.image_sector(slot, lba + 7), sector_of(number, lba + 7));
+        assert_eq!(node.sector(slot, lba + 7), sector_of(number, lba + 7));
     }
     assert_eq!(node.replies.len(), 12);
     node.assert_idle();
@@ -738,8 +871,9 @@ fn whole_blocks_are_left_alone_by_neighbours() {
     node.receive(&write(3, 1, 32, 8));
     node.work();
     // A merge would have cost the whole block a read.
-    assert_eq!((node.devices.reads, node.devices.writes), (1, 2));
+    assert_eq!((node.devices.reads, node.devices.batch_blocks), (1, 2));
     node.end_all();
+    assert_eq!((node.devices.reads, node.devices.batch_blocks), (1, 3));
     node.assert_idle();
 }
 
@@ -795,7 +929,8 @@ fn duplicates_beyond_the_limit_are_requests_of_their_own() {
     // A second read may run beside the first; a second write waits.
     assert_eq!(node.devices.reads, 2 + 1);
     node.end_all();
-    assert_eq!((node.devices.reads, node.devices.writes), (2 + 2, 2));
+    // What the second write merges into is on its way to its place: it is in memory still.
+    assert_eq!((node.devices.reads, node.devices.batches), (2 + 1, 2));
     assert_eq!(node.replies.len(), 2 * many as usize);
     node.assert_idle();
 }
@@ -818,7 +953,16 @@ fn when_the_device_fails_every_rider_is_told() {
         assert_eq!((reply.status, reply.data.len()), (expected, 0), "tag {}", reply.tag);
     }
     assert_eq!(node.count(Counter::AtaErrors), 12);
-    node.assert_idle();
+    // What the journal holds is unknown now. No write of the store is acknowledged any more, whichever shard it is of, and
+    // reads go on.
+    node.receive(&write(40, 9, 16, 8));
+    node.receive(&read(41, 16, 8));
+    node.receive(&Asked { slot: 1, ..write(42, 9, 16, 8) });
+    node.end_all();
+    let of = |tag| node.replies.iter().find(|reply| reply.tag == tag).unwrap();
+    assert_eq!((of(40).status, of(41).status, of(42).status), (0x61, 0x40, 0x61));
+    assert_eq!(of(41).data, vec![0; 8 * SECTOR], "nothing of a batch that failed is read");
+    node.assert_idle_after_failure();
 }
 
 #[test]
@@ -856,9 +1000,11 @@ fn a_new_configuration_starts_with_requests_of_its_own() {
     node.work();
     assert_eq!(node.count(Counter::Duplicates), 0);
     assert_eq!(node.devices.reads, 2, "reads may run side by side");
+    assert_eq!(node.devices.batches, 1);
     // Unexported meanwhile: what has not started ends unanswered.
     node.served[0] = None;
-    node.end(0, End::Well);
+    let write_in_flight = node.devices.pending.iter().position(|pending| pending.extent().2).unwrap();
+    node.end(write_in_flight, End::Well);
     assert_eq!(node.tags(), [1]);
     node.end_all();
     assert!(node.serving.is_settled());
@@ -933,9 +1079,14 @@ impl History {
 }
 
 /// Runs `count` requests with this seed and holds what was answered against the arrival order. Gives the counts of
-/// duplicates and merges.
-fn against_the_arrival_order(seed: u64, count: usize, limits: Limits, chunks: u32) -> (u64, u64) {
-    let mut node = Node::with_limits(limits, chunks);
+/// duplicates, merges, and writes to the device that failed.
+///
+/// Every other node's volumes were never written. On every fifth one writes fail too, and with the first that does all
+/// that come after it to the same shard.
+fn against_the_arrival_order(seed: u64, count: usize, limits: Limits, chunks: u32) -> (u64, u64, u64) {
+    let is_thin = seed % 4 < 2;
+    let mut node = if is_thin { Node::thin(limits, chunks) } else { Node::with_limits(limits, chunks) };
+    let writes_fail = seed.is_multiple_of(5);
     let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut history = History { asked: Vec::new(), random, next_write: 0 };
     while history.asked.len() < count {
@@ -955,12 +1106,19 @@ fn against_the_arrival_order(seed: u64, count: usize, limits: Limits, chunks: u3
                 _ => End::Well,
             };
             if pick < node.devices.pending.len() {
-                node.end(pick, end);
+                let is_read = matches!(node.devices.pending[pick], Pending::Read { .. });
+                node.end(pick, if is_read || writes_fail { end } else { End::Well });
             }
+        }
+        // Now and then it rests: marks, and reads from the device of what was in memory.
+        if history.random.percent(2) {
+            node.now_ns += REST_NS;
         }
     }
     node.end_all();
-    node.assert_idle();
+    if node.devices.failed_writes == 0 {
+        node.assert_idle();
+    }
 
     let mut reply_of: Vec<Option<usize>> = vec![None; history.asked.len()];
     for (at, reply) in node.replies.iter().enumerate() {
@@ -1006,28 +1164,44 @@ fn against_the_arrival_order(seed: u64, count: usize, limits: Limits, chunks: u3
             }
         }
     }
+    let counts = (node.count(Counter::Duplicates), node.count(Counter::Merged), node.devices.failed_writes);
+    node.replies.clear();
     for slot in 0..EXPORTS {
-        for sector in 0..sectors {
-            let found = node.image_sector(slot, BASE + sector as u64);
-            let expected = &may_hold[usize::from(slot) * sectors + sector];
-            assert!(expected.iter().any(|bytes| bytes == found), "seed {seed}: sector {sector} of {slot}");
+        for block in 0..sectors as u64 / BLOCK_SECTORS {
+            let first = block * BLOCK_SECTORS;
+            node.receive(&Asked { slot, client: client(READER), ..read(0, BASE + first, 8) });
+            node.end_all();
+            let reply = node.replies.pop().unwrap();
+            assert_eq!(reply.status, 0x40);
+            for (sector, found) in (usize::try_from(first).unwrap()..).zip(reply.data.chunks(SECTOR)) {
+                let expected = &may_hold[usize::from(slot) * sectors + sector];
+                assert!(
+                    expected.iter().any(|bytes| bytes == found),
+                    "seed {seed}: sector {sector} of {slot}"
+                );
+            }
         }
     }
-    (node.count(Counter::Duplicates), node.count(Counter::Merged))
+    if node.devices.failed_writes > 0 {
+        node.assert_idle_after_failure();
+    }
+    counts
 }
 
 #[test]
 fn case_58_a_hundred_thousand_overlapping_requests_agree_with_their_order_of_arrival() {
-    let (mut duplicates, mut merged) = (0, 0);
+    let (mut duplicates, mut merged, mut failed_stores) = (0, 0, 0);
     for seed in 1..=50 {
         // Every other device takes so little that requests wait for it, and are joined there.
         let device_depth = if seed % 2 == 0 { 3 } else { DEVICE_DEPTH };
         let limits = Limits { requests: 256, clients: 256, device_depth };
-        let (again, together) = against_the_arrival_order(seed, 2_000, limits, 1024);
+        let (again, together, failed) = against_the_arrival_order(seed, 2_000, limits, 1024);
         duplicates += again;
         merged += together;
+        failed_stores += u32::from(failed > 0);
     }
     assert!(duplicates > 2_000 && merged > 5_000, "{duplicates} duplicates, {merged} merged");
+    assert!(failed_stores >= 5, "{failed_stores} stores failed");
 }
 
 #[test]
@@ -1036,4 +1210,52 @@ fn with_little_room_and_memory_requests_are_dropped_but_the_rest_agrees_with_its
     for seed in 1..=20 {
         against_the_arrival_order(1_000 + seed, 1_000, limits, 40);
     }
+}
+
+#[test]
+fn a_full_store_refuses_what_needs_room_and_serves_the_rest() {
+    let mut node = Node::thin(Limits { requests: 64, clients: 64, device_depth: DEVICE_DEPTH }, 512);
+    node.exports = {
+        let mut exports = node.exports.exports().to_vec();
+        exports.iter_mut().for_each(|export| export.size_sectors = 64 * EXTENT_SECTORS);
+        ExportTable::new(exports).unwrap()
+    };
+    // One block in each extent of the volume: 32 MiB have no room for 64 of 4 MiB.
+    for extent in 0..64 {
+        node.receive(&write(extent, extent, u64::from(extent) * EXTENT_SECTORS, 8));
+        node.end_all();
+    }
+    let written: Vec<u32> =
+        node.replies.iter().filter(|reply| reply.status == 0x40).map(|reply| reply.tag).collect();
+    let refused = node.replies.iter().filter(|reply| reply.status == 0x61).count();
+    assert!((1..8).contains(&written.len()), "{} extents on 32 MiB", written.len());
+    assert_eq!(written.len() + refused, 64);
+    for &extent in &written {
+        let lba = u64::from(extent) * EXTENT_SECTORS;
+        assert_eq!(node.sector(0, lba), sector_of(extent, lba));
+        node.receive(&write(100 + extent, 100 + extent, lba + 8, 8));
+        node.receive(&read(200 + extent, lba + 16, 8));
+        node.end_all();
+        assert_eq!(node.sector(0, lba + 8), sector_of(100 + extent, lba + 8), "the extent has room");
+    }
+    node.assert_idle();
+}
+
+#[test]
+fn every_step_of_a_long_run_is_without_allocation_and_memory_comes_back() {
+    let mut node = node();
+    // Many times round the journal, so that it is checkpointed again and again, in batches of all sizes.
+    let mut random = Random(11);
+    let mut number = 0;
+    while node.devices.batch_blocks < 20 * 256 {
+        let many = 1 + random.below(48);
+        for _ in 0..many {
+            number += 1;
+            let block = random.below(500) as u64;
+            node.receive(&write(number, number, block * BLOCK_SECTORS, 16));
+        }
+        node.end_all();
+    }
+    assert_eq!(node.replies.len() as u64 + node.count(Counter::ClientOverLimit), u64::from(number));
+    node.assert_idle();
 }

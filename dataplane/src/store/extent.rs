@@ -5,13 +5,21 @@
 //! * [`shard`] – reads, writes, journal, placement, checkpoints and scrub of one shard, without I/O.
 //! * [`recovery`] – opening a shard.
 //! * [`shared`] – what cores and the manager share.
+//! * [`catalog`] – which volumes there are; [`opening`] – all of it on a real device; [`fresh`] – an empty one without any.
 //! * this file – the shards of one core, behind [`super::Store`].
 //!
 //! A volume belongs to one shard, so that its requests meet in one journal, and a shard to one core. Extent slots are common
 //! to all shards: a store is full when its last slot is taken, wherever its volumes are.
 
+pub mod catalog;
 pub mod extents;
 pub mod format;
+pub mod fresh;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+#[cfg(test)]
+pub(crate) mod on_file;
+pub mod opening;
 pub mod recovery;
 pub mod shard;
 pub mod shared;
@@ -29,6 +37,10 @@ use super::{Disk, Operation, Outcome, RequestToken, Store};
 pub struct ExtentStore {
     /// By number; those of other cores are not here.
     shards: Vec<Option<Box<Shard>>>,
+    /// Something was given to a shard since the last turn.
+    touched: bool,
+    /// When the next turn is due without that; `u64::MAX` for never.
+    due_ns: u64,
 }
 
 impl ExtentStore {
@@ -49,6 +61,7 @@ impl ExtentStore {
         }
         assert!(self.shards[at].is_none(), "a shard is adopted once");
         self.shards[at] = Some(shard);
+        self.touched = true;
     }
 
     /// Whether a shard is here.
@@ -58,6 +71,7 @@ impl ExtentStore {
     }
 
     fn shard(&mut self, number: u16) -> &mut Shard {
+        self.touched = true;
         self.shards
             .get_mut(usize::from(number))
             .and_then(Option::as_mut)
@@ -68,13 +82,14 @@ impl ExtentStore {
         self.shards.iter_mut().flatten()
     }
 
-    /// Begins to take from a layer every extent from `from_extent` on; the shard tells when it has.
-    pub fn unmap(&mut self, object: Object, from_extent: u32) {
-        self.shard(object.shard).unmap(object.number, from_extent);
+    /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.
+    pub fn unmap(&mut self, object: Object, from_block: u64) {
+        self.shard(object.shard).unmap(object.number, from_block);
     }
 
-    /// Says which scrub is wanted; the rate is that of one shard.
+    /// Says which scrub is wanted.
     pub fn set_scrub(&mut self, task: Option<ScrubTask>) {
+        self.touched = true;
         for shard in self.all() {
             shard.set_scrub(task);
         }
@@ -82,6 +97,7 @@ impl ExtentStore {
 
     /// Begins to bring everything to rest.
     pub fn close(&mut self) {
+        self.touched = true;
         for shard in self.all() {
             shard.close();
         }
@@ -99,16 +115,16 @@ impl ExtentStore {
         self.shards.iter().flatten().all(|shard| shard.is_idle())
     }
 
-    /// Whether a turn would do something that nothing else brings about.
+    /// Whether a turn would do something.
     #[must_use]
-    pub fn needs_turn(&self) -> bool {
-        self.shards.iter().flatten().any(|shard| shard.needs_turn())
+    pub fn needs_turn(&self, now_ns: u64) -> bool {
+        self.touched || now_ns >= self.due_ns
     }
 
-    /// When a turn is due, if nothing else gives one before; nanoseconds of the clock of [`Store::turn`].
+    /// When a turn is due, if nothing else gives one before; nanoseconds of the clock of [`Store::turn`], `u64::MAX` for never.
     #[must_use]
-    pub fn wants_turn_at_ns(&self) -> Option<u64> {
-        self.shards.iter().flatten().filter_map(|shard| shard.wants_turn_at_ns()).min()
+    pub fn due_ns(&self) -> u64 {
+        if self.touched { 0 } else { self.due_ns }
     }
 
     /// Gives up all memory of frames.
@@ -120,6 +136,15 @@ impl ExtentStore {
             shard.dissolve(pool);
         }
     }
+}
+
+/// Behind the last block that a layer can have.
+const BLOCKS_END: u64 = 1 << 42;
+
+/// The shard that gave the disk a request with this token.
+#[must_use]
+pub fn shard_of(token: u64) -> u16 {
+    u16::try_from(token >> SHARD_SHIFT & SHARD_MASK).expect("eight bits")
 }
 
 impl Store for ExtentStore {
@@ -138,9 +163,13 @@ impl Store for ExtentStore {
             Operation::Read { first_block, blocks } => {
                 shard.read(request, volume.number, first_block, blocks, disk, outcomes);
             }
-            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes } => {
-                let terms = WriteTerms { keep_head_bytes, keep_tail_bytes, ..WriteTerms::default() };
+            Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes, crcs } => {
+                let terms = WriteTerms { keep_head_bytes, keep_tail_bytes, crcs, ..WriteTerms::default() };
                 shard.write(request, volume.number, first_block, blocks, terms, disk, outcomes);
+            }
+            Operation::Unmap { first_block, count } => {
+                let blocks = first_block..first_block.saturating_add(count).min(BLOCKS_END);
+                shard.unmap_range(request, volume.number, blocks);
             }
             // Whatever was acknowledged is durable.
             Operation::Flush => outcomes.push(Outcome { request, blocks: Blocks::new(), result: Ok(()) }),
@@ -155,13 +184,16 @@ impl Store for ExtentStore {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let number = u16::try_from(token >> SHARD_SHIFT & SHARD_MASK).expect("eight bits");
-        self.shard(number).finished(token, blocks, result, disk, outcomes);
+        self.shard(shard_of(token)).finished(token, blocks, result, disk, outcomes);
     }
 
     fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.touched = false;
+        let mut due_ns = u64::MAX;
         for shard in self.all() {
             shard.turn(now_ns, disk, outcomes);
+            due_ns = due_ns.min(shard.wants_turn_at_ns().unwrap_or(u64::MAX));
         }
+        self.due_ns = due_ns;
     }
 }

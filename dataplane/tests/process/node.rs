@@ -34,7 +34,8 @@ fn spawn(folder: &Path) -> Child {
 }
 
 impl Node {
-    /// Starts the process on a sparse store in memory with room for `volumes` of [`VOLUME_SECTORS`], and makes them.
+    /// Starts the process on a sparse store in memory with room for `volumes` of [`VOLUME_SECTORS`], and makes them: they take
+    /// space when they are written.
     pub(crate) fn start(volumes: u16) -> Node {
         Node::start_on(&["a0"], LinkChoice::Auto, 1, volumes)
     }
@@ -65,7 +66,7 @@ impl Node {
             link,
             steering,
             interfaces: interfaces.iter().map(ToString::to_string).collect(),
-            stores: vec![DesiredStore { path: text(&store_path), size_bytes: 0, id: None }],
+            stores: vec![DesiredStore { path: text(&store_path), ..DesiredStore::default() }],
             ..Desired::default()
         };
         control.publish(&mut desired).unwrap();

@@ -1,5 +1,5 @@
-//! `torus-sectors INTERFACE SHELF.SLOT read LBA COUNT > FILE`, `torus-sectors INTERFACE SHELF.SLOT write LBA < FILE`: a few
-//! sectors of an export, without any driver: what a test puts on a disk for somebody else to find, and finds there.
+//! `torus-sectors INTERFACE SHELF.SLOT read LBA COUNT > FILE`, `torus-sectors INTERFACE SHELF.SLOT write LBA
+//! [PER_REQUEST] < FILE`: a few sectors of an export, without any driver: what a test puts on a disk for somebody else to find, and finds there.
 //!
 //! One request at a time, sent again until it is answered.
 #![forbid(unsafe_code)]
@@ -77,7 +77,8 @@ impl Disk {
 }
 
 fn main() -> Result<()> {
-    const USAGE: &str = "write torus-sectors INTERFACE SHELF.SLOT read LBA COUNT, or … write LBA";
+    const USAGE: &str =
+        "write torus-sectors INTERFACE SHELF.SLOT read LBA COUNT, or … write LBA [PER_REQUEST]";
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     ensure!(arguments.len() >= 4, USAGE);
     let (shelf, slot) = arguments[1].split_once('.').context("the second argument is SHELF.SLOT")?;
@@ -103,11 +104,14 @@ fn main() -> Result<()> {
                 left -= sectors;
             }
         }
-        ("write", None) => {
+        ("write", at_a_time) => {
+            let at_a_time = at_a_time.map_or(Ok(SECTORS_MAX), |text| text.parse());
+            let at_a_time: usize = at_a_time.context("PER_REQUEST is a number of sectors")?;
+            ensure!((1..=16).contains(&at_a_time), "PER_REQUEST is between 1 and 16");
             let mut data = Vec::new();
             stdin().read_to_end(&mut data)?;
             data.resize(data.len().next_multiple_of(SECTOR), 0);
-            for part in data.chunks(SECTORS_MAX * SECTOR) {
+            for part in data.chunks(at_a_time * SECTOR) {
                 let sectors = part.len() / SECTOR;
                 disk.ata(WRITE_EXT, 0x41, lba, sectors, part)?;
                 lba += u64::try_from(sectors)?;

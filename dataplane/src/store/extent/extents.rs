@@ -122,7 +122,7 @@ impl Extents {
     pub fn new(entries_max: u32) -> Extents {
         Extents {
             places: Vec::with_capacity(entries_max as usize),
-            free: Vec::new(),
+            free: Vec::with_capacity(entries_max as usize),
             by_key: FoldMap::with_capacity_and_hasher(entries_max as usize, BuildHasherDefault::default()),
             count: 0,
         }

@@ -47,7 +47,9 @@ pub const GROWTH_MAX: u32 = 4;
 pub const JOURNAL_BLOCKS_MIN: u32 = 1 << 9;
 /// Longest journal of a shard, blocks (256 MiB): beyond it a longer journal only makes opening slower.
 pub const JOURNAL_BLOCKS_MAX: u32 = 1 << 16;
-/// Most records of a batch: what fits into its one header block.
+/// Numbers that grow by one stay below this: no writer ever comes near it, and who counts on does not overflow.
+pub const COUNT_END: u64 = 1 << 63;
+/// Records of a batch, at most, if none of them are neighbours: those share what they have in common, see [`Packing`].
 pub const RECORDS_MAX: usize = (BLOCK_BYTES - BATCH_HEADER_BYTES) / RECORD_BYTES;
 /// Most data blocks of a batch: long enough to spread the cost of a sync, short enough that the next batch starts soon.
 pub const BATCH_BLOCKS_MAX: usize = 128;
@@ -394,7 +396,8 @@ impl Superblock {
             && (JOURNAL_BLOCKS_MIN..=JOURNAL_BLOCKS_MAX).contains(&self.journal_blocks)
             && self.checkpoint_blocks >= 2
             && self.checkpoint_blocks <= u32::MAX / 256
-            && self.active_max > 0;
+            && self.active_max > 0
+            && self.open_count < COUNT_END;
         if !sane {
             return false;
         }
@@ -589,6 +592,9 @@ impl CheckpointHeader {
         if raw.store != name.store.0 || raw.shard.get() != name.shard || usize::from(raw.which.get()) != which
         {
             return Err(FormatError::Misplaced);
+        }
+        if raw.sequence.get() >= COUNT_END || raw.lsn.get() >= COUNT_END {
+            return Err(FormatError::Value);
         }
         Ok(CheckpointHeader {
             sequence: raw.sequence.get(),
@@ -799,8 +805,49 @@ mod kind {
     pub(super) const CLEAR: u8 = 4;
     pub(super) const ACTIVATE: u8 = 5;
     pub(super) const DEACTIVATE: u8 = 6;
+    pub(super) const SET_RUN: u8 = 7;
 }
 const IN_JOURNAL: u8 = 1;
+
+/// The sums of blocks of a run, behind the record that begins it: as long as a record.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Default, Clone, Copy)]
+#[repr(C)]
+struct RawSums([[U32; 2]; SUMS_PER_UNIT]);
+const _: () = assert!(size_of::<RawSums>() == RECORD_BYTES);
+const SUMS_PER_UNIT: usize = RECORD_BYTES / 8;
+
+/// What records take in a batch, in units of a record: blocks side by side that were written by one write take one together, and
+/// one for each three of them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Packing {
+    units_before: usize,
+    /// Blocks of the run at the end, and its last one.
+    run: usize,
+    last: Option<Record>,
+}
+
+impl Packing {
+    /// Another record follows.
+    pub fn add(&mut self, record: Record) {
+        if self.last.is_some_and(|last| last.is_followed_by(&record)) {
+            self.run += 1;
+        } else {
+            self.units_before = self.units();
+            self.run = 1;
+        }
+        self.last = Some(record);
+    }
+
+    /// What they take.
+    #[must_use]
+    pub fn units(&self) -> usize {
+        self.units_before + units_of_run(self.run)
+    }
+}
+
+fn units_of_run(records: usize) -> usize {
+    if records < 2 { records } else { 1 + records.div_ceil(SUMS_PER_UNIT) }
+}
 
 impl Record {
     /// The slot that it concerns.
@@ -813,6 +860,19 @@ impl Record {
             | Record::Clear { slot, .. }
             | Record::Activate { slot }
             | Record::Deactivate { slot } => slot,
+        }
+    }
+
+    /// Whether another one is of the next block, and of the same write.
+    fn is_followed_by(&self, next: &Record) -> bool {
+        match (*self, *next) {
+            (
+                Record::Set { slot, block, version, in_journal, .. },
+                Record::Set {
+                    slot: its_slot, block: its_block, version: its_version, in_journal: its, ..
+                },
+            ) => (slot, block + 1, version, in_journal) == (its_slot, its_block, its_version, its),
+            _ => false,
         }
     }
 
@@ -873,6 +933,56 @@ impl Record {
     }
 }
 
+/// Writes records of a run, or one record, over the units that they take.
+fn encode_run(run: &[Record], bytes: &mut [u8]) {
+    let (head, rest) = bytes.split_at_mut(RECORD_BYTES);
+    if let [record] = run {
+        head.copy_from_slice(record.raw().as_bytes());
+        return;
+    }
+    let first = U32::new(u32::try_from(run.len()).expect("at most an extent's blocks"));
+    let raw = RawRecord { kind: kind::SET_RUN, first, second: U32::ZERO, ..run[0].raw() };
+    head.copy_from_slice(raw.as_bytes());
+    for (bytes, records) in rest.chunks_exact_mut(RECORD_BYTES).zip(run.chunks(SUMS_PER_UNIT)) {
+        let mut sums = RawSums::default();
+        for (sums, record) in sums.0.iter_mut().zip(records) {
+            let raw = record.raw();
+            *sums = [raw.first, raw.second];
+        }
+        bytes.copy_from_slice(sums.as_bytes());
+    }
+}
+
+/// Reads the records of a run whose first unit is `head` from the units behind it; gives those that follow.
+fn decode_run<'b>(
+    head: &RawRecord,
+    bytes: &'b [u8],
+    records: &mut Vec<Record>,
+) -> Result<&'b [u8], FormatError> {
+    let count = head.first.get() as usize;
+    if count < 2
+        || head.second.get() != 0
+        || count > EXTENT_BLOCKS as usize - usize::from(head.block.get().min(1023))
+    {
+        return Err(FormatError::Value);
+    }
+    let (own, rest) =
+        bytes.split_at_checked(count.div_ceil(SUMS_PER_UNIT) * RECORD_BYTES).ok_or(FormatError::Length)?;
+    let units = own.chunks_exact(RECORD_BYTES);
+    let sums = units.flat_map(|unit| RawSums::read_from_bytes(unit).map(|sums| sums.0).unwrap_or_default());
+    for (at, [first, second]) in (0..).zip(sums) {
+        if at >= count {
+            if first.get() != 0 || second.get() != 0 {
+                return Err(FormatError::Value);
+            }
+            continue;
+        }
+        let block = U16::new(head.block.get() + u16::try_from(at).map_err(|_| FormatError::Value)?);
+        records.push(Record::of_raw(&RawRecord { kind: kind::SET, block, first, second, ..*head })?);
+    }
+    Ok(rest)
+}
+
 /// What ties batches to their place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JournalName {
@@ -885,9 +995,9 @@ pub struct JournalName {
 /// Writes a batch's header block. Gives its checksum, which the next batch repeats.
 ///
 /// # Panics
-/// If there are more than [`RECORDS_MAX`] records.
+/// If the records take more than [`RECORDS_MAX`] units.
 pub fn encode_batch(header: &BatchHeader, name: JournalName, records: &[Record], bytes: &mut [u8]) -> u32 {
-    assert!(records.len() <= RECORDS_MAX && usize::from(header.records) == records.len());
+    assert!(usize::from(header.records) == records.len());
     let mut raw = RawBatch {
         magic: BATCH_MAGIC,
         version: U32::new(VERSION),
@@ -911,8 +1021,11 @@ pub fn encode_batch(header: &BatchHeader, name: JournalName, records: &[Record],
     for bytes in body.chunks_mut(8) {
         bytes.copy_from_slice(&header.open_count.to_le_bytes()[..bytes.len()]);
     }
-    for (bytes, record) in body.chunks_exact_mut(RECORD_BYTES).zip(records) {
-        bytes.copy_from_slice(record.raw().as_bytes());
+    let mut at = 0;
+    for run in records.chunk_by(Record::is_followed_by) {
+        let len = units_of_run(run.len()) * RECORD_BYTES;
+        encode_run(run, &mut body[at..at + len]);
+        at += len;
     }
     let crc = crc32c::crc32c_append(crc32c::crc32c(raw.as_bytes()), body);
     raw.crc = U32::new(crc);
@@ -951,13 +1064,23 @@ pub fn decode_batch(
     if raw.flags & !BATCH_REST != 0 {
         return Err(FormatError::Value);
     }
-    if usize::from(header.records) > RECORDS_MAX || usize::from(header.data_blocks) > BATCH_BLOCKS_MAX {
+    let count = usize::from(header.records);
+    if count > RECORDS_MAX * SUMS_PER_UNIT || usize::from(header.data_blocks) > BATCH_BLOCKS_MAX {
         return Err(FormatError::Length);
     }
-    let mut records = Vec::with_capacity(usize::from(header.records));
-    for bytes in body.chunks_exact(RECORD_BYTES).take(usize::from(header.records)) {
-        let raw = RawRecord::ref_from_bytes(bytes).map_err(|_| FormatError::Length)?;
-        records.push(Record::of_raw(raw)?);
+    let mut records = Vec::with_capacity(count);
+    let mut rest = body;
+    while records.len() < count {
+        let (raw, behind) = RawRecord::ref_from_prefix(rest).map_err(|_| FormatError::Length)?;
+        rest = behind;
+        if raw.kind == kind::SET_RUN {
+            rest = decode_run(raw, rest, &mut records)?;
+        } else {
+            records.push(Record::of_raw(raw)?);
+        }
+    }
+    if records.len() > count {
+        return Err(FormatError::Length);
     }
     let in_journal =
         records.iter().filter(|record| matches!(record, Record::Set { in_journal: true, .. })).count();
@@ -965,4 +1088,86 @@ pub fn decode_batch(
         return Err(FormatError::Length);
     }
     Ok((header, stored.get(), records))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAME: JournalName = JournalName { key: [5; 16], shard: 0 };
+
+    fn set(slot: u32, block: u16, version: u64, in_journal: bool) -> Record {
+        Record::Set {
+            slot,
+            block,
+            sum: Sum(1000 + u32::from(block)),
+            before: Sum(block.into()),
+            version,
+            in_journal,
+        }
+    }
+
+    /// What is read of a batch of these records, and the units that they take.
+    fn packed(records: &[Record]) -> (Vec<Record>, usize) {
+        let in_journal = |record: &&Record| matches!(record, Record::Set { in_journal: true, .. });
+        let header = BatchHeader {
+            records: u16::try_from(records.len()).unwrap(),
+            data_blocks: u16::try_from(records.iter().filter(in_journal).count()).unwrap(),
+            ..BatchHeader::default()
+        };
+        let mut bytes = vec![0; BLOCK_BYTES];
+        encode_batch(&header, NAME, records, &mut bytes);
+        let (found, _, found_records) = decode_batch(&bytes, NAME, 0).unwrap();
+        assert_eq!(found, header);
+        let mut packing = Packing::default();
+        records.iter().for_each(|record| packing.add(*record));
+        (found_records, packing.units())
+    }
+
+    #[test]
+    fn neighbours_of_one_write_share_what_they_have_in_common() {
+        let run = |count: u16| (0..count).map(|at| set(3, 100 + at, 7, false)).collect::<Vec<_>>();
+        for (count, units) in [(1, 1), (2, 2), (3, 2), (4, 3), (6, 3), (7, 4), (492, 165)] {
+            assert_eq!(packed(&run(count)), (run(count), units), "{count} blocks");
+        }
+        let others = [
+            set(3, 9, 7, false),
+            // Another slot, version, place or block.
+            set(4, 10, 7, false),
+            set(4, 11, 8, false),
+            set(4, 12, 8, true),
+            set(4, 14, 8, true),
+            Record::Free { slot: 9 },
+            set(4, 15, 8, true),
+            set(4, 16, 8, true),
+            Record::Activate { slot: 1 },
+        ];
+        assert_eq!(packed(&others), (others.to_vec(), others.len()));
+        let full: Vec<Record> =
+            (0..RECORDS_MAX).map(|at| Record::Free { slot: u32::try_from(at).unwrap() }).collect();
+        assert_eq!(packed(&full), (full.clone(), RECORDS_MAX));
+    }
+
+    #[test]
+    fn a_run_that_cannot_be_is_refused() {
+        let records: Vec<Record> = (0..4).map(|at| set(3, 1020 + at, 7, false)).collect();
+        let header = BatchHeader { records: 4, ..BatchHeader::default() };
+        let mut good = vec![0; BLOCK_BYTES];
+        encode_batch(&header, NAME, &records, &mut good);
+        let changed = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[BATCH_HEADER_BYTES + at] = byte;
+            let (raw, body) = RawBatch::read_from_prefix(&bytes).unwrap();
+            let raw = RawBatch { crc: U32::ZERO, ..raw };
+            let crc = crc32c::crc32c_append(crc32c::crc32c(raw.as_bytes()), body);
+            bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+            decode_batch(&bytes, NAME, 0).map(|(_, _, records)| records)
+        };
+        assert_eq!(changed(0, kind::SET_RUN), Ok(records.clone()));
+        // A length of one, of more than the batch says, and beyond the extent; something behind the last sum; another flag.
+        for (at, byte) in [(8, 1), (8, 3), (8, 5), (8, 7), (12, 1), (RECORD_BYTES + 32, 1), (1, 2), (2, 253)]
+        {
+            assert!(changed(at, byte).is_err(), "byte {at} as {byte}");
+        }
+    }
 }

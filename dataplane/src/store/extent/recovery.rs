@@ -12,7 +12,6 @@
 //! Reading does not write; [`place`] does, and doing it twice gives the same.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use super::extents::{Extent, Extents, FoldMap, FreeSlot};
 use super::format::{
@@ -102,11 +101,41 @@ pub struct Findings {
     pub suspect_regions: u32,
 }
 
+impl Findings {
+    /// Those of two shards together.
+    #[must_use]
+    pub fn and(self, other: Findings) -> Findings {
+        Findings {
+            batches: self.batches + other.batches,
+            records: self.records + other.records,
+            torn_tail: self.torn_tail || other.torn_tail,
+            replaced_blocks: self.replaced_blocks + other.replaced_blocks,
+            lost_blocks: self.lost_blocks + other.lost_blocks,
+            suspect_regions: self.suspect_regions + other.suspect_regions,
+        }
+    }
+}
+
 /// A batch that was found.
 #[derive(Debug)]
-struct Found {
-    header: BatchHeader,
-    records: Vec<Record>,
+pub struct Found {
+    /// Its header.
+    pub header: BatchHeader,
+    /// What it says.
+    pub records: Vec<Record>,
+}
+
+/// What a shard's journal says, as it is.
+#[derive(Debug)]
+pub struct Journal {
+    /// The newest checkpoint that is whole.
+    pub checkpoint: CheckpointHeader,
+    /// Which of the two it is.
+    pub which: usize,
+    /// The batches behind it.
+    pub batches: Vec<Found>,
+    /// A batch that is not whole follows.
+    pub torn_tail: bool,
 }
 
 /// What a shard's metadata say.
@@ -120,12 +149,26 @@ pub struct Image {
     unplaced: BTreeMap<(u32, u16), (u32, Sum)>,
 }
 
+impl Image {
+    /// Blocks whose newest data are in the journal and not known to be in place, by slot and block: the journal's block that
+    /// has them, and their sum.
+    pub fn unplaced(&self) -> impl ExactSizeIterator<Item = (u32, u16, u32, Sum)> {
+        self.unplaced.iter().map(|((slot, block), (position, sum))| (*slot, *block, *position, *sum))
+    }
+
+    /// Whether a block's newest data are among [`Image::unplaced`].
+    #[must_use]
+    pub fn is_unplaced(&self, slot: u32, block: u16) -> bool {
+        self.unplaced.contains_key(&(slot, block))
+    }
+}
+
 /// Blocks read from the journal in one go.
 const WINDOW_BLOCKS: u32 = 64;
 /// Sum pages read in one go, where many are wanted.
 const PAGES_SPAN: u32 = 256;
-/// As many wanted pages make a span worth reading whole.
-const PAGES_DENSE: usize = 16;
+/// Slots between two wanted ones that are read along: those of other shards mostly, and each of them would be read by every shard.
+const SLOTS_BETWEEN: u64 = 3;
 
 /// A batch's header, its checksum, and its records.
 type Decoded = (BatchHeader, u32, Vec<Record>);
@@ -151,16 +194,25 @@ pub fn read<M: Medium>(
     shard: u16,
     medium: &M,
 ) -> Result<Image, RecoveryError<M::Error>> {
-    let mut reader = Reader {
-        layout,
-        shard,
-        medium,
-        window: AlignedBuffer::new(WINDOW_BLOCKS as usize * BLOCK_BYTES),
-        window_at: u32::MAX,
-    };
+    let mut reader = Reader::new(layout, shard, medium);
     let (checkpoint, which, entries) = reader.read_checkpoint()?;
     let (found, torn_tail, head) = reader.read_journal(&checkpoint)?;
     reader.replay(&checkpoint, which, entries, &found, torn_tail, head)
+}
+
+/// Reads a shard's journal, and nothing that it is about.
+///
+/// # Errors
+/// [`RecoveryError`].
+pub fn read_journal<M: Medium>(
+    layout: &Superblock,
+    shard: u16,
+    medium: &M,
+) -> Result<Journal, RecoveryError<M::Error>> {
+    let mut reader = Reader::new(layout, shard, medium);
+    let (checkpoint, which, _) = reader.read_checkpoint()?;
+    let (batches, torn_tail, _) = reader.read_journal(&checkpoint)?;
+    Ok(Journal { checkpoint, which, batches, torn_tail })
 }
 
 /// Puts in place what is only in the journal. The caller syncs before anybody relies on it.
@@ -195,7 +247,12 @@ pub fn place<M: Medium>(
     Ok(())
 }
 
-impl<M: Medium> Reader<'_, M> {
+impl<'m, M: Medium> Reader<'m, M> {
+    fn new(layout: &'m Superblock, shard: u16, medium: &'m M) -> Reader<'m, M> {
+        let window = AlignedBuffer::new(WINDOW_BLOCKS as usize * BLOCK_BYTES);
+        Reader { layout, shard, medium, window, window_at: u32::MAX }
+    }
+
     fn name(&self) -> ShardName {
         ShardName { store: self.layout.store, shard: self.shard }
     }
@@ -393,18 +450,18 @@ impl<M: Medium> Reader<'_, M> {
             if keys.insert((entry.object, entry.extent), ()).is_some() {
                 return Err(contradiction("an extent has two slots"));
             }
-            let mut extent = Extent::allocated(entry.object, entry.extent, FreeSlot::new(entry.slot), 0);
+            let is_whole = page.is_some();
+            let sums = page.unwrap_or_else(super::extents::fresh_page);
+            let free = FreeSlot { slot: entry.slot, sums };
+            let mut extent = Extent::allocated(entry.object, entry.extent, free, 0);
             extent.version = entry.version;
             extent.which = entry.which;
             extent.page_crc = entry.page_crc;
             extent.active = entry.active;
-            match page {
-                Some(sums) => extent.sums = sums,
-                None => {
-                    extent.sums.fill(Sum::LOST);
-                    extent.dirty = true;
-                    lost_blocks += u64::from(EXTENT_BLOCKS);
-                }
+            if !is_whole {
+                extent.sums.fill(Sum::LOST);
+                extent.dirty = true;
+                lost_blocks += u64::from(EXTENT_BLOCKS);
             }
             if by_slot.insert(entry.slot, extents.insert(extent)).is_some() {
                 return Err(contradiction("a slot has two extents"));
@@ -518,12 +575,16 @@ impl<M: Medium> Reader<'_, M> {
         let mut rest = order.as_slice();
         while let Some(&first) = rest.first() {
             let begin = self.layout.page_offset(entries[first].slot, 0);
+            let mut end = begin;
             let near = |at: &&usize| {
-                let offset = self.layout.page_offset(entries[**at].slot, 1);
-                offset < begin + 2 * u64::from(PAGES_SPAN) * BLOCK
+                let offset = self.layout.page_offset(entries[**at].slot, 0);
+                let is_near = offset <= end + SLOTS_BETWEEN * 2 * BLOCK
+                    && offset + 2 * BLOCK <= begin + 2 * u64::from(PAGES_SPAN) * BLOCK;
+                end = offset + 2 * BLOCK;
+                is_near
             };
             let span = rest.iter().take_while(near).count();
-            let (span, after) = if span >= PAGES_DENSE { rest.split_at(span) } else { rest.split_at(1) };
+            let (span, after) = rest.split_at(span);
             rest = after;
             let single = span.len() == 1;
             let read_from = |entry: &Entry| self.layout.page_offset(entry.slot, entry.which);
@@ -570,7 +631,7 @@ pub fn free_slots<'i>(layout: &Superblock, images: impl Iterator<Item = &'i Imag
 
 /// The checkpoint of an empty shard, as it is written at format.
 #[must_use]
-pub fn first_checkpoint(layout: &Arc<Superblock>, shard: u16) -> Vec<u8> {
+pub fn first_checkpoint(layout: &Superblock, shard: u16) -> Vec<u8> {
     let mut bytes = vec![0; BLOCK_BYTES];
     let name = ShardName { store: layout.store, shard };
     CheckpointHeader { sequence: 1, ..CheckpointHeader::default() }.encode(name, 0, &mut bytes);

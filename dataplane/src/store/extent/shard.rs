@@ -33,12 +33,12 @@ use std::sync::Arc;
 
 use af_xdp::region::{Chunk, Pool};
 use slab::Slab;
-use torus_uring::{Blocks, IoError};
+use torus_uring::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError};
 
 use super::extents::{ExtentId, Extents, FoldMap};
 use super::format::{BatchHeader, JournalName, Record, ShardName, Superblock};
 use super::shared::{ShardEvent, Shared};
-use crate::store::{Disk, Outcome, RequestToken, StoreError, release_blocks};
+use crate::store::{Crcs, Disk, Outcome, RequestToken, StoreError, release_blocks};
 
 pub use self::scrub::{ScrubProgress, ScrubTask};
 pub use self::writing::WriteTerms;
@@ -47,17 +47,23 @@ pub use self::writing::WriteTerms;
 const PENDING_MAX: usize = 4096;
 /// Chunks that a shard keeps: one for a batch's header, one for a checkpoint. Writes that wait may hold all others, and without
 /// these two nothing would ever end and free them. They are taken in a shard's first turn.
-const RESERVE_CHUNKS: usize = 2;
+pub const RESERVE_CHUNKS: usize = 2;
+/// How soon a shard looks again for what others give back.
+const LOOK_AGAIN_NS: u64 = 1_000_000;
+/// Long lists of chunks that are kept from the start; more are made when they are needed, and kept too.
+const SPARE_LISTS: usize = 8;
 /// Kinds of disk request, in the upper bits of a token.
 mod kind {
     pub(super) const READ: u64 = 0;
     pub(super) const JOURNAL: u64 = 1;
-    pub(super) const BESIDE: u64 = 2;
     pub(super) const PLACE: u64 = 3;
     pub(super) const SYNC: u64 = 4;
     pub(super) const PAGE: u64 = 5;
     pub(super) const TABLE: u64 = 6;
     pub(super) const SCRUB: u64 = 7;
+    pub(super) const FLUSH: u64 = 8;
+    /// Of a batch with an odd number, and with an even one: of those in flight and in the making.
+    pub(super) const BESIDE: [u64; 2] = [2, 9];
 }
 const KIND_SHIFT: u32 = 44;
 /// Where a token has its shard.
@@ -97,6 +103,8 @@ pub struct ShardConfig {
     pub shard: u16,
     /// The device writes 4 KiB whole or not at all, through power cuts.
     pub atomic_blocks: bool,
+    /// A write that must be durable at its end flushes all of the device's cache, so that one flush after several costs less.
+    pub flushes_batches: bool,
     /// What it shares with others.
     pub shared: Arc<Shared>,
 }
@@ -113,6 +121,8 @@ struct Op {
     count: u32,
     /// A write's payload; shared with the caller before it is merged.
     payload: Blocks,
+    /// What is known of its whole blocks.
+    crcs: Crcs,
     /// Ended parts, with the position of their first block.
     parts: [Option<(u32, Blocks)>; PARTS_INLINE],
     /// The same, beyond those.
@@ -139,6 +149,7 @@ impl Op {
             first_block,
             count,
             payload: Blocks::new(),
+            crcs: Crcs::default(),
             parts: [const { None }; PARTS_INLINE],
             more_parts: Vec::new(),
             reading: 0,
@@ -158,10 +169,12 @@ enum What {
         copies: Copies,
         version: u64,
     },
-    /// Place in the table from which on extents have not been looked at, and the first extent to go.
+    /// The blocks to go, and how many extents have been looked at: of those of the range by number where it ends, else of all in the
+    /// table; `u32::MAX` when it has all.
     Unmap {
-        from_extent: u32,
-        place: u32,
+        from_block: u64,
+        to_block: u64,
+        next: u32,
     },
 }
 
@@ -217,15 +230,21 @@ pub struct Shard {
     name: ShardName,
     journal_name: JournalName,
     atomic_blocks: bool,
+    flushes_batches: bool,
     extents: Extents,
     journal: JournalState,
     ops: Slab<Op>,
     reads: Slab<ReadPart>,
     /// Writes and unmaps that wait for a batch.
     ready: VecDeque<u32>,
+    /// Those that the batch in the making leaves to a later one; empty between two calls.
+    later: VecDeque<u32>,
     /// Those that wait for a free slot.
     starved: VecDeque<u32>,
+    /// In flight, when one is.
     batch: batch::Batch,
+    /// In the making.
+    next: batch::Batch,
     committed: VecDeque<Committed>,
     pending: FoldMap<(u32, u16), Pending>,
     /// Blocks that have just become pending, to be sent to their place.
@@ -238,6 +257,8 @@ pub struct Shard {
     active: VecDeque<ExtentId>,
     stable_versions: FoldMap<u32, u64>,
     events: VecDeque<ShardEvent>,
+    /// Empty long lists of chunks, for the next long disk requests.
+    spare: Vec<Blocks>,
     failed: Option<StoreError>,
     /// Disk requests that have not ended.
     in_flight: u32,
@@ -294,9 +315,12 @@ impl Shard {
             ops: Slab::with_capacity(1024),
             reads: Slab::with_capacity(1024),
             ready: VecDeque::with_capacity(1024),
-            starved: VecDeque::new(),
+            later: VecDeque::with_capacity(1024),
+            starved: VecDeque::with_capacity(1024),
             batch: batch::Batch::new(),
-            committed: VecDeque::with_capacity(1024),
+            next: batch::Batch::new(),
+            flushes_batches: config.flushes_batches,
+            committed: VecDeque::with_capacity(PENDING_MAX),
             pending: FoldMap::with_capacity_and_hasher(2 * PENDING_MAX, BuildHasherDefault::default()),
             unsent: Vec::with_capacity(PENDING_MAX),
             placements: Slab::with_capacity(PENDING_MAX),
@@ -305,11 +329,13 @@ impl Shard {
                 recovered.checkpoint_sequence,
                 recovered.checkpoint_which,
                 dirty,
+                config.layout.slots(),
             ),
             scrub: scrub::ScrubState::new(recovered.scrub),
             active,
             stable_versions: FoldMap::default(),
-            events: VecDeque::new(),
+            events: VecDeque::with_capacity(64),
+            spare: (0..SPARE_LISTS).map(|_| Blocks::with_capacity(BLOCKS_LONG_MAX)).collect(),
             failed: None,
             in_flight: 0,
             last_record_lsn: recovered.last_record_lsn,
@@ -351,12 +377,6 @@ impl Shard {
         self.in_flight == 0 && self.ops.is_empty()
     }
 
-    /// Whether it has something to do that no disk request will wake it for.
-    #[must_use]
-    pub fn needs_turn(&self) -> bool {
-        !self.ready.is_empty() || (!self.starved.is_empty() && !self.shared.free.is_empty())
-    }
-
     /// Gives up all memory of frames. Only when no disk request is in flight: those hold chunks too.
     ///
     /// # Panics
@@ -382,6 +402,7 @@ impl Shard {
             }
         }
         self.batch.release_memory(pool);
+        self.next.release_memory(pool);
         for chunk in self.reserve.drain(..) {
             pool.release(chunk);
         }
@@ -414,18 +435,19 @@ impl Shard {
         let index = (token & INDEX_MASK) as usize;
         match token >> KIND_SHIFT {
             kind::READ => self.read_ended(index, blocks, result, disk, outcomes),
-            kind::JOURNAL | kind::BESIDE => {
-                release_blocks(disk.pool(), blocks);
+            kind::JOURNAL => {
+                self.recycle(blocks, disk.pool());
                 self.fill_reserve(disk.pool());
-                if token >> KIND_SHIFT == kind::BESIDE {
-                    self.extents
-                        .get_mut(ExtentId(u32::try_from(index).expect("32 bits")))
-                        .writes_in_flight -= 1;
-                }
                 self.batch_part_ended(result, disk, outcomes);
             }
+            kind if kind::BESIDE.contains(&kind) => {
+                self.recycle(blocks, disk.pool());
+                let id = ExtentId(u32::try_from(index).expect("32 bits"));
+                self.beside_ended(id, kind == kind::BESIDE[1], result, disk, outcomes);
+            }
+            kind::FLUSH => self.flush_ended(result, disk, outcomes),
             kind::PLACE => {
-                release_blocks(disk.pool(), blocks);
+                self.recycle(blocks, disk.pool());
                 self.placement_ended(index, result, disk);
             }
             kind::SYNC => self.sync_ended(result, disk, outcomes),
@@ -435,7 +457,7 @@ impl Shard {
                 self.page_ended(index, result, disk, outcomes);
             }
             kind::TABLE => {
-                release_blocks(disk.pool(), blocks);
+                self.recycle(blocks, disk.pool());
                 self.fill_reserve(disk.pool());
                 self.table_part_ended(result, disk, outcomes);
             }
@@ -458,7 +480,7 @@ impl Shard {
             self.send_placements(disk);
             // Between two batches: with writes waiting there is always one in flight after this.
             self.begin_checkpoint_if_due();
-            self.begin_batch(disk, outcomes);
+            self.advance_batch(disk, outcomes);
             self.begin_sync(disk);
             self.advance_checkpoint(disk);
             self.advance_scrub(disk);
@@ -474,7 +496,17 @@ impl Shard {
     /// When the shard wants a turn, if nothing gives it one before; nanoseconds of the clock of [`Shard::turn`].
     #[must_use]
     pub fn wants_turn_at_ns(&self) -> Option<u64> {
-        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).min()
+        let tells = (!self.events.is_empty()).then_some(self.now_ns + LOOK_AGAIN_NS);
+        if self.failed.is_some() {
+            // Nothing goes on by itself any more: a time that was due before would be due for ever.
+            return tells;
+        }
+        // What waits for a slot or for memory looks again soon: others give them back.
+        let gathers = !self.ready.is_empty() || self.has_gathered();
+        let stands = self.in_flight == 0 && (gathers || self.checkpoint.is_in_progress());
+        let waits = stands || !self.starved.is_empty();
+        let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
+        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).chain(again).chain(tells).min()
     }
 
     /// The head says that every write of a layer with a version up to this is on all in-sync copies.
@@ -486,6 +518,24 @@ impl Shard {
     fn token(&mut self, kind: u64, index: usize) -> u64 {
         self.in_flight += 1;
         kind << KIND_SHIFT | u64::from(self.name.shard) << SHARD_SHIFT | index as u64
+    }
+
+    /// An empty list for so many chunks.
+    fn list_for(&mut self, count: usize) -> Blocks {
+        if count <= BLOCKS_MAX {
+            return Blocks::new();
+        }
+        self.spare.pop().unwrap_or_else(|| Blocks::with_capacity(BLOCKS_LONG_MAX))
+    }
+
+    /// Gives the chunks of a list back, and keeps a long list.
+    fn recycle(&mut self, mut blocks: Blocks, pool: &mut Pool) {
+        while let Some(chunk) = blocks.pop() {
+            pool.release(chunk);
+        }
+        if blocks.is_on_heap() {
+            self.spare.push(blocks);
+        }
     }
 
     /// Nothing is acknowledged any more.
@@ -516,8 +566,8 @@ impl Shard {
         let result = op.failure.map_or(Ok(()), Err);
         match (op.request, op.what) {
             (Some(request), _) => outcomes.push(Outcome { request, blocks, result }),
-            (None, What::Unmap { from_extent, .. }) if result.is_ok() => {
-                self.events.push_back(ShardEvent::Unmapped { object: op.object, from_extent });
+            (None, What::Unmap { from_block, .. }) if result.is_ok() => {
+                self.events.push_back(ShardEvent::Unmapped { object: op.object, from_block });
                 release_blocks(disk.pool(), blocks);
             }
             (None, _) => release_blocks(disk.pool(), blocks),

@@ -5,22 +5,36 @@
 //!   one owner at any time: the queue, the shard that took it, or the manager that prepares it.
 //! * Everything here is a bounded lock-free queue or an atomic counter of its own; no order between two of them is relied on,
 //!   but for [`Shared::no_more`]: it is set after the last slot was queued, and looked at before the queue is.
+//! * So a shard says that the store is full only when somebody has taken each slot that was queued before it was said that there
+//!   are no more, and each that was given back before the shard was asked. One that is queued meanwhile it may miss.
+//!
+//! Built on loom's types under `--cfg loom`, which checks the last two.
+#![cfg_attr(loom, allow(dead_code, reason = "the model uses a part"))]
 
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crossbeam::queue::ArrayQueue;
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+#[cfg(loom)]
+use self::stand_in::{FreeQueue, FreeSlot};
+#[cfg(not(loom))]
 use super::extents::FreeSlot;
+
+#[cfg(not(loom))]
+type FreeQueue = ArrayQueue<FreeSlot>;
 
 /// What a shard tells the manager.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ShardEvent {
-    /// Nothing is left of a layer from that extent on: durably.
+    /// Nothing is left of a layer from that block on: durably.
     Unmapped {
         /// The layer.
         object: u32,
-        /// The first extent that is gone; 0 when all are.
-        from_extent: u32,
+        /// The first block that is gone; 0 when all are.
+        from_block: u64,
     },
     /// The shard takes no more writes.
     Failed {
@@ -58,13 +72,15 @@ impl Counters {
 #[derive(Debug)]
 pub struct Shared {
     /// Slots that may be given to extents at once.
-    pub free: ArrayQueue<FreeSlot>,
+    pub free: FreeQueue,
     /// What shards tell.
     pub events: ArrayQueue<ShardEvent>,
     /// Counters.
     pub counters: Counters,
     /// How far each shard's scrub is.
     pub scrubs: Box<[ScrubCell]>,
+    /// When the rate allows the next read of a scrub.
+    scrub_ns: AtomicU64,
     no_more: AtomicBool,
     failed: AtomicBool,
 }
@@ -72,12 +88,14 @@ pub struct Shared {
 /// How far a shard's scrub is, for the manager to read.
 #[derive(Debug, Default)]
 pub struct ScrubCell {
-    /// Bytes verified since the store was opened.
-    pub verified_bytes: AtomicU64,
-    /// Bad blocks of the present run.
+    /// The run; 0 before the first. Written last when it changes.
+    pub run: AtomicU64,
+    /// Extents that it has behind it.
+    pub done_extents: AtomicU32,
+    /// Bad blocks that it has found.
     pub errors: AtomicU64,
-    /// The run that was finished last; 0 when the present one is not.
-    pub finished_run: AtomicU64,
+    /// It has all of them behind it.
+    pub is_finished: AtomicBool,
 }
 
 /// Events that may wait for the manager; shards keep what does not fit and try again.
@@ -88,19 +106,36 @@ impl Shared {
     #[must_use]
     pub fn new(slots: u32, shards: u16) -> Shared {
         Shared {
-            free: ArrayQueue::new(slots.max(1) as usize),
+            free: FreeQueue::new(slots.max(1) as usize),
             events: ArrayQueue::new(EVENTS_MAX),
             counters: Counters::default(),
             scrubs: (0..shards).map(|_| ScrubCell::default()).collect(),
+            scrub_ns: AtomicU64::new(0),
             no_more: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         }
+    }
+
+    /// When the shard that begins a scrub's read now may begin its next one, if reads are to be `pause_ns` apart, whichever
+    /// shards have something to read.
+    pub(super) fn next_scrub_ns(&self, now_ns: u64, pause_ns: u64) -> u64 {
+        let after = |next_ns: u64| next_ns.max(now_ns).saturating_add(pause_ns);
+        let before_ns =
+            self.scrub_ns.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| Some(after(next)));
+        before_ns.map_or(u64::MAX, after)
     }
 
     /// Whether an empty [`Shared::free`] means that the store is full; else more slots are being prepared.
     #[must_use]
     pub fn no_more(&self) -> bool {
         self.no_more.load(Ordering::Acquire)
+    }
+
+    /// Whether no slot is free and none is being prepared: for a shard that has found none.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        // The other way round, the last slot might be queued between the two looks.
+        self.no_more() && self.free.is_empty()
     }
 
     /// The manager says whether it has slots that it has not queued yet.
@@ -119,13 +154,6 @@ impl Shared {
         self.failed.store(true, Ordering::Release);
     }
 
-    /// A shard has verified so many bytes more.
-    pub(super) fn scrubbed(&self, shard: u16, bytes: u64) {
-        if let Some(cell) = self.scrubs.get(usize::from(shard)) {
-            cell.verified_bytes.fetch_add(bytes, Ordering::Relaxed);
-        }
-    }
-
     /// Makes a slot free.
     ///
     /// # Panics
@@ -133,5 +161,260 @@ impl Shared {
     pub fn give_back(&self, slot: FreeSlot) {
         let queued = self.free.push(slot);
         assert!(queued.is_ok(), "a store has no more free slots than slots");
+    }
+}
+
+/// What loom can see of the queue of free slots.
+#[cfg(loom)]
+mod stand_in {
+    use super::{ArrayQueue, AtomicU32, Ordering};
+
+    /// Its number is enough.
+    pub(super) type FreeSlot = u32;
+
+    /// A queue whose every operation is one step on one word. As with the real one, a look that nothing orders behind a push may
+    /// find what was there before it.
+    #[derive(Debug)]
+    pub struct FreeQueue {
+        slots: ArrayQueue<FreeSlot>,
+        len: AtomicU32,
+    }
+
+    impl FreeQueue {
+        pub(super) fn new(capacity: usize) -> FreeQueue {
+            FreeQueue { slots: ArrayQueue::new(capacity), len: AtomicU32::new(0) }
+        }
+
+        /// Appends a slot.
+        ///
+        /// # Errors
+        /// The slot, when there is no room.
+        pub fn push(&self, slot: FreeSlot) -> Result<(), FreeSlot> {
+            self.slots.push(slot)?;
+            self.len.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+
+        /// Takes the first slot.
+        pub fn pop(&self) -> Option<FreeSlot> {
+            let less = |len: u32| len.checked_sub(1);
+            self.len.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).ok()?;
+            self.slots.pop()
+        }
+
+        /// Whether there is none.
+        pub fn is_empty(&self) -> bool {
+            self.len.load(Ordering::SeqCst) == 0
+        }
+    }
+}
+
+/// Feeder and shards under every interleaving and every reordering that the memory model allows.
+#[cfg(all(test, loom))]
+mod model {
+    // Neither is a part of what is checked. Loom's own would be a step with each clone, drop and count.
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32 as Tally;
+
+    use loom::thread::{self, JoinHandle};
+
+    use super::*;
+
+    /// What a shard's look for a slot gives.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Answer {
+        Slot(FreeSlot),
+        Full,
+        /// It waits for a turn and looks again.
+        Starved,
+    }
+    use Answer::{Full, Slot, Starved};
+
+    struct World {
+        shared: Shared,
+        /// How often a slot was taken.
+        taken: Tally,
+    }
+
+    impl World {
+        fn new(slots: u32) -> Arc<World> {
+            Arc::new(World { shared: Shared::new(slots, 1), taken: Tally::new(0) })
+        }
+
+        /// The manager makes slots ready, and says when there are no more.
+        fn feed(&self, slots: u32) {
+            for slot in 0..slots {
+                self.shared.give_back(slot);
+                self.shared.set_no_more(slot + 1 == slots);
+            }
+        }
+
+        /// A shard looks for a slot.
+        fn look(&self) -> Answer {
+            match self.shared.free.pop() {
+                Some(slot) => {
+                    self.taken.fetch_add(1, Ordering::Relaxed);
+                    Slot(slot)
+                }
+                None if self.shared.is_full() => Full,
+                None => Starved,
+            }
+        }
+
+        /// The same; where the store is full, each of the slots that the manager has was somebody's.
+        fn look_for(&self, slots: u32) -> Answer {
+            let answer = self.look();
+            let taken = self.taken.load(Ordering::Relaxed);
+            assert!(answer != Full || taken >= slots, "full, and only {taken} of {slots} slots were taken");
+            answer
+        }
+
+        /// When all others are done nobody waits.
+        fn look_again(&self, before: Answer) -> Option<FreeSlot> {
+            match if before == Starved { self.look() } else { before } {
+                Slot(slot) => Some(slot),
+                Full => None,
+                Starved => panic!("starved, and nothing will come"),
+            }
+        }
+    }
+
+    fn spawn<T: 'static>(world: &Arc<World>, work: impl FnOnce(&World) -> T + 'static) -> JoinHandle<T> {
+        let world = Arc::clone(world);
+        thread::spawn(move || work(&world))
+    }
+
+    #[test]
+    fn nobody_is_refused_while_a_slot_is_or_will_be_queued() {
+        // At most three preemptions: without the bound this one takes minutes.
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let world = World::new(2);
+            let feeder = spawn(&world, |world| world.feed(2));
+            let shards = [(); 2].map(|()| spawn(&world, |world| world.look_for(2)));
+            feeder.join().unwrap();
+            let answers = shards.map(|shard| shard.join().unwrap());
+            let mut slots = answers.map(|answer| world.look_again(answer).expect("there is one for each"));
+            slots.sort_unstable();
+            assert_eq!(slots, [0, 1], "a slot has one owner");
+        });
+    }
+
+    #[test]
+    fn who_comes_too_late_is_refused_and_nobody_else() {
+        loom::model(|| {
+            let world = World::new(1);
+            let feeder = spawn(&world, |world| world.feed(1));
+            let shards = [(); 2].map(|()| spawn(&world, |world| world.look_for(1)));
+            feeder.join().unwrap();
+            let answers = shards.map(|shard| shard.join().unwrap());
+            let slots = answers.map(|answer| world.look_again(answer));
+            assert_eq!(slots.iter().flatten().count(), 1);
+            assert!(world.shared.is_full());
+        });
+    }
+
+    /// *Full* is an answer while the other one has the slot, and while it gives it back.
+    #[test]
+    fn a_slot_that_is_given_back_meanwhile_is_found_or_still_there() {
+        loom::model(|| {
+            let world = World::new(1);
+            let feeder = spawn(&world, |world| world.feed(1));
+            let other = spawn(&world, |world| {
+                if let Slot(slot) = world.look_for(1) {
+                    world.shared.give_back(slot);
+                }
+            });
+            let shard = spawn(&world, |world| world.look_for(1));
+            feeder.join().unwrap();
+            other.join().unwrap();
+            let answer = shard.join().unwrap();
+            let is_held = matches!(answer, Slot(_));
+            assert_eq!(world.shared.is_full(), is_held, "it is somewhere, and once");
+            assert!(is_held || world.look() == Slot(0));
+        });
+    }
+
+    #[test]
+    fn a_slot_that_was_given_back_before_is_found() {
+        loom::model(|| {
+            let world = World::new(1);
+            world.feed(1);
+            let gone = Arc::new(AtomicBool::new(false));
+            // Whoever deleted a volume may rely on its room.
+            let other = spawn(&world, {
+                let gone = Arc::clone(&gone);
+                move |world| {
+                    let Slot(slot) = world.look() else { panic!("nobody else wants it yet") };
+                    world.shared.give_back(slot);
+                    gone.store(true, Ordering::Release);
+                }
+            });
+            let shard = spawn(&world, move |world| {
+                if gone.load(Ordering::Acquire) {
+                    assert_eq!(world.look(), Slot(0));
+                }
+            });
+            other.join().unwrap();
+            shard.join().unwrap();
+        });
+    }
+
+    /// The file system had no room for a while.
+    #[test]
+    fn a_slot_that_is_ready_after_all_is_found() {
+        loom::model(|| {
+            let world = World::new(2);
+            world.shared.set_no_more(true);
+            let ready = Arc::new(AtomicBool::new(false));
+            let feeder = spawn(&world, {
+                let ready = Arc::clone(&ready);
+                move |world| {
+                    world.shared.give_back(0);
+                    world.shared.set_no_more(false);
+                    ready.store(true, Ordering::Release);
+                    world.shared.give_back(1);
+                    world.shared.set_no_more(true);
+                }
+            });
+            let shards = [Arc::clone(&ready), ready].map(|ready| {
+                spawn(&world, move |world| {
+                    if ready.load(Ordering::Acquire) {
+                        assert_ne!(world.look(), Full, "one is ready and the other one will be");
+                    }
+                })
+            });
+            feeder.join().unwrap();
+            for shard in shards {
+                shard.join().unwrap();
+            }
+        });
+    }
+
+    /// A shard whose sync ends well while another one's has just failed may not know yet. It does when the failure was told
+    /// before, and does not forget it.
+    #[test]
+    fn a_failure_that_was_told_before_is_known_for_good() {
+        loom::model(|| {
+            let world = World::new(1);
+            assert!(!world.shared.has_failed());
+            let told = Arc::new(AtomicBool::new(false));
+            let failing = spawn(&world, {
+                let told = Arc::clone(&told);
+                move |world| {
+                    world.shared.set_failed();
+                    told.store(true, Ordering::Release);
+                }
+            });
+            let other = spawn(&world, move |world| {
+                let (told, knows) = (told.load(Ordering::Acquire), world.shared.has_failed());
+                assert!(knows || !told, "acknowledged after a failure");
+                assert!(world.shared.has_failed() || !knows, "forgotten");
+            });
+            failing.join().unwrap();
+            other.join().unwrap();
+            assert!(world.shared.has_failed());
+        });
     }
 }

@@ -61,6 +61,7 @@ fn plan(rng: &mut Rng) -> Plan {
         journal_blocks: [10, 16, 24, 40][rng.index(4)],
         active_max: 1 + rng.below(4) as u32,
         atomic: false,
+        flushes: rng.one_in(2),
         replicated: 0,
         chunks: [32, 96, 600][rng.index(3)],
         longest: [3, 8, 40][rng.index(3)],
@@ -94,6 +95,7 @@ fn a_sole_copy_survives_every_crash() {
         ("full stores", lab.coverage.no_space, 100),
         ("growths", lab.coverage.growths, 30),
         ("closes", lab.coverage.closes, 200),
+        ("scrubs that go on", lab.coverage.resumed_scrubs, 1),
         ("acknowledged writes", lab.coverage.acknowledged, 3000),
         ("reads", lab.coverage.reads, 8000),
     ]);
@@ -170,7 +172,8 @@ fn slots_that_change_hands_survive_every_crash() {
     let Some(lab) = lab else { return };
     lab.covers(&[
         ("slots taken by another shard", lab.coverage.moved_slots, 100),
-        ("unmaps", lab.coverage.unmaps, 500),
+        ("unmaps", lab.coverage.unmaps, 250),
+        ("unmaps of ranges", lab.coverage.trims, 250),
         ("writes that wait for a slot", lab.coverage.starved, 20),
     ]);
 }
@@ -203,13 +206,14 @@ fn what_a_device_does_wrong_is_found_and_named() {
         let rate = 5 + rng.below(100);
         let mut faults = Faults::default();
         for _ in 0..1 + rng.below(2) {
-            let rate_of = match rng.below(7) {
+            let rate_of = match rng.below(8) {
                 0 => &mut faults.read,
                 1 => &mut faults.write,
                 2 => &mut faults.sync,
                 3 => &mut faults.no_space,
                 4 => &mut faults.stale,
                 5 => &mut faults.lost,
+                6 => &mut faults.gone,
                 _ => &mut faults.rot,
             };
             *rate_of = rate;

@@ -2,15 +2,20 @@
 //! before all of it is durable.
 //!
 //! One batch is in flight at a time, so the one after it proves that it was durable, and an acknowledged batch can be told from
-//! a torn one when the store is opened again. What comes meanwhile makes the next batch: the busier the device, the larger.
+//! a torn one when the store is opened again. What comes meanwhile makes the next batch: the busier the device, the larger. Its data
+//! that go to their place at once do so meanwhile.
+
+use std::cmp::Reverse;
 
 use af_xdp::region::{Chunk, Pool};
-use torus_uring::{Blocks, IoError};
+use torus_uring::{BLOCKS_LONG_MAX, Blocks, IoError};
 
 use super::writing::Taken;
 use super::{Committed, PENDING_MAX, Pending, Shard, What, kind};
 use crate::store::extent::extents::{ExtentId, FreeSlot};
-use crate::store::extent::format::{BATCH_BLOCKS_MAX, BLOCK, JOURNAL_BLOCKS_MIN, Record, Sum, encode_batch};
+use crate::store::extent::format::{
+    BATCH_BLOCKS_MAX, BLOCK, JOURNAL_BLOCKS_MIN, Packing, RECORDS_MAX, Record, Sum, encode_batch,
+};
 use crate::store::extent::shared::Counters;
 use crate::store::{Disk, Durable, Outcome};
 
@@ -41,19 +46,45 @@ pub(super) enum Applied {
         op: u32,
         extent: ExtentId,
     },
+    Cleared {
+        op: u32,
+        extent: ExtentId,
+        block: u16,
+        count: u16,
+        version: u64,
+    },
 }
 
-/// The batch in the making or in flight.
+/// A block that goes to its place beside the journal.
+#[derive(Debug)]
+pub(super) struct Beside {
+    pub(super) extent: ExtentId,
+    pub(super) block: u16,
+    pub(super) chunk: Chunk,
+}
+
+/// A batch in the making or in flight.
 #[derive(Debug)]
 pub(super) struct Batch {
-    pub(super) records: Vec<Record>,
+    records: Vec<Record>,
+    packing: Packing,
     pub(super) applied: Vec<Applied>,
     /// Data blocks for the journal, in the order of their records.
     pub(super) data: Vec<Chunk>,
+    /// Data blocks that go to their place at once, and have not been sent.
+    pub(super) beside: Vec<Beside>,
     /// Blocks written, in the journal or in place.
     pub(super) sets: usize,
+    /// No region can leave the activity log before the batch has ended.
+    pub(super) log_is_full: bool,
+    /// Data blocks that are in the journal with it.
+    journaled: usize,
     /// Device writes that have not ended.
-    pub(super) parts_in_flight: u32,
+    parts_in_flight: u32,
+    /// Its parts are durable after a sync, which has not ended.
+    unsynced: bool,
+    /// Data of the batches up to this one were in place when that sync was begun.
+    synced_placed_lsn: u64,
     in_flight: bool,
     failure: Option<IoError>,
     chain: u32,
@@ -64,11 +95,17 @@ pub(super) struct Batch {
 impl Batch {
     pub(super) fn new() -> Batch {
         Batch {
-            records: Vec::with_capacity(256),
-            applied: Vec::with_capacity(512),
+            records: Vec::with_capacity(4 * RECORDS_MAX),
+            packing: Packing::default(),
+            applied: Vec::with_capacity(4 * RECORDS_MAX),
             data: Vec::with_capacity(BATCH_BLOCKS_MAX),
+            beside: Vec::with_capacity(4 * RECORDS_MAX),
             sets: 0,
+            log_is_full: false,
+            journaled: 0,
             parts_in_flight: 0,
+            unsynced: false,
+            synced_placed_lsn: 0,
             in_flight: false,
             failure: None,
             chain: 0,
@@ -77,9 +114,39 @@ impl Batch {
         }
     }
 
+    pub(super) fn record(&mut self, record: Record, applied: Applied) {
+        self.packing.add(record);
+        self.records.push(record);
+        self.applied.push(applied);
+    }
+
+    /// Whether so many more records have room, whatever they are.
+    pub(super) fn has_room_for(&self, records: usize) -> bool {
+        self.packing.units() + records <= RECORDS_MAX
+    }
+
     /// Whether a write of that extent is in it.
-    pub(super) fn concerns(&self, id: ExtentId) -> bool {
+    fn concerns(&self, id: ExtentId) -> bool {
         self.applied.iter().any(|applied| matches!(applied, Applied::Set { extent, .. } if *extent == id))
+    }
+
+    fn has(&self, id: ExtentId, block: u16) -> bool {
+        // A batch is short, and only requests of one block can meet here.
+        self.applied.iter().rev().any(|applied| {
+            matches!(applied, Applied::Set { extent, block: other, .. } if *extent == id && *other == block)
+        })
+    }
+
+    /// Empties it; its lists keep their room.
+    fn clear(&mut self) {
+        assert!(self.data.is_empty() && self.beside.is_empty() && self.applied.is_empty());
+        self.records.clear();
+        self.packing = Packing::default();
+        self.sets = 0;
+        self.journaled = 0;
+        self.unsynced = false;
+        self.in_flight = false;
+        self.failure = None;
     }
 
     pub(super) fn release_memory(&mut self, pool: &mut Pool) {
@@ -87,7 +154,8 @@ impl Batch {
             Applied::Set { chunk, .. } => chunk,
             _ => None,
         });
-        for chunk in kept.chain(self.data.drain(..)) {
+        let beside = self.beside.drain(..).map(|beside| beside.chunk);
+        for chunk in kept.chain(self.data.drain(..)).chain(beside) {
             pool.release(chunk);
         }
     }
@@ -97,6 +165,26 @@ impl Shard {
     /// Whether a batch is on its way.
     pub(super) fn batch_in_flight(&self) -> bool {
         self.batch.in_flight
+    }
+
+    /// Whether something waits for the batch in flight to end.
+    pub(super) fn has_gathered(&self) -> bool {
+        !self.next.records.is_empty()
+    }
+
+    /// The number of the batch in the making.
+    pub(super) fn next_lsn(&self) -> u64 {
+        self.journal.lsn + 1 + u64::from(self.batch.in_flight)
+    }
+
+    /// Whether a write of that extent has no durable record yet.
+    pub(super) fn batches_concern(&self, id: ExtentId) -> bool {
+        self.batch.concerns(id) || self.next.concerns(id)
+    }
+
+    /// Whether a write of that block has no durable record yet.
+    pub(super) fn batches_have(&self, id: ExtentId, block: u16) -> bool {
+        self.batch.has(id, block) || self.next.has(id, block)
     }
 
     /// Blocks of the journal that the next batch may take. One stays free, so that full and empty differ.
@@ -111,24 +199,39 @@ impl Shard {
         self.layout.journal_blocks - 1 - self.journal_room()
     }
 
-    /// Makes a batch of what waits, if none is in flight and there is room for it.
-    pub(super) fn begin_batch(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
-        if self.batch.in_flight || self.ready.is_empty() {
-            return;
-        }
-        if !self.begun {
+    /// Gathers what waits for the next batch, and sends that one if none is in flight.
+    pub(super) fn advance_batch(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        if !self.begun && !self.batch.in_flight {
+            if self.ready.is_empty() {
+                return;
+            }
             // A batch that was torn when the store crashed may lie at the head, whole but for some of its data. Blocks of a
             // new one behind a header that never lands could complete it: so its header is overwritten alone, first.
             self.begin_mark(disk);
+            if !self.batch.in_flight {
+                return;
+            }
+        }
+        self.gather(disk, outcomes);
+        if self.batch.in_flight || !self.has_gathered() {
             return;
         }
+        if let Some(header) = self.take_reserved(disk.pool()) {
+            std::mem::swap(&mut self.batch, &mut self.next);
+            self.send_batch(header, disk);
+        }
+    }
+
+    /// Gives the next batch of what waits as much as it has room for. Data that go to their place at once are sent without
+    /// waiting for the batch in flight: only their records have to.
+    fn gather(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         let room = self.journal_room() as usize;
-        let waiting = self.pending.len();
+        let waiting = self.pending.len() + self.batch.journaled;
         // The header and at least one block.
-        if room < 2 || waiting >= PENDING_MAX {
+        if self.ready.is_empty() || room < 2 || waiting >= PENDING_MAX {
             return;
         }
-        let Some(header) = self.take_reserved(disk.pool()) else { return };
+        self.next.log_is_full = false;
         // Where a checkpoint was lost, the next older one is found out by a later batch in the journal: with three batches or
         // more in it one is whole, even while another is being written over the oldest one.
         let longest = BATCH_BLOCKS_MAX.min(self.layout.journal_blocks as usize / 4);
@@ -140,6 +243,10 @@ impl Shard {
                     self.end_if_committed(at, disk, outcomes);
                 }
                 Taken::Part => break,
+                Taken::Later => {
+                    self.ready.pop_front();
+                    self.later.push_back(at);
+                }
                 Taken::Starved => {
                     self.ready.pop_front();
                     self.starved.push_back(at);
@@ -150,16 +257,40 @@ impl Shard {
                 }
             }
         }
-        if self.batch.records.is_empty() {
-            disk.pool().release(header);
-            return;
+        while let Some(at) = self.later.pop_back() {
+            self.ready.push_front(at);
         }
-        self.send_batch(header, disk);
+        self.send_beside(disk);
+    }
+
+    /// Sends the data that go to their place at once: neighbours together, whichever requests they are of.
+    fn send_beside(&mut self, disk: &mut impl Disk) {
+        let until = if self.flushes_batches { Durable::AtSync } else { Durable::AtEnd };
+        let kind = kind::BESIDE[usize::from(self.next_lsn().is_multiple_of(2))];
+        let mut beside = std::mem::take(&mut self.next.beside);
+        // From the last one to the first, so that they are taken from the end.
+        beside.sort_unstable_by_key(|beside| Reverse((beside.extent, beside.block)));
+        while let Some(&Beside { extent: id, block: first_block, .. }) = beside.last() {
+            let is_next = |(next, other): &(u16, &Beside)| other.extent == id && other.block == *next;
+            let longest = beside.len().min(BLOCKS_LONG_MAX);
+            let run = (first_block..).zip(beside.iter().rev().take(longest)).take_while(is_next).count();
+            let mut blocks = self.list_for(run);
+            for beside in beside.drain(beside.len() - run..).rev() {
+                blocks.push(beside.chunk);
+            }
+            self.extents.get_mut(id).writes_in_flight += 1;
+            self.next.parts_in_flight += 1;
+            self.next.unsynced |= self.flushes_batches;
+            let offset_bytes = self.block_offset(id, first_block);
+            let token = self.token(kind, id.0 as usize);
+            disk.write(offset_bytes, blocks, until, token);
+        }
+        self.next.beside = beside;
     }
 
     /// Writes a batch without records, which proves the one before it and says what is in place.
     pub(super) fn begin_mark(&mut self, disk: &mut impl Disk) {
-        assert!(!self.batch.in_flight && self.batch.records.is_empty());
+        assert!(!self.batch.in_flight && self.batch.records.is_empty() && !self.has_gathered());
         if self.journal_room() == 0 {
             return;
         }
@@ -174,29 +305,59 @@ impl Shard {
             encode_batch(&fields, self.journal_name, &self.batch.records, disk.pool().bytes_mut(&mut header));
         self.batch.placed_lsn = fields.placed_lsn;
         self.batch.rest = fields.rest;
-        let mut blocks = Blocks::with_capacity(1 + self.batch.data.len());
-        blocks.push(header);
-        for chunk in self.batch.data.drain(..) {
-            blocks.push(chunk);
-        }
         let to_end = (self.layout.journal_blocks - self.journal.head) as usize;
         let begin = self.layout.journal_offset(self.name.shard);
         let offset_bytes = begin + u64::from(self.journal.head) * BLOCK;
-        let len = blocks.len();
-        let around = (len > to_end).then(|| blocks.split_off(to_end));
+        let len = 1 + self.batch.data.len();
+        assert!(len <= self.journal_room() as usize, "a batch never reaches what is needed");
+        self.batch.journaled = self.batch.data.len();
+        let until = if self.batch.unsynced { Durable::AtSync } else { Durable::AtEnd };
+        // Filled one by one, not cut: a cut would take a list from the heap in the middle of service.
+        let mut blocks = self.list_for(len.min(to_end));
+        let mut around = (len > to_end).then(|| self.list_for(len - to_end));
+        blocks.push(header);
+        for chunk in self.batch.data.drain(..) {
+            match &mut around {
+                Some(around) if blocks.len() == to_end => around.push(chunk),
+                _ => blocks.push(chunk),
+            }
+        }
         self.batch.in_flight = true;
         self.batch.parts_in_flight += 1;
         let token = self.token(kind::JOURNAL, 0);
-        disk.write(offset_bytes, blocks, Durable::AtEnd, token);
+        disk.write(offset_bytes, blocks, until, token);
         if let Some(rest) = around {
             self.batch.parts_in_flight += 1;
             let token = self.token(kind::JOURNAL, 0);
-            disk.write(begin, rest, Durable::AtEnd, token);
+            disk.write(begin, rest, until, token);
         }
         let len = u32::try_from(len).expect("at most a batch");
         self.journal.head = (self.journal.head + len) % self.layout.journal_blocks;
         Counters::add(&self.shared.counters.batches, 1);
         Counters::add(&self.shared.counters.blocks, self.batch.sets as u64);
+    }
+
+    /// A write of data to their place has ended, of a batch whose number is even or not.
+    pub(super) fn beside_ended(
+        &mut self,
+        id: ExtentId,
+        is_even: bool,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.extents.get_mut(id).writes_in_flight -= 1;
+        if is_even != self.next_lsn().is_multiple_of(2) {
+            self.batch_part_ended(result, disk, outcomes);
+            return;
+        }
+        self.next.parts_in_flight -= 1;
+        if let Err(error) = result {
+            self.take_no_more("data could not be written to their place", error);
+        }
+        if self.failed.is_some() {
+            self.fail_waiting(disk, outcomes);
+        }
     }
 
     pub(super) fn batch_part_ended(
@@ -213,20 +374,46 @@ impl Shard {
             return;
         }
         match self.batch.failure {
+            None if self.batch.unsynced => {
+                self.batch.synced_placed_lsn = self.begin_syncing();
+                let token = self.token(kind::FLUSH, 0);
+                disk.sync(token);
+            }
             None => self.commit(disk, outcomes),
-            Some(error) => self.drop_batch(error, disk, outcomes),
+            Some(error) => self.drop_batch("a write to the journal failed", error, disk, outcomes),
+        }
+    }
+
+    /// The sync after the parts of a batch has ended.
+    pub(super) fn flush_ended(
+        &mut self,
+        result: Result<(), IoError>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        match result {
+            Ok(()) if self.shared.has_failed() => {
+                self.fail_with_others(disk, outcomes);
+                let error = IoError::Errno(rustix::io::Errno::IO.raw_os_error());
+                self.drop_batch("another shard of the store failed", error, disk, outcomes);
+            }
+            Ok(()) => {
+                self.journal.placed_lsn = self.journal.placed_lsn.max(self.batch.synced_placed_lsn);
+                self.commit(disk, outcomes);
+            }
+            Err(error) => self.drop_batch("a sync failed", error, disk, outcomes),
         }
     }
 
     /// The batch is durable.
     fn commit(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        // Batches that are in place leave the list here, so that it does not grow from one sync to the next.
+        self.placed_lsn();
         self.journal.lsn += 1;
         self.journal.chain = self.batch.chain;
-        self.batch.in_flight = false;
         self.rested = self.batch.rest;
         // What follows a rest begins as what follows an opening.
         self.begun = !self.rested;
-        self.batch.sets = 0;
         let lsn = self.journal.lsn;
         self.committed.push_back(Committed { lsn, unplaced: 0 });
         self.committed_ns = self.now_ns;
@@ -234,12 +421,12 @@ impl Shard {
         if !self.batch.records.is_empty() {
             self.last_record_lsn = lsn;
         }
-        self.batch.records.clear();
         let mut applied = std::mem::take(&mut self.batch.applied);
         for change in applied.drain(..) {
             self.apply(change, lsn, disk, outcomes);
         }
         self.batch.applied = applied;
+        self.batch.clear();
     }
 
     fn apply(&mut self, change: Applied, lsn: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
@@ -269,6 +456,14 @@ impl Shard {
                 extent.deactivating = false;
                 extent.active = false;
             }
+            Applied::Cleared { op, extent: id, block, count, version } => {
+                let extent = self.extents.get_mut(id);
+                extent.sums[usize::from(block)..][..usize::from(count)].fill(Sum::ABSENT);
+                extent.version = extent.version.max(version);
+                self.mark_dirty(id);
+                self.ops[op as usize].committed += 1;
+                self.end_if_committed(op, disk, outcomes);
+            }
             Applied::Freed { op, extent: id } => {
                 self.free_extent(id, disk);
                 self.count_committed(op);
@@ -287,7 +482,7 @@ impl Shard {
     /// Ends a request whose last batch has ended.
     fn end_if_committed(&mut self, at: u32, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         let op = &self.ops[at as usize];
-        let is_taken = !matches!(op.what, What::Unmap { place, .. } if place != u32::MAX);
+        let is_taken = !matches!(op.what, What::Unmap { next, .. } if next != u32::MAX);
         if is_taken && op.queued == op.count && op.committed == op.count {
             self.end_op(at, Blocks::new(), disk, outcomes);
         }
@@ -367,16 +562,45 @@ impl Shard {
     }
 
     /// The batch could not be written: what it has is neither done nor undone.
-    fn drop_batch(&mut self, error: IoError, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
-        self.batch.in_flight = false;
-        self.batch.records.clear();
-        self.batch.sets = 0;
-        self.fail("a write to the journal failed", error, disk, outcomes);
+    fn drop_batch(
+        &mut self,
+        why: &'static str,
+        error: IoError,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.take_no_more(why, error);
+        self.fail_waiting(disk, outcomes);
         let mut applied = std::mem::take(&mut self.batch.applied);
+        self.drop_applied(&mut applied, disk, outcomes);
+        self.batch.applied = applied;
+        self.batch.clear();
+    }
+
+    /// Ends what waits for a batch that will never be sent, unless data of it are on their way to their place: then later.
+    pub(super) fn drop_gathered(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        if self.next.parts_in_flight > 0 {
+            return;
+        }
+        for chunk in self.next.data.drain(..) {
+            disk.pool().release(chunk);
+        }
+        let mut applied = std::mem::take(&mut self.next.applied);
+        self.drop_applied(&mut applied, disk, outcomes);
+        self.next.applied = applied;
+        self.next.clear();
+    }
+
+    fn drop_applied(
+        &mut self,
+        applied: &mut Vec<Applied>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
         for change in applied.drain(..) {
             let (op, chunk) = match change {
                 Applied::Set { op, chunk, .. } => (op, chunk),
-                Applied::Freed { op, .. } => (op, None),
+                Applied::Freed { op, .. } | Applied::Cleared { op, .. } => (op, None),
                 _ => continue,
             };
             if let Some(chunk) = chunk {
@@ -389,6 +613,5 @@ impl Shard {
                 self.end_op(op, Blocks::new(), disk, outcomes);
             }
         }
-        self.batch.applied = applied;
     }
 }

@@ -59,7 +59,11 @@ pub(super) struct CheckpointState {
 }
 
 impl CheckpointState {
-    pub(super) fn new(sequence: u64, which: usize, dirty: Vec<ExtentId>) -> CheckpointState {
+    /// All memory is taken here, for a shard that may come to have all `slots` of its store; none of it is touched before it is
+    /// needed.
+    pub(super) fn new(sequence: u64, which: usize, mut dirty: Vec<ExtentId>, slots: u32) -> CheckpointState {
+        let slots = slots as usize;
+        dirty.reserve(slots.saturating_sub(dirty.len()));
         CheckpointState {
             dirty,
             phase: Phase::Idle,
@@ -69,13 +73,20 @@ impl CheckpointState {
             tail: 0,
             chain: 0,
             snapshot_lsn: 0,
-            queue: Vec::new(),
+            queue: Vec::with_capacity(slots),
             at: 0,
-            written: Vec::new(),
+            written: Vec::with_capacity(slots),
             in_flight: 0,
-            table: Vec::new(),
+            table: Vec::with_capacity((BLOCK_BYTES + slots * ENTRY_BYTES).next_multiple_of(BLOCK_BYTES)),
             table_at: 0,
         }
+    }
+}
+
+impl CheckpointState {
+    /// Whether one is being made.
+    pub(super) fn is_in_progress(&self) -> bool {
+        self.phase != Phase::Idle
     }
 }
 
@@ -99,9 +110,10 @@ impl Shard {
         }
     }
 
-    /// Begins one when half of the journal is in use.
+    /// Begins one when half of the journal is in use, or a scrub has come far.
     pub(super) fn begin_checkpoint_if_due(&mut self) {
-        let is_due = self.journal_used() > self.layout.journal_blocks / 2 && !self.rested;
+        let is_wanted = self.journal_used() > self.layout.journal_blocks / 2 || self.scrub.wants_saving();
+        let is_due = is_wanted && !self.rested;
         // While a batch is in flight the journal's head is behind it, and so would be the tail.
         if self.checkpoint.phase != Phase::Idle || !is_due || self.batch_in_flight() {
             return;
@@ -196,7 +208,7 @@ impl Shard {
             entry.encode(&mut table);
             entries += 1;
         }
-        let scrub = self.scrub.progress();
+        let scrub = self.scrub.save();
         let header = CheckpointHeader {
             sequence: self.checkpoint.sequence + 1,
             lsn: self.checkpoint.lsn,
@@ -224,7 +236,7 @@ impl Shard {
             {
                 break;
             }
-            let mut blocks = Blocks::with_capacity(count);
+            let mut blocks = self.list_for(count);
             let begin = self.checkpoint.table_at;
             while blocks.len() < count {
                 let taken = match self.checkpoint.in_flight + u32::from(!blocks.is_empty()) {

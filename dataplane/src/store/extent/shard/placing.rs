@@ -3,7 +3,7 @@
 //! A block that is written again meanwhile is sent once more when the first write has ended: never two at a time. Its older
 //! data count as placed, since the newer ones are in the journal behind them.
 
-use torus_uring::{BLOCKS_LONG_MAX, Blocks, IoError};
+use torus_uring::{BLOCKS_LONG_MAX, IoError};
 
 use super::{Shard, kind};
 use crate::store::extent::extents::ExtentId;
@@ -50,7 +50,7 @@ impl SyncState {
             target_lsn: 0,
             placed_lsn,
             unsynced_blocks: 0,
-            retry: Vec::new(),
+            retry: Vec::with_capacity(super::PENDING_MAX),
             retry_at_ns: 0,
         }
     }
@@ -81,7 +81,7 @@ impl Shard {
 
     fn place(&mut self, id: ExtentId, first_block: u16, run: usize, disk: &mut impl Disk) {
         let count = u16::try_from(run).expect("at most a long request");
-        let mut blocks = if run > 3 { Blocks::with_capacity(run) } else { Blocks::new() };
+        let mut blocks = self.list_for(run);
         for block in first_block..first_block + count {
             let Some(pending) = self.pending.get_mut(&(id.0, block)) else {
                 unreachable!("what is to be placed is pending");
@@ -167,7 +167,9 @@ impl Shard {
     /// When this shard wants a turn, if nothing else gives it one before.
     pub(super) fn settle_at_ns(&self) -> Option<u64> {
         let retry = (!self.sync.retry.is_empty()).then_some(self.sync.retry_at_ns);
-        let settle = (self.failed.is_none() && !self.is_settled()).then_some(self.committed_ns + SETTLE_NS);
+        // While anything is in progress its end gives the next turn.
+        let rests = self.failed.is_none() && self.is_idle() && self.pending.is_empty() && !self.is_settled();
+        let settle = rests.then(|| (self.committed_ns + SETTLE_NS).max(self.now_ns + super::LOOK_AGAIN_NS));
         retry.into_iter().chain(settle).min()
     }
 
@@ -197,10 +199,15 @@ impl Shard {
         assert!(!self.sync.in_flight);
         self.sync.in_flight = true;
         self.sync.after_pages = after_pages;
-        self.sync.target_lsn = self.placed_lsn();
-        self.sync.unsynced_blocks = 0;
+        self.sync.target_lsn = self.begin_syncing();
         let token = self.token(kind::SYNC, 0);
         disk.sync(token);
+    }
+
+    /// A sync begins now: data of the batches up to the one given back will be durable in their place.
+    pub(super) fn begin_syncing(&mut self) -> u64 {
+        self.sync.unsynced_blocks = 0;
+        self.placed_lsn()
     }
 
     pub(super) fn sync_ended(
@@ -213,7 +220,7 @@ impl Shard {
         match result {
             Ok(()) if self.shared.has_failed() => self.fail_with_others(disk, outcomes),
             Ok(()) => {
-                self.journal.placed_lsn = self.sync.target_lsn;
+                self.journal.placed_lsn = self.journal.placed_lsn.max(self.sync.target_lsn);
                 if std::mem::take(&mut self.sync.after_pages) {
                     self.pages_durable();
                 }

@@ -13,12 +13,17 @@ use crate::store::Disk;
 use crate::store::extent::extents::ExtentId;
 use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
 use crate::store::extent::shared::Counters;
-use crate::store::release_blocks;
 
 /// Blocks of one read.
 const READ_BLOCKS: u16 = 64;
+/// How long it waits while requests need the memory.
+const WAIT_NS: u64 = 10_000_000;
 /// How often a block that does not match is read again.
 const RETRIES: u8 = 2;
+
+/// Extents after which a checkpoint says where a run stands: 1 GiB, what a restart does again at most. The simulated stores
+/// are too small for that.
+const EXTENTS_UNSAVED_MAX: u32 = if cfg!(test) { 2 } else { 256 };
 
 /// How long a suspect region with bad blocks rests before it is verified again.
 const AGAIN_NS: u64 = 10_000_000_000;
@@ -28,7 +33,7 @@ const AGAIN_NS: u64 = 10_000_000_000;
 pub struct ScrubTask {
     /// Its number: another one starts anew.
     pub run: u64,
-    /// Bytes a second for this shard.
+    /// Bytes a second, of all shards of the store together.
     pub rate_bytes_per_s: u64,
 }
 
@@ -58,6 +63,8 @@ struct Reading {
 pub(super) struct ScrubState {
     task: Option<ScrubTask>,
     progress: ScrubProgress,
+    /// Extents before the cursor.
+    done_extents: u32,
     /// Next block of the extent at the cursor.
     block: u16,
     reading: Option<Reading>,
@@ -69,6 +76,8 @@ pub(super) struct ScrubState {
     /// Not before.
     suspects_at_ns: u64,
     next_ns: u64,
+    /// Extents verified since a checkpoint said where the run stands.
+    unsaved_extents: u32,
 }
 
 impl ScrubState {
@@ -76,6 +85,7 @@ impl ScrubState {
         ScrubState {
             task: None,
             progress,
+            done_extents: 0,
             block: 0,
             reading: None,
             suspects: None,
@@ -83,11 +93,19 @@ impl ScrubState {
             suspect_bad: false,
             suspects_at_ns: 0,
             next_ns: 0,
+            unsaved_extents: 0,
         }
     }
 
-    pub(super) fn progress(&self) -> ScrubProgress {
+    /// Where the run stands, for a checkpoint.
+    pub(super) fn save(&mut self) -> ScrubProgress {
+        self.unsaved_extents = 0;
         self.progress
+    }
+
+    /// Whether so much would be done again after a restart that a checkpoint is worth it.
+    pub(super) fn wants_saving(&self) -> bool {
+        self.unsaved_extents >= EXTENTS_UNSAVED_MAX
     }
 
     pub(super) fn stop(&mut self) {
@@ -114,7 +132,11 @@ impl Shard {
             self.scrub.progress = ScrubProgress { run: task.run, ..ScrubProgress::default() };
             self.scrub.block = 0;
         }
+        let behind = self.extents.iter().filter(|(id, _)| id.0 < self.scrub.progress.cursor).count();
+        self.scrub.done_extents = u32::try_from(behind).expect("slots are numbered by 32 bits");
         self.scrub.task = task;
+        self.scrub.next_ns = 0;
+        self.tell_scrub();
     }
 
     /// Where the last run stands.
@@ -127,7 +149,8 @@ impl Shard {
         if self.closing || self.scrub.reading.is_some() || self.now_ns < self.scrub.next_ns {
             return;
         }
-        if disk.pool().free_chunks() < disk.pool().chunk_capacity() / 2 {
+        if disk.pool().free_chunks() < disk.pool().chunk_capacity() / 8 {
+            self.scrub.next_ns = self.now_ns + WAIT_NS;
             return;
         }
         if self.scrub.suspects.is_none() {
@@ -188,6 +211,9 @@ impl Shard {
             }
             self.scrub.block = 0;
             self.scrub.progress.cursor += 1;
+            let was_there = u32::from(self.extents.at(place).is_some());
+            self.scrub.done_extents += was_there;
+            self.scrub.unsaved_extents += was_there;
         }
         self.scrub.progress.cursor = u32::MAX;
         self.tell_scrub();
@@ -214,12 +240,12 @@ impl Shard {
         suspect: bool,
         disk: &mut impl Disk,
     ) -> bool {
-        let mut blocks = Blocks::with_capacity(usize::from(count));
+        let mut blocks = self.list_for(usize::from(count));
         for _ in 0..count {
             match disk.pool().take_chunk() {
                 Some(chunk) => blocks.push(chunk),
                 None => {
-                    release_blocks(disk.pool(), blocks);
+                    self.recycle(blocks, disk.pool());
                     return false;
                 }
             }
@@ -229,7 +255,7 @@ impl Shard {
         if let Some(task) = self.scrub.task {
             let bytes = u64::from(count) * BLOCK;
             let pause_ns = bytes.saturating_mul(1_000_000_000) / task.rate_bytes_per_s.max(1);
-            self.scrub.next_ns = self.now_ns.saturating_add(pause_ns);
+            self.scrub.next_ns = self.shared.next_scrub_ns(self.now_ns, pause_ns);
         }
         let offset_bytes = self.block_offset(id, first_block);
         let token = self.token(kind::SCRUB, 0);
@@ -247,15 +273,14 @@ impl Shard {
         if same {
             for (block, chunk) in (reading.first_block..).zip(blocks.iter()) {
                 let sum = self.extents.get(id).sums[usize::from(block)];
-                let written = self.pending.contains_key(&(id.0, block)) || self.batch_has(id, block);
+                let written = self.pending.contains_key(&(id.0, block)) || self.batches_have(id, block);
                 let settled = sum.is_data() && !written;
                 if settled && (result.is_err() || Sum::of(region.bytes(chunk)) != sum) {
                     bad.push(block);
                 }
             }
         }
-        let read_blocks = blocks.len() as u64;
-        release_blocks(disk.pool(), blocks);
+        self.recycle(blocks, disk.pool());
         match bad.first() {
             Some(&block) if reading.tries < RETRIES || bad.len() > 1 => {
                 // One by one, as often as it takes to tell a write that overtook the read from a bad block.
@@ -272,7 +297,6 @@ impl Shard {
             None => {}
         }
         if !reading.suspect {
-            self.shared.scrubbed(self.name.shard, read_blocks * BLOCK);
             self.tell_scrub();
         }
     }
@@ -288,9 +312,11 @@ impl Shard {
 
     fn tell_scrub(&self) {
         if let Some(cell) = self.shared.scrubs.get(usize::from(self.name.shard)) {
-            cell.errors.store(u64::from(self.scrub.progress.errors), Ordering::Relaxed);
-            let finished = if self.scrub.progress.cursor == u32::MAX { self.scrub.progress.run } else { 0 };
-            cell.finished_run.store(finished, Ordering::Release);
+            let progress = self.scrub.progress;
+            cell.errors.store(u64::from(progress.errors), Ordering::Relaxed);
+            cell.done_extents.store(self.scrub.done_extents, Ordering::Relaxed);
+            cell.is_finished.store(progress.cursor == u32::MAX, Ordering::Relaxed);
+            cell.run.store(progress.run, Ordering::Release);
         }
     }
 }

@@ -3,14 +3,16 @@
 //! A write that covers a block in part waits for the block's old content, and becomes a write of whole blocks. What waits for
 //! a batch waits in order of arrival; what needs a slot and finds none waits by itself, unless the store is full.
 
+use std::ops::Range;
+
 use torus_uring::Blocks;
 
-use super::batch::Applied;
+use super::batch::{Applied, Beside};
 use super::reading::locate;
-use super::{Copies, Op, Shard, What, kind};
+use super::{Copies, Op, Shard, What};
 use crate::store::extent::extents::{Extent, ExtentId};
-use crate::store::extent::format::{BATCH_BLOCKS_MAX, EXTENT_BLOCKS, RECORDS_MAX, Record, Sum};
-use crate::store::{BLOCK_BYTES, Disk, Durable, Outcome, RequestToken, StoreError, put_into};
+use crate::store::extent::format::{EXTENT_BLOCKS, Record, Sum};
+use crate::store::{BLOCK_BYTES, Crcs, Disk, Outcome, RequestToken, StoreError, put_into};
 
 /// What is written, beside the blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -21,17 +23,26 @@ pub struct WriteTerms {
     pub keep_tail_bytes: u16,
     /// Whether another copy exists.
     pub copies: Copies,
+    /// CRC32C of whole blocks, where it is known.
+    pub crcs: Crcs,
     /// The head's number for the write, which grows; 0 for the batch's own.
     pub version: u64,
 }
+
+/// Extents that an unmap looks at in one go: some ten microseconds.
+const UNMAP_STEPS_MAX: u32 = 1024;
+/// Extents that it takes in one batch: most of its room is for writes.
+const UNMAP_RECORDS_MAX: u32 = 32;
 
 /// How far a batch came with a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Taken {
     /// It has all of it.
     Whole,
-    /// It is full, or memory is short, or the request waits for the batch to end: what follows waits too.
+    /// It is full: what follows waits too.
     Part,
+    /// The request waits for this batch to end, or for what is on its way; what follows need not.
+    Later,
     /// The request needs a slot and none is free yet.
     Starved,
     /// It failed, and no batch has anything of it.
@@ -51,11 +62,12 @@ impl Shard {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let WriteTerms { keep_head_bytes, keep_tail_bytes, copies, version } = terms;
+        let WriteTerms { keep_head_bytes, keep_tail_bytes, copies, crcs, version } = terms;
         let count = u32::try_from(payload.len()).expect("at most a long request");
         let what = What::Write { keep_head_bytes, keep_tail_bytes, copies, version };
         let mut op = Op::new(Some(request), what, object, first_block, count);
         op.payload = payload;
+        op.crcs = crcs;
         // Until all reads are sent.
         op.reading = 1;
         op.failure = self.failed;
@@ -67,10 +79,20 @@ impl Shard {
         self.merge_if_read(at, disk, outcomes);
     }
 
-    /// Begins to take from a layer every extent from `from_extent` on. The end is told as an event.
-    pub fn unmap(&mut self, object: u32, from_extent: u32) {
-        let op = Op::new(None, What::Unmap { from_extent, place: 0 }, object, 0, 0);
+    /// Begins to take from a layer every block from `from_block` on, which nobody uses any more. The end is told as an event.
+    pub fn unmap(&mut self, object: u32, from_block: u64) {
+        let what = What::Unmap { from_block, to_block: u64::MAX, next: 0 };
+        let at = u32::try_from(self.ops.insert(Op::new(None, what, object, 0, 0))).expect("32 bits");
+        self.ready.push_back(at);
+    }
+
+    /// Begins to take blocks from a layer: they read as zeros then. The caller orders it as a write of them.
+    pub fn unmap_range(&mut self, request: RequestToken, object: u32, blocks: Range<u64>) {
+        let what = What::Unmap { from_block: blocks.start, to_block: blocks.end, next: 0 };
+        let mut op = Op::new(Some(request), what, object, blocks.start, 0);
+        op.failure = self.failed;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
+        // After a failure the next turn ends it.
         self.ready.push_back(at);
     }
 
@@ -126,7 +148,7 @@ impl Shard {
     pub(super) fn take_into_batch(&mut self, at: u32, data_max: usize, disk: &mut impl Disk) -> Taken {
         match self.ops[at as usize].what {
             What::Write { copies, version, .. } => self.take_write(at, copies, version, data_max, disk),
-            What::Unmap { from_extent, place } => self.take_unmap(at, from_extent, place),
+            What::Unmap { from_block, to_block, next } => self.take_unmap(at, from_block..to_block, next),
             What::Read => unreachable!("reads need no batch"),
         }
     }
@@ -149,8 +171,7 @@ impl Shard {
             if op.queued == op.count {
                 return Taken::Whole;
             }
-            if self.batch.records.len() + RECORDS_NEEDED > RECORDS_MAX || self.batch.sets >= BATCH_BLOCKS_MAX
-            {
+            if !self.next.has_room_for(RECORDS_NEEDED) {
                 return Taken::Part;
             }
             let Some((number, block)) = locate(op.first_block + u64::from(op.queued)) else {
@@ -161,7 +182,7 @@ impl Shard {
                 Some(id) => id,
                 None => match self.allocate(object, number) {
                     Some(id) => id,
-                    None if self.shared.no_more() && self.shared.free.is_empty() => {
+                    None if self.shared.is_full() => {
                         return self.refuse(at, StoreError::NoSpace);
                     }
                     None => return Taken::Starved,
@@ -170,23 +191,23 @@ impl Shard {
             let replicated = matches!(copies, Copies::Others { .. });
             if replicated && self.extents.get(id).deactivating {
                 // This batch takes its region out of the log: the next one can put it back.
-                return Taken::Part;
+                return Taken::Later;
             }
             if replicated && !self.extents.get(id).active && !self.activate(id) {
-                return Taken::Part;
+                return Taken::Later;
             }
             let in_place = replicated && self.atomic_blocks;
             if in_place && !self.extents.get(id).active {
                 // Its region must be in the log, durably, before the device sees the data.
+                return Taken::Later;
+            }
+            if !in_place && self.next.data.len() >= data_max {
                 return Taken::Part;
             }
-            if !in_place && self.batch.data.len() >= data_max {
-                return Taken::Part;
-            }
-            debug_assert!(!self.batch_has(id, block), "the caller orders writes of one block");
+            debug_assert!(!self.batches_have(id, block), "the caller orders writes of one block");
             if in_place && self.pending.contains_key(&(id.0, block)) {
                 // Older data are on their way to the same place.
-                return Taken::Part;
+                return Taken::Later;
             }
             self.take_block(at, id, block, version, in_place, disk);
         }
@@ -202,28 +223,25 @@ impl Shard {
         in_place: bool,
         disk: &mut impl Disk,
     ) {
-        let version = if version == 0 { self.journal.lsn + 1 } else { version };
+        let version = if version == 0 { self.next_lsn() } else { version };
         let index = self.ops[at as usize].queued as usize;
         let chunk = disk.pool().share(self.ops[at as usize].payload.get(index));
-        let sum = Sum::of(disk.pool().region().bytes(&chunk));
+        let known = self.ops[at as usize].crcs.get(index).copied().flatten();
+        let sum = known.map_or_else(|| Sum::of(disk.pool().region().bytes(&chunk)), Sum::of_crc);
         let extent = self.extents.get_mut(id);
         extent.touched = true;
         let before = extent.sums[usize::from(block)];
         let slot = extent.slot;
-        self.batch.records.push(Record::Set { slot, block, sum, before, version, in_journal: !in_place });
+        let record = Record::Set { slot, block, sum, before, version, in_journal: !in_place };
         let kept = if in_place {
-            extent.writes_in_flight += 1;
-            let offset_bytes = self.block_offset(id, block);
-            let token = self.token(kind::BESIDE, id.0 as usize);
-            disk.write(offset_bytes, Blocks::from_iter([chunk]), Durable::AtEnd, token);
-            self.batch.parts_in_flight += 1;
+            self.next.beside.push(Beside { extent: id, block, chunk });
             None
         } else {
-            self.batch.data.push(disk.pool().share(&chunk));
+            self.next.data.push(disk.pool().share(&chunk));
             Some(chunk)
         };
-        self.batch.sets += 1;
-        self.batch.applied.push(Applied::Set { op: at, extent: id, block, sum, version, chunk: kept });
+        self.next.sets += 1;
+        self.next.record(record, Applied::Set { op: at, extent: id, block, sum, version, chunk: kept });
         self.ops[at as usize].queued += 1;
     }
 
@@ -239,9 +257,9 @@ impl Shard {
     fn allocate(&mut self, object: u32, number: u32) -> Option<ExtentId> {
         let free = self.shared.free.pop()?;
         let slot = free.slot;
-        let id = self.extents.insert(Extent::allocated(object, number, free, self.journal.lsn + 1));
-        self.batch.records.push(Record::Allocate { slot, object, extent: number });
-        self.batch.applied.push(Applied::Allocated { extent: id });
+        let id = self.extents.insert(Extent::allocated(object, number, free, self.next_lsn()));
+        self.next
+            .record(Record::Allocate { slot, object, extent: number }, Applied::Allocated { extent: id });
         Some(id)
     }
 
@@ -250,17 +268,19 @@ impl Shard {
         if self.extents.get(id).activating {
             return true;
         }
+        let max = self.layout.active_max as usize;
         // Suspect regions stay until they were verified, and must not keep others out for so long.
-        let counted = self.active.iter().filter(|id| !self.extents.get(**id).suspect).count();
-        if counted >= self.layout.active_max as usize && !self.evict_region() {
+        let is_full = self.active.len() >= max
+            && self.active.iter().filter(|id| !self.extents.get(**id).suspect).count() >= max;
+        if is_full && (self.next.log_is_full || !self.evict_region()) {
+            self.next.log_is_full = true;
             return false;
         }
         let extent = self.extents.get_mut(id);
         extent.activating = true;
         let slot = extent.slot;
         self.active.push_back(id);
-        self.batch.records.push(Record::Activate { slot });
-        self.batch.applied.push(Applied::Activated { extent: id });
+        self.next.record(Record::Activate { slot }, Applied::Activated { extent: id });
         true
     }
 
@@ -271,7 +291,7 @@ impl Shard {
             let Some(id) = self.active.pop_front() else { return false };
             let (object, version) = (self.extents.get(id).object, self.extents.get(id).version);
             let is_stable = self.stable_versions.get(&object).is_some_and(|stable| version <= *stable);
-            let in_batch = self.batch.concerns(id);
+            let in_batch = self.batches_concern(id);
             let extent = self.extents.get_mut(id);
             // The next one to open the store must know of a suspect region too.
             let kept = extent.activating || extent.suspect;
@@ -282,44 +302,85 @@ impl Shard {
             }
             extent.deactivating = true;
             let slot = extent.slot;
-            self.batch.records.push(Record::Deactivate { slot });
-            self.batch.applied.push(Applied::Deactivated { extent: id });
+            self.next.record(Record::Deactivate { slot }, Applied::Deactivated { extent: id });
             return true;
         }
         false
     }
 
-    pub(super) fn batch_has(&self, id: ExtentId, block: u16) -> bool {
-        // A batch is short, and only requests of one block can meet here.
-        self.batch.applied.iter().rev().any(|applied| {
-            matches!(applied, Applied::Set { extent, block: other, .. } if *extent == id && *other == block)
-        })
+    fn take_unmap(&mut self, at: u32, blocks: Range<u64>, mut next: u32) -> Taken {
+        let object = self.ops[at as usize].object;
+        // It takes what was written before it, and nothing that is written after it. What the batch in flight has may be on its
+        // way to its place when that has ended.
+        if self.batch_in_flight()
+            || self
+                .later
+                .iter()
+                .chain(&self.starved)
+                .any(|before| self.ops[*before as usize].object == object)
+        {
+            return Taken::Later;
+        }
+        let is_known = blocks.end < u64::MAX;
+        let first = u32::try_from(blocks.start / u64::from(EXTENT_BLOCKS)).unwrap_or(u32::MAX);
+        let end = u32::try_from(blocks.end.div_ceil(u64::from(EXTENT_BLOCKS))).unwrap_or(u32::MAX);
+        let steps = if is_known { end.saturating_sub(first) } else { self.extents.places() };
+        let stop = steps.min(next.saturating_add(UNMAP_STEPS_MAX));
+        let mut records = 0;
+        while next < stop {
+            // Extents by their numbers, or all that there are.
+            let found = if is_known {
+                self.extents.find(object, first + next)
+            } else {
+                self.extents.at(next).filter(|(_, extent)| extent.object == object).map(|(id, _)| id)
+            };
+            let found = found.filter(|id| !self.extents.get(*id).ending && !self.extents.get(*id).ended);
+            if let Some(id) = found {
+                let gone = part_of_extent(self.extents.get(id).number, &blocks);
+                let is_whole = gone.start == 0 && u32::from(gone.end) == EXTENT_BLOCKS;
+                let waits = !is_whole && self.is_pending_in(id, &gone);
+                let is_full = records >= UNMAP_RECORDS_MAX || !self.next.has_room_for(1);
+                if !gone.is_empty() && (waits || is_full) {
+                    break;
+                }
+                self.take_extent(at, id, gone);
+                records += 1;
+            }
+            next += 1;
+        }
+        let is_whole = next >= steps;
+        let next = if is_whole { u32::MAX } else { next };
+        self.ops[at as usize].what = What::Unmap { from_block: blocks.start, to_block: blocks.end, next };
+        if is_whole { Taken::Whole } else { Taken::Later }
     }
 
-    fn take_unmap(&mut self, at: u32, from_extent: u32, mut place: u32) -> Taken {
-        let object = self.ops[at as usize].object;
-        while place < self.extents.places() {
-            if self.batch.records.len() >= RECORDS_MAX {
-                self.ops[at as usize].what = What::Unmap { from_extent, place };
-                return Taken::Part;
-            }
-            let gone = self.extents.at(place).filter(|(_, extent)| {
-                let here = extent.object == object && extent.number >= from_extent;
-                here && !extent.ending && !extent.ended
-            });
-            if let Some((id, extent)) = gone {
-                let slot = extent.slot;
-                self.extents.get_mut(id).ending = true;
-                self.batch.records.push(Record::Free { slot });
-                self.batch.applied.push(Applied::Freed { op: at, extent: id });
-                let op = &mut self.ops[at as usize];
-                op.count += 1;
-                op.queued += 1;
-            }
-            place += 1;
+    /// Takes blocks of an extent, if any of them has something.
+    fn take_extent(&mut self, at: u32, id: ExtentId, blocks: Range<u16>) {
+        let version = self.next_lsn();
+        let extent = self.extents.get_mut(id);
+        let slot = extent.slot;
+        if blocks.start == 0 && u32::from(blocks.end) == EXTENT_BLOCKS {
+            extent.ending = true;
+            self.next.record(Record::Free { slot }, Applied::Freed { op: at, extent: id });
+        } else if extent.sums[usize::from(blocks.start)..usize::from(blocks.end)]
+            .iter()
+            .any(|sum| *sum != Sum::ABSENT)
+        {
+            let (block, count) = (blocks.start, blocks.end - blocks.start);
+            let record = Record::Clear { slot, block, count, state: Sum::ABSENT, version };
+            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, version });
+        } else {
+            return;
         }
-        self.ops[at as usize].what = What::Unmap { from_extent, place: u32::MAX };
-        Taken::Whole
+        let op = &mut self.ops[at as usize];
+        op.count += 1;
+        op.queued += 1;
+    }
+
+    /// Whether data of these blocks are on their way to their place: what is written there later must not be overtaken.
+    fn is_pending_in(&self, id: ExtentId, blocks: &Range<u16>) -> bool {
+        !self.pending.is_empty()
+            && self.pending.keys().any(|(extent, block)| *extent == id.0 && blocks.contains(block))
     }
 
     /// Lets requests that waited for a slot try again.
@@ -343,7 +404,17 @@ impl Shard {
                 self.end_op(at, Blocks::new(), disk, outcomes);
             }
         }
+        self.drop_gathered(disk, outcomes);
     }
+}
+
+/// Which blocks of an extent are among those of a layer.
+fn part_of_extent(number: u32, blocks: &Range<u64>) -> Range<u16> {
+    let begin = u64::from(number) * u64::from(EXTENT_BLOCKS);
+    let within = |block: u64| {
+        u16::try_from(block.saturating_sub(begin).min(u64::from(EXTENT_BLOCKS))).expect("at most 1024")
+    };
+    within(blocks.start)..within(blocks.end)
 }
 
 const _: () = assert!(EXTENT_BLOCKS <= u16::MAX as u32);

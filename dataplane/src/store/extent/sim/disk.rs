@@ -21,6 +21,7 @@ use crate::store::{BLOCK_BYTES, Disk, Durable};
 /// Errors of the operating system that are injected.
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
+const ENODEV: i32 = 19;
 const SECTORS: usize = BLOCK_BYTES / SECTOR;
 /// Kinds of request, as `shard::kind` has them in a token.
 const KIND_SHIFT: u32 = 44;
@@ -218,6 +219,8 @@ pub(super) struct Faults {
     pub(super) stale: u64,
     pub(super) lost: u64,
     pub(super) rot: u64,
+    /// The device vanishes, and everything fails from then on.
+    pub(super) gone: u64,
 }
 
 #[derive(Debug)]
@@ -246,6 +249,7 @@ pub(super) struct SimDisk {
     pub(super) faults: Faults,
     /// Faults that were injected.
     pub(super) injected: u64,
+    is_gone: bool,
     previous: FoldMap<u64, Option<Data>>,
 }
 
@@ -258,6 +262,7 @@ impl SimDisk {
             events: 0,
             faults: Faults::default(),
             injected: 0,
+            is_gone: false,
             previous: FoldMap::default(),
         }
     }
@@ -303,6 +308,11 @@ impl SimDisk {
         let at = rng.index(self.requests.len());
         let mut request = self.requests.swap_remove(at);
         self.events += 1;
+        if self.is_gone || Self::fails(self.faults.gone, rng) {
+            self.is_gone = true;
+            self.injected += 1;
+            return Some((request.token, request.blocks, Err(IoError::Errno(ENODEV))));
+        }
         let result = match request.kind {
             Kind::Read => self.end_read(request.block, &mut request.blocks, rng),
             Kind::Write { data, until } => self.end_write(request.token, request.block, &data, until, rng),

@@ -9,12 +9,12 @@ use torus_uring::Blocks;
 
 use crate::store::extent::extents::{FoldMap, FreeSlot};
 use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, Sum, Superblock};
-use crate::store::extent::recovery::{self, Image, RecoveryError};
+use crate::store::extent::recovery::{self, Image, Medium, RecoveryError};
 use crate::store::extent::shard::{
     Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms,
 };
 use crate::store::extent::shared::{ShardEvent, Shared};
-use crate::store::{BLOCK_BYTES, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
+use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
 
 use super::disk::{Faults, Media, Rng, SECTOR, SimDisk, Still};
 use super::model::{Held, Key, Model, SECTORS, Values, fill, values_of};
@@ -45,12 +45,14 @@ pub(super) struct Coverage {
     pub(super) no_memory: u64,
     pub(super) growths: u64,
     pub(super) closes: u64,
+    pub(super) resumed_scrubs: u64,
     pub(super) settled: u64,
     pub(super) acknowledged: u64,
     pub(super) reads: u64,
     pub(super) long: u64,
     pub(super) in_place: u64,
     pub(super) unmaps: u64,
+    pub(super) trims: u64,
     pub(super) faults: u64,
     pub(super) named_errors: u64,
     pub(super) refused_opens: u64,
@@ -64,6 +66,8 @@ pub(super) struct Plan {
     pub(super) journal_blocks: u32,
     pub(super) active_max: u32,
     pub(super) atomic: bool,
+    /// Batches with data beside them are made durable by a sync.
+    pub(super) flushes: bool,
     /// Of 8, how many writes have another copy.
     pub(super) replicated: u64,
     pub(super) chunks: u32,
@@ -147,6 +151,7 @@ impl Lab {
 enum Doing {
     Read,
     Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
+    Trim,
     Unmap,
 }
 
@@ -185,6 +190,8 @@ pub(super) fn open(
             Err(error) => return Ok(Err(error)),
         }
     }
+    // As raising the open count does.
+    let Ok(()) = still.sync();
     for (shard, image) in (0..).zip(&mut images) {
         if let Err(error) = recovery::place(layout, shard, &still, image) {
             return Ok(Err(error));
@@ -348,6 +355,7 @@ impl World {
                 layout: Arc::clone(&layout),
                 shard,
                 atomic_blocks: plan.atomic,
+                flushes_batches: plan.flushes,
                 shared: Arc::clone(&shared),
             };
             Shard::new(config, image.recovered)
@@ -355,9 +363,12 @@ impl World {
         let mut shards: Vec<Shard> = shards.collect();
         if plan.scrub {
             let run = 1 + rng.below(3);
-            shards.iter_mut().for_each(|shard| {
+            for shard in &mut shards {
+                let before = shard.scrub_progress();
+                let resumed = before.run == run && (1..u32::MAX).contains(&before.cursor);
+                lab.coverage.resumed_scrubs += u64::from(resumed);
                 shard.set_scrub(Some(ScrubTask { run, rate_bytes_per_s: 1 << 30 }));
-            });
+            }
         }
         let next_value = (u64::from(depth) + 1) << 40;
         let mut world = World {
@@ -484,15 +495,20 @@ impl World {
     fn begin_op(&mut self, lab: &mut Lab) {
         let object = self.rng.below(self.plan.objects.into()) as u32;
         let extent = self.rng.below(self.plan.extents.into());
-        if self.plan.unmaps > 0 && self.rng.one_in(self.plan.unmaps) {
-            return self.begin_unmap(object, extent as u32, lab);
-        }
         let within = match self.rng.below(4) {
             0 => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
             _ => self.rng.below(6),
         };
         let mut object = object;
         let mut first = extent * u64::from(EXTENT_BLOCKS) + within;
+        if self.plan.unmaps > 0 && self.rng.one_in(self.plan.unmaps) {
+            let whole = self.rng.one_in(2);
+            let from = if whole { first - within } else { first };
+            return match self.rng.below(2) {
+                0 => self.begin_unmap(object, from, lab),
+                _ => self.begin_trim(object, from, lab),
+            };
+        }
         if self.rng.one_in(3)
             && let Some(((of, block), _)) = self.model.iter().find(|(_, known)| known.bad)
         {
@@ -563,14 +579,14 @@ impl World {
             keep_head_bytes: (head as usize * SECTOR) as u16,
             keep_tail_bytes: (tail as usize * SECTOR) as u16,
             copies,
+            crcs: Crcs::default(),
             version: if self.plan.replicated > 0 { version } else { 0 },
         };
         let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
         self.shards[shard].write(request, object, first, blocks, terms, disk, outcomes);
     }
 
-    fn begin_unmap(&mut self, object: u32, from_extent: u32, lab: &mut Lab) {
-        let first = u64::from(from_extent) * u64::from(EXTENT_BLOCKS);
+    fn begin_unmap(&mut self, object: u32, first: u64, lab: &mut Lab) {
         if self.conflicts(object, first, u64::MAX - first) {
             return;
         }
@@ -580,7 +596,29 @@ impl World {
         lab.coverage.unmaps += 1;
         self.ops.push(Op { token: u32::MAX, object, first, count: u64::MAX - first, doing: Doing::Unmap });
         let shard = self.shard_of(object);
-        self.shards[shard].unmap(object, from_extent);
+        self.shards[shard].unmap(object, first);
+    }
+
+    /// Takes a range from a layer, as a request.
+    fn begin_trim(&mut self, object: u32, first: u64, lab: &mut Lab) {
+        let count = match self.rng.below(3) {
+            0 => 1 + self.rng.below(8),
+            1 => u64::from(EXTENT_BLOCKS) * (1 + self.rng.below(2)),
+            _ => 1 + self.rng.below(2 * u64::from(EXTENT_BLOCKS)),
+        };
+        if self.conflicts(object, first, count) {
+            return;
+        }
+        let gone = first..first + count;
+        for (_, known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && gone.contains(b)) {
+            known.begin(u8::MAX, [0; SECTORS]);
+        }
+        lab.coverage.trims += 1;
+        let token = self.next_token;
+        self.next_token += 1;
+        self.ops.push(Op { token, object, first, count, doing: Doing::Trim });
+        let shard = self.shard_of(object);
+        self.shards[shard].unmap_range(RequestToken(token), object, gone);
     }
 
     fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
@@ -599,8 +637,7 @@ impl World {
         }
         while let Some(event) = self.shared.events.pop() {
             match event {
-                ShardEvent::Unmapped { object, from_extent } => {
-                    let first = u64::from(from_extent) * u64::from(EXTENT_BLOCKS);
+                ShardEvent::Unmapped { object, from_block: first } => {
                     let is_it = |op: &Op| {
                         matches!(op.doing, Doing::Unmap) && op.object == object && op.first == first
                     };
@@ -656,6 +693,16 @@ impl World {
             (Doing::Write { .. }, Err(error)) => {
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
+            (Doing::Trim, Ok(())) => {
+                let gone = op.first..op.first + op.count;
+                let model = self.model.iter_mut();
+                for (_, known) in model.filter(|((o, b), _)| *o == op.object && gone.contains(b)) {
+                    known.acknowledge(u8::MAX, &[0; SECTORS]);
+                }
+            }
+            (Doing::Trim, Err(error)) => {
+                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
+            }
             (Doing::Unmap, _) => unreachable!("unmaps end with an event"),
         }
     }
@@ -671,7 +718,7 @@ impl World {
         lab.coverage.named_errors += 1;
         let bad =
             || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
-        let is_write = what.contains("Write");
+        let is_write = what.contains("Write") || what.contains("Trim");
         let fine = match error {
             StoreError::Corrupt { suspect } => {
                 lab.coverage.refused_merges += u64::from(is_write);
@@ -807,7 +854,8 @@ impl World {
             }
             self.collect(lab);
         }
-        panic!("{what} does not come to its end: {:?}\n{:?}", self.ops, self.shards);
+        let at_rest: Vec<bool> = self.shards.iter().map(Shard::is_idle).collect();
+        panic!("{what} does not come to its end: {:?}; shards at rest: {at_rest:?}", self.ops);
     }
 
     /// Lets everything end, closes, opens again, and reads all of it.
