@@ -8,13 +8,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cluster_map::Durability;
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
 use rustix::io::ReadWriteFlags;
+use torus_uring::MappedFile;
 
 /// How long the last writes of a killed process may take before the device counts as in use by a living one.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -228,6 +231,15 @@ impl Device {
         let number = if self.is_regular { metadata.dev() } else { metadata.rdev() };
         let forces_writes = ["queue/fua", "../queue/fua"].iter().find_map(|name| sysfs_number(number, name));
         self.durability == Durability::DsyncWriteBack && forces_writes == Some(0)
+    }
+
+    /// A mapping by which a file in memory is read; `None` for anything else, or where it cannot be mapped.
+    #[must_use]
+    pub fn map_memory(&self) -> Option<Arc<MappedFile>> {
+        if self.durability != Durability::Memory {
+            return None;
+        }
+        MappedFile::new(self.file.as_fd(), self.len_bytes).map(Arc::new)
     }
 
     /// Whether a fill should go piece by piece, with rests, to leave the device to others. In a file it should not: while

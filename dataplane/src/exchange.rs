@@ -18,7 +18,7 @@ use aoe_xdp::target::{ChangeOutcome, ExportTable, Ingress, ReplyHead};
 use cluster_map::{Durability, LinkLosses};
 use crossbeam::queue::ArrayQueue;
 use rustix::event::EventfdFlags;
-use torus_uring::WakeHandle;
+use torus_uring::{MappedFile, WakeHandle};
 
 use crate::store::extent::shard::{Object, ScrubTask, Shard};
 
@@ -84,6 +84,8 @@ pub struct StoreAccess {
     pub durability: Durability,
     /// Each write must be synced.
     pub dsync: bool,
+    /// By which a file in memory is read, where it can be mapped.
+    pub mapped: Option<Arc<MappedFile>>,
     /// The shards on their way to their cores, by core.
     pub shards: Arc<[ShardQueue]>,
 }

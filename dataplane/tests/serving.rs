@@ -252,6 +252,7 @@ fn make_store(path: &Path, cores: u16) -> (StoreAccess, Vec<Object>) {
         file: Arc::new(OwnedFd::from(device.file().try_clone().unwrap())),
         durability: device.durability(),
         dsync: device.needs_dsync(),
+        mapped: device.map_memory(),
         shards: deal_shards(opened.shards, 0, usize::from(cores)),
     };
     (access, objects)

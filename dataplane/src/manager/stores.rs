@@ -149,6 +149,7 @@ impl Stores {
             file: Arc::new(OwnedFd::from(device.try_clone()?.into_file())),
             durability: device.durability(),
             dsync: device.needs_dsync(),
+            mapped: device.map_memory(),
             shards: deal_shards(opened.shards, position, self.cores),
         };
         let feeder = SlotFeeder::start(

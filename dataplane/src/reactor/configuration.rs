@@ -58,7 +58,7 @@ impl Reactor {
     fn open_device(&mut self, access: &StoreAccess) -> Option<OwnDevice> {
         let inline = access.durability == Durability::Memory;
         let file = self.ring.register_file(access.file.as_fd()).ok()?;
-        Some(OwnDevice { file, dsync: access.dsync, inline })
+        Some(OwnDevice { file, dsync: access.dsync, inline, mapped: access.mapped.clone() })
     }
 
     /// Tells the manager once no request of an older configuration is left.

@@ -1,10 +1,11 @@
 //! Devices: disk requests by io_uring, or at once where the store is in memory, and the ends of both.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use aoe_xdp::link::Pool;
 use cluster_map::{CoreStats, Counter};
-use torus_uring::{Blocks, Event, FileId, IoError, Ring, read_inline, write_inline};
+use torus_uring::{Blocks, Event, FileId, IoError, MappedFile, Ring, read_inline, write_inline};
 
 use super::waiting::{DiskRequest, WaitingRequests, Work};
 use super::{DOORBELL, Reactor};
@@ -19,6 +20,7 @@ pub(super) struct OwnDevice {
     pub(super) file: FileId,
     pub(super) dsync: bool,
     pub(super) inline: bool,
+    pub(super) mapped: Option<Arc<MappedFile>>,
 }
 
 impl OwnDevice {
@@ -92,8 +94,12 @@ impl Disk for ReactorDisk<'_> {
     fn read(&mut self, offset_bytes: u64, mut blocks: Blocks, token: u64) {
         self.stats.add(Counter::DiskReads, 1);
         if self.own.inline {
-            let file = self.ring.file(self.own.file);
-            let result = read_inline(file, offset_bytes, &mut blocks, self.pool);
+            let mapped = self.own.mapped.as_ref();
+            let result = if mapped.is_some_and(|mapped| mapped.read(offset_bytes, &mut blocks, self.pool)) {
+                Ok(())
+            } else {
+                read_inline(self.ring.file(self.own.file), offset_bytes, &mut blocks, self.pool)
+            };
             self.ended(token, blocks, result);
             return;
         }

@@ -138,7 +138,7 @@ mod tests {
             let mut ring = Ring::new(RingConfig { requests_max: slots }, &region, None).unwrap();
             let mut pool = region.pool(0).unwrap();
             let file = ring.register_file(direct.as_fd()).unwrap();
-            let devices = [Some(OwnDevice { file, dsync: true, inline: false })];
+            let devices = [Some(OwnDevice { file, dsync: true, inline: false, mapped: None })];
             let (mut waiting, mut inline_ends) = (WaitingRequests::new(), VecDeque::new());
             let before = stats.snapshot();
             let mut around = ReactorDevices {
@@ -202,7 +202,10 @@ mod tests {
             let mut ring = Ring::new(RingConfig { requests_max: 1 }, &region, None).unwrap();
             let null = std::fs::File::open("/dev/null").unwrap();
             let file = ring.register_file(null.as_fd()).unwrap();
-            assert_eq!(OwnDevice { file, dsync: cache, inline: false }.carries_dsync(until), dsync);
+            assert_eq!(
+                OwnDevice { file, dsync: cache, inline: false, mapped: None }.carries_dsync(until),
+                dsync
+            );
         }
     }
 }

@@ -14,10 +14,12 @@
 
 mod blocks;
 mod inline;
+mod mapped;
 mod ring;
 
 pub use blocks::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IntoIter};
 pub use inline::{read_inline, write_inline};
+pub use mapped::MappedFile;
 pub use ring::{Event, FileId, Finished, Full, Ring, RingConfig, RingError, WakeHandle};
 
 /// Bytes of a block: the unit of disk requests, and a chunk of frame memory.
