@@ -10,15 +10,17 @@ use anyhow::{Context, bail, ensure};
 use aoe_xdp::link::{Pool, Region, RegionConfig};
 use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
 use torus_dataplane::device::Device;
+use torus_dataplane::store::extent::ExtentStore;
 use torus_dataplane::store::extent::extents::FreeSlot;
 use torus_dataplane::store::extent::format::{DEVICE_BYTES_MIN, EXTENT_BLOCKS, SUPERBLOCK_OFFSETS};
 use torus_dataplane::store::extent::opening::{self, Identity};
 use torus_dataplane::store::extent::recovery;
-use torus_dataplane::store::extent::shard::{Copies, Shard, ShardConfig, WriteTerms};
-use torus_dataplane::store::extent::shard_of;
+use torus_dataplane::store::extent::shard::{Copies, Object, Shard, ShardConfig, WriteTerms};
 use torus_dataplane::store::extent::shared::{ShardEvent, Shared};
-use torus_dataplane::store::{Disk, Durable, EXTENT_BYTES, Outcome, RequestToken, release_blocks};
-use torus_uring::{Blocks, Event, FileId, Full, Ring, RingConfig};
+use torus_dataplane::store::{
+    Disk, Durable, EXTENT_BYTES, Operation, Outcome, RequestToken, Store, release_blocks,
+};
+use torus_uring::{Blocks, Event, FileId, Finished, Full, Ring, RingConfig};
 
 use super::{Done, LONG_BLOCKS, LONG_DEPTH, Load};
 use crate::measure::{now_ns, process_cpu_ns};
@@ -60,8 +62,8 @@ pub(super) struct Placed {
 #[derive(Debug)]
 pub(super) struct Prepared<'p> {
     path: &'p Path,
-    /// Number and shard of the volumes.
-    objects: [(u32, u16); 2],
+    /// The volumes.
+    objects: [Object; 2],
     /// Extents that are written; as many are free.
     pub(super) extents: u64,
     /// Where the data of those begin, bytes.
@@ -134,7 +136,7 @@ impl Disk for RingDisk {
 /// An open store.
 struct Session {
     disk: RingDisk,
-    shards: Vec<Shard>,
+    store: ExtentStore,
     shared: Arc<Shared>,
     outcomes: Vec<Outcome>,
     sources: Vec<aoe_xdp::link::Chunk>,
@@ -162,12 +164,12 @@ impl Session {
         let shared = Arc::new(Shared::new(layout.slots(), layout.shards));
         let atomic_blocks = terms.copies != Copies::Sole;
         let flushes_batches = device.flushes_whole_cache();
-        let shards = (0..).zip(images).map(|(shard, image)| {
+        let mut store = ExtentStore::new();
+        for (shard, image) in (0..).zip(images) {
             let (layout, shared) = (Arc::clone(&layout), Arc::clone(&shared));
             let config = ShardConfig { layout, shard, atomic_blocks, flushes_batches, shared };
-            Shard::new(config, image.recovered)
-        });
-        let shards = shards.collect();
+            store.adopt(Box::new(Shard::new(config, image.recovered)));
+        }
         for slot in free {
             device.make_ready(layout.data_offset(slot), EXTENT_BYTES)?;
             shared.give_back(FreeSlot::new(slot));
@@ -189,7 +191,7 @@ impl Session {
             sources.push(chunk);
         }
         let disk = RingDisk { ring, pool, file, dsync: device.needs_dsync(), waiting: VecDeque::new() };
-        Ok(Session { disk, shards, shared, outcomes: Vec::new(), sources, next_source: 0, _device: device })
+        Ok(Session { disk, store, shared, outcomes: Vec::new(), sources, next_source: 0, _device: device })
     }
 
     /// A write's payload: handles to chunks that are there.
@@ -207,8 +209,8 @@ impl Session {
     fn turn(&mut self) -> anyhow::Result<()> {
         if self.take_events() == 0 {
             let now = now_ns();
-            for shard in &mut self.shards {
-                shard.turn(now, &mut self.disk, &mut self.outcomes);
+            if self.store.needs_turn(now) {
+                self.store.turn(now, &mut self.disk, &mut self.outcomes);
             }
             if self.outcomes.is_empty() && self.disk.ring.in_flight() > 0 {
                 self.disk.ring.submit_and_wait(WAIT).context("io_uring")?;
@@ -233,29 +235,19 @@ impl Session {
             taken += 1;
             let Event::Disk(finished) = event else { continue };
             self.disk.go_on();
-            let shard = usize::from(shard_of(finished.token));
-            self.shards[shard].finished(
-                finished.token,
-                finished.blocks,
-                finished.result,
-                &mut self.disk,
-                &mut self.outcomes,
-            );
+            let Finished { token, blocks, result } = finished;
+            self.store.finished(token, blocks, result, &mut self.disk, &mut self.outcomes);
         }
         taken
     }
 
     /// Brings everything to rest and gives up all memory.
     fn close(mut self) -> anyhow::Result<()> {
-        for shard in &mut self.shards {
-            shard.close();
-        }
-        while !self.shards.iter().all(|shard| shard.is_closed()) {
+        self.store.close();
+        while !self.store.is_closed() {
             self.turn()?;
         }
-        for shard in self.shards.drain(..) {
-            shard.dissolve(&mut self.disk.pool);
-        }
+        self.store.dissolve(&mut self.disk.pool);
         for chunk in self.sources.drain(..) {
             self.disk.pool.release(chunk);
         }
@@ -267,11 +259,10 @@ impl Session {
         &mut self,
         load: Load,
         terms: Terms,
-        (object, shard): (u32, u16),
+        object: Object,
         end_ns: u64,
         mut next: impl FnMut() -> Option<u64>,
     ) -> anyhow::Result<u64> {
-        let shard = usize::from(shard);
         let depth = usize::try_from(load.depth())?;
         let mut busy: Vec<Option<u64>> = vec![None; depth];
         let mut idle: Vec<u32> = (0..load.depth()).collect();
@@ -297,14 +288,15 @@ impl Session {
                     let payload = self.payload(load.blocks());
                     let terms = WriteTerms { copies: terms.copies, ..WriteTerms::default() };
                     let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
-                    self.shards[shard].write(request, object, first_block, payload, terms, disk, outcomes);
+                    self.store.write(request, object, first_block, payload, terms, disk, outcomes);
                 } else {
                     let blocks = match buffers.pop() {
                         Some(blocks) => blocks,
                         None => self.buffer(load.blocks())?,
                     };
                     let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
-                    self.shards[shard].read(request, object, first_block, blocks, disk, outcomes);
+                    let operation = Operation::Read { first_block, blocks };
+                    self.store.start(request, &object, operation, disk, outcomes);
                 }
             }
             if ended && idle.len() == depth {
@@ -340,9 +332,9 @@ impl Session {
     }
 
     /// Takes everything from a volume.
-    fn unmap(&mut self, (object, shard): (u32, u16)) -> anyhow::Result<()> {
-        self.shards[usize::from(shard)].unmap(object, 0);
-        while !self.shards[usize::from(shard)].is_idle() {
+    fn unmap(&mut self, object: Object) -> anyhow::Result<()> {
+        self.store.unmap(object, 0);
+        while !self.store.is_idle() {
             self.turn()?;
         }
         Ok(())
@@ -367,8 +359,12 @@ impl<'p> Prepared<'p> {
         for volume in VOLUMES {
             catalog.add(volume, size_bytes / 512, shards)?;
         }
-        let objects =
-            VOLUMES.map(|id| catalog.get(id).map_or((0, 0), |volume| (volume.object, volume.shard)));
+        let objects = VOLUMES.map(|id| {
+            catalog.get(id).map_or(Object { shard: 0, number: 0 }, |volume| Object {
+                shard: volume.shard,
+                number: volume.object,
+            })
+        });
         opened.store.commit(catalog)?;
         let layout = Arc::clone(opened.store.layout());
         drop(opened);

@@ -37,17 +37,21 @@ use super::{Disk, Operation, Outcome, RequestToken, Store};
 pub struct ExtentStore {
     /// By number; those of other cores are not here.
     shards: Vec<Option<Box<Shard>>>,
-    /// Something was given to a shard since the last turn.
-    touched: bool,
-    /// When the next turn is due without that; `u64::MAX` for never.
+    /// Shards that were given something since their last turn, a bit for each.
+    touched: u64,
+    /// When each shard's next turn is due without that; `u64::MAX` for never.
+    dues_ns: Vec<u64>,
+    /// The first of them.
     due_ns: u64,
 }
+
+const _: () = assert!(format::SHARDS_MAX as u32 <= u64::BITS);
 
 impl ExtentStore {
     /// Without shards yet.
     #[must_use]
     pub fn new() -> ExtentStore {
-        ExtentStore::default()
+        ExtentStore { due_ns: u64::MAX, ..ExtentStore::default() }
     }
 
     /// Takes a shard in.
@@ -58,10 +62,11 @@ impl ExtentStore {
         let at = usize::from(shard.number());
         if self.shards.len() <= at {
             self.shards.resize_with(at + 1, || None);
+            self.dues_ns.resize(at + 1, u64::MAX);
         }
         assert!(self.shards[at].is_none(), "a shard is adopted once");
         self.shards[at] = Some(shard);
-        self.touched = true;
+        self.touched |= 1 << at;
     }
 
     /// Whether a shard is here.
@@ -70,16 +75,37 @@ impl ExtentStore {
         self.shards.get(usize::from(shard)).is_some_and(Option::is_some)
     }
 
-    fn shard(&mut self, number: u16) -> &mut Shard {
-        self.touched = true;
+    /// A shard that needs no turn for what it is given.
+    fn untouched(&mut self, number: u16) -> &mut Shard {
         self.shards
             .get_mut(usize::from(number))
             .and_then(Option::as_mut)
             .expect("a request goes to its shard's core")
     }
 
+    fn shard(&mut self, number: u16) -> &mut Shard {
+        self.touched |= 1 << number;
+        self.untouched(number)
+    }
+
     fn all(&mut self) -> impl Iterator<Item = &mut Box<Shard>> {
+        self.touched = u64::MAX;
         self.shards.iter_mut().flatten()
+    }
+
+    /// Begins to write, as [`Store::start`] does, on terms that the caller names.
+    #[expect(clippy::too_many_arguments, reason = "a request and what it is about")]
+    pub fn write(
+        &mut self,
+        request: RequestToken,
+        object: Object,
+        first_block: u64,
+        blocks: Blocks,
+        terms: WriteTerms,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.shard(object.shard).write(request, object.number, first_block, blocks, terms, disk, outcomes);
     }
 
     /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.
@@ -89,7 +115,6 @@ impl ExtentStore {
 
     /// Says which scrub is wanted.
     pub fn set_scrub(&mut self, task: Option<ScrubTask>) {
-        self.touched = true;
         for shard in self.all() {
             shard.set_scrub(task);
         }
@@ -97,7 +122,6 @@ impl ExtentStore {
 
     /// Begins to bring everything to rest.
     pub fn close(&mut self) {
-        self.touched = true;
         for shard in self.all() {
             shard.close();
         }
@@ -118,13 +142,13 @@ impl ExtentStore {
     /// Whether a turn would do something.
     #[must_use]
     pub fn needs_turn(&self, now_ns: u64) -> bool {
-        self.touched || now_ns >= self.due_ns
+        self.touched != 0 || now_ns >= self.due_ns
     }
 
     /// When a turn is due, if nothing else gives one before; nanoseconds of the clock of [`Store::turn`], `u64::MAX` for never.
     #[must_use]
     pub fn due_ns(&self) -> u64 {
-        if self.touched { 0 } else { self.due_ns }
+        if self.touched != 0 { 0 } else { self.due_ns }
     }
 
     /// Gives up all memory of frames.
@@ -158,18 +182,18 @@ impl Store for ExtentStore {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        let shard = self.shard(volume.shard);
         match operation {
             Operation::Read { first_block, blocks } => {
+                let shard = self.untouched(volume.shard);
                 shard.read(request, volume.number, first_block, blocks, disk, outcomes);
             }
             Operation::Write { first_block, blocks, keep_head_bytes, keep_tail_bytes, crcs } => {
                 let terms = WriteTerms { keep_head_bytes, keep_tail_bytes, crcs, ..WriteTerms::default() };
-                shard.write(request, volume.number, first_block, blocks, terms, disk, outcomes);
+                self.write(request, *volume, first_block, blocks, terms, disk, outcomes);
             }
             Operation::Unmap { first_block, count } => {
                 let blocks = first_block..first_block.saturating_add(count).min(BLOCKS_END);
-                shard.unmap_range(request, volume.number, blocks);
+                self.shard(volume.shard).unmap_range(request, volume.number, blocks);
             }
             // Whatever was acknowledged is durable.
             Operation::Flush => outcomes.push(Outcome { request, blocks: Blocks::new(), result: Ok(()) }),
@@ -184,15 +208,24 @@ impl Store for ExtentStore {
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        self.shard(shard_of(token)).finished(token, blocks, result, disk, outcomes);
+        let number = shard_of(token);
+        let shard = self.untouched(number);
+        shard.finished(token, blocks, result, disk, outcomes);
+        if !shard::ends_read(token) || shard.has_ready() {
+            self.touched |= 1 << number;
+        }
     }
 
     fn turn(&mut self, now_ns: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
-        self.touched = false;
+        let touched = std::mem::take(&mut self.touched);
         let mut due_ns = u64::MAX;
-        for shard in self.all() {
-            shard.turn(now_ns, disk, outcomes);
-            due_ns = due_ns.min(shard.wants_turn_at_ns().unwrap_or(u64::MAX));
+        for (at, (shard, own_due_ns)) in self.shards.iter_mut().zip(&mut self.dues_ns).enumerate() {
+            let Some(shard) = shard else { continue };
+            if touched >> at & 1 == 1 || now_ns >= *own_due_ns {
+                shard.turn(now_ns, disk, outcomes);
+                *own_due_ns = shard.wants_turn_at_ns().unwrap_or(u64::MAX);
+            }
+            due_ns = due_ns.min(*own_due_ns);
         }
         self.due_ns = due_ns;
     }

@@ -87,7 +87,7 @@ pub enum Event {
 
 /// New requests that are handed to the kernel without waiting for [`Ring::submit`]. A device that ends requests by the dozen
 /// would else stand still until the last of those that follow is prepared; one call for each costs more than it gains.
-const SUBMIT_AT: usize = 4;
+const SUBMIT_AT: usize = 2;
 
 /// The vectors of a request of more than [`BLOCKS_MAX`] blocks.
 type LongVectors = Box<[libc::iovec; BLOCKS_LONG_MAX]>;

@@ -72,6 +72,11 @@ pub(super) const SHARD_SHIFT: u32 = 36;
 pub(super) const SHARD_MASK: u64 = 0xff;
 const INDEX_MASK: u64 = 0xffff_ffff;
 
+/// Whether a disk request with this token was a read for a request: its end needs no turn, unless a write waited for it.
+pub(super) fn ends_read(token: u64) -> bool {
+    token >> KIND_SHIFT == kind::READ
+}
+
 /// Whether another in-sync copy of what is written exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Copies {
@@ -369,6 +374,11 @@ impl Shard {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.is_idle() && (self.failed.is_some() || self.is_settled())
+    }
+
+    /// Whether writes wait for a batch.
+    pub(super) fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// Whether no request and no disk request is in progress.
