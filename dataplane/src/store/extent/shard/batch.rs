@@ -347,7 +347,8 @@ impl Shard {
         outcomes: &mut Vec<Outcome>,
     ) {
         self.extents.get_mut(id).writes_in_flight -= 1;
-        if is_even != self.next_lsn().is_multiple_of(2) {
+        // Without a batch in flight it is one of the next: a batch that was dropped has taken its number with it.
+        if self.batch.in_flight && is_even != self.next_lsn().is_multiple_of(2) {
             self.batch_part_ended(result, disk, outcomes);
             return;
         }
