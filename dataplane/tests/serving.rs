@@ -245,7 +245,7 @@ fn make_store(path: &Path, cores: u16) -> (StoreAccess, Vec<Object>) {
     let wanted = u64::from(EXPORTS) * VOLUME_SECTORS * 512 / EXTENT_BYTES;
     for slot in opened.free.iter().copied().take(usize::try_from(wanted).unwrap()) {
         device.make_ready(opened.store.layout().data_offset(slot), EXTENT_BYTES).unwrap();
-        opened.shared.give_back(FreeSlot::new(slot));
+        opened.shared.add_free(FreeSlot::new(slot));
     }
     opened.shared.set_no_more(true);
     let access = StoreAccess {

@@ -128,7 +128,15 @@ impl EmbeddedStore {
         let opened = opening.await.unwrap_or_else(|_| {
             let source = io::Error::other("its thread ended; the log says why");
             Err(OpenError::Io { dir: dir.clone(), what: "open", source })
-        })?;
+        });
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                // It has the lock until it ends, and who sees the error may try again at once.
+                let _ = thread.join();
+                return Err(error);
+            }
+        };
         Ok(Self {
             dir,
             identity: opened.identity,

@@ -96,7 +96,7 @@ fn feed(device: &Device, layout: &Superblock, shared: &Shared, mut free: VecDequ
         *talk.error.lock().unwrap_or_else(PoisonError::into_inner) = error;
         if made.is_ok() {
             free.pop_front();
-            shared.give_back(FreeSlot::new(slot));
+            shared.add_free(FreeSlot::new(slot));
             shared.set_no_more(free.is_empty());
         } else {
             shared.set_no_more(true);

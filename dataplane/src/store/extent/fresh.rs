@@ -32,7 +32,7 @@ impl FreshStore {
         let layout = Arc::new(Superblock::new(cluster, node, store, [4; 16], device_bytes, shape)?);
         let shared = Arc::new(Shared::new(layout.slots(), layout.shards));
         for slot in 0..layout.slots() {
-            shared.give_back(FreeSlot::new(slot));
+            shared.add_free(FreeSlot::new(slot));
         }
         shared.set_no_more(true);
         let shards = (0..layout.shards).map(|shard| {

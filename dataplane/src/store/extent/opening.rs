@@ -631,7 +631,7 @@ mod tests {
         let (free, slots) = (opened.free.clone(), opened.store.layout().slots());
         for slot in &free {
             opened.store.device().make_ready(opened.store.layout().data_offset(*slot), EXTENT_BYTES).unwrap();
-            opened.shared.give_back(FreeSlot::new(*slot));
+            opened.shared.add_free(FreeSlot::new(*slot));
         }
         opened.shared.set_no_more(true);
         let file = opened.store.device().try_clone().unwrap().into_file();

@@ -513,7 +513,8 @@ impl Shard {
         }
         // What waits for a slot or for memory looks again soon: others give them back.
         let gathers = !self.ready.is_empty() || self.has_gathered();
-        let stands = self.in_flight == 0 && (gathers || self.checkpoint.is_in_progress());
+        let goes_on = gathers || !self.unsent.is_empty() || self.checkpoint.is_in_progress();
+        let stands = self.in_flight == 0 && goes_on;
         let waits = stands || !self.starved.is_empty();
         let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
         self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).chain(again).chain(tells).min()

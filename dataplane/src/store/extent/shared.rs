@@ -4,9 +4,10 @@
 //! * A slot is in [`Shared::free`] only when no durable state of any shard names it and no write to it is in flight. So it has
 //!   one owner at any time: the queue, the shard that took it, or the manager that prepares it.
 //! * Everything here is a bounded lock-free queue or an atomic counter of its own; no order between two of them is relied on,
-//!   but for [`Shared::no_more`]: it is set after the last slot was queued, and looked at before the queue is.
+//!   but for those that say that more slots come ([`Shared::no_more`], [`Shared::begin_giving_back`]): each is changed after the
+//!   slot it is about was queued, and looked at before the queue is.
 //! * So a shard says that the store is full only when somebody has taken each slot that was queued before it was said that there
-//!   are no more, and each that was given back before the shard was asked. One that is queued meanwhile it may miss.
+//!   are no more, and each whose way back had begun before the shard was asked. One that is queued meanwhile it may miss.
 //!
 //! Built on loom's types under `--cfg loom`, which checks the last two.
 #![cfg_attr(loom, allow(dead_code, reason = "the model uses a part"))]
@@ -82,6 +83,8 @@ pub struct Shared {
     /// When the rate allows the next read of a scrub.
     scrub_ns: AtomicU64,
     no_more: AtomicBool,
+    /// Slots of extents whose end is in a batch, and that are not queued yet.
+    on_their_way: AtomicU32,
     failed: AtomicBool,
 }
 
@@ -112,6 +115,7 @@ impl Shared {
             scrubs: (0..shards).map(|_| ScrubCell::default()).collect(),
             scrub_ns: AtomicU64::new(0),
             no_more: AtomicBool::new(false),
+            on_their_way: AtomicU32::new(0),
             failed: AtomicBool::new(false),
         }
     }
@@ -125,13 +129,13 @@ impl Shared {
         before_ns.map_or(u64::MAX, after)
     }
 
-    /// Whether an empty [`Shared::free`] means that the store is full; else more slots are being prepared.
+    /// Whether an empty [`Shared::free`] means that the store is full; else more slots are being prepared, or given back.
     #[must_use]
     pub fn no_more(&self) -> bool {
-        self.no_more.load(Ordering::Acquire)
+        self.no_more.load(Ordering::Acquire) && self.on_their_way.load(Ordering::Acquire) == 0
     }
 
-    /// Whether no slot is free and none is being prepared: for a shard that has found none.
+    /// Whether no slot is free and none will be by itself: for a shard that has found none.
     #[must_use]
     pub fn is_full(&self) -> bool {
         // The other way round, the last slot might be queued between the two looks.
@@ -154,13 +158,25 @@ impl Shared {
         self.failed.store(true, Ordering::Release);
     }
 
-    /// Makes a slot free.
+    /// Makes a slot free that no extent has had.
     ///
     /// # Panics
     /// If more slots are free than the store has: one was freed twice.
-    pub fn give_back(&self, slot: FreeSlot) {
+    pub fn add_free(&self, slot: FreeSlot) {
         let queued = self.free.push(slot);
         assert!(queued.is_ok(), "a store has no more free slots than slots");
+    }
+
+    /// The end of an extent is in a batch: who finds no slot waits for its one, [`Shared::give_back`].
+    pub(super) fn begin_giving_back(&self) {
+        self.on_their_way.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The slot of an ended extent is free.
+    pub(super) fn give_back(&self, slot: FreeSlot) {
+        self.add_free(slot);
+        // The other way round, who finds the queue empty between the two would take the store for full.
+        self.on_their_way.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -244,7 +260,7 @@ mod model {
         /// The manager makes slots ready, and says when there are no more.
         fn feed(&self, slots: u32) {
             for slot in 0..slots {
-                self.shared.give_back(slot);
+                self.shared.add_free(slot);
                 self.shared.set_no_more(slot + 1 == slots);
             }
         }
@@ -323,6 +339,7 @@ mod model {
             let feeder = spawn(&world, |world| world.feed(1));
             let other = spawn(&world, |world| {
                 if let Slot(slot) = world.look_for(1) {
+                    world.shared.begin_giving_back();
                     world.shared.give_back(slot);
                 }
             });
@@ -333,6 +350,33 @@ mod model {
             let is_held = matches!(answer, Slot(_));
             assert_eq!(world.shared.is_full(), is_held, "it is somewhere, and once");
             assert!(is_held || world.look() == Slot(0));
+        });
+    }
+
+    /// Whoever writes while a deletion is on its way waits for its room.
+    #[test]
+    fn a_slot_on_its_way_is_waited_for() {
+        loom::model(|| {
+            let world = World::new(1);
+            world.feed(1);
+            let begun = Arc::new(AtomicBool::new(false));
+            let other = spawn(&world, {
+                let begun = Arc::clone(&begun);
+                move |world| {
+                    let Slot(slot) = world.look() else { panic!("nobody else wants it yet") };
+                    world.shared.begin_giving_back();
+                    begun.store(true, Ordering::Release);
+                    world.shared.give_back(slot);
+                }
+            });
+            let shard = spawn(&world, move |world| {
+                if begun.load(Ordering::Acquire) {
+                    assert_ne!(world.look(), Full, "it comes back");
+                }
+            });
+            other.join().unwrap();
+            shard.join().unwrap();
+            assert!(!world.shared.is_full() || world.taken.load(Ordering::Relaxed) > 1);
         });
     }
 
@@ -347,6 +391,7 @@ mod model {
                 let gone = Arc::clone(&gone);
                 move |world| {
                     let Slot(slot) = world.look() else { panic!("nobody else wants it yet") };
+                    world.shared.begin_giving_back();
                     world.shared.give_back(slot);
                     gone.store(true, Ordering::Release);
                 }
@@ -371,10 +416,10 @@ mod model {
             let feeder = spawn(&world, {
                 let ready = Arc::clone(&ready);
                 move |world| {
-                    world.shared.give_back(0);
+                    world.shared.add_free(0);
                     world.shared.set_no_more(false);
                     ready.store(true, Ordering::Release);
-                    world.shared.give_back(1);
+                    world.shared.add_free(1);
                     world.shared.set_no_more(true);
                 }
             });

@@ -110,7 +110,7 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
         if rng.one_in(3) {
             // Many regions in a small log: one leaves it in the batch that another one comes with.
             let active_max = 4 + rng.below(5) as u32;
-            let concurrent = active_max as usize / 2;
+            let concurrent = 1 + rng.index(active_max as usize);
             let (shards, slots, objects, extents) = (1, 26, 10, 1);
             let (replicated, longest) = (8, 3);
             return Plan {
@@ -127,14 +127,10 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
                 ..plan
             };
         }
-        // Writes that wait for room in the activity log must not be what keeps all regions in it from leaving.
-        let active_max = 3 + rng.below(8) as u32;
-        let concurrent = 1 + rng.index(active_max as usize / 3);
         Plan {
             atomic,
             replicated: 2 + rng.below(7),
-            active_max,
-            concurrent,
+            active_max: 1 + rng.below(8) as u32,
             longest: plan.longest.min(8),
             ..plan
         }
@@ -144,6 +140,7 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
         ("recoveries", lab.coverage.recoveries, 35_000),
         ("writes in place", lab.coverage.in_place, 1000),
         ("suspect regions", lab.coverage.suspect_regions, 30_000),
+        ("activity logs that had to grow", lab.coverage.grown_logs, 500),
         ("suspect blocks", lab.coverage.suspect_blocks, 1500),
         ("refused merges", lab.coverage.refused_merges, 10),
         ("closed without a suspect", lab.coverage.settled, 200),
@@ -164,7 +161,6 @@ fn slots_that_change_hands_survive_every_crash() {
             concurrent: 1 + rng.index(6),
             atomic: rng.one_in(2),
             replicated: rng.below(2) * 4,
-            active_max: 12,
             steps: 400,
             ..plan
         }
@@ -220,7 +216,7 @@ fn what_a_device_does_wrong_is_found_and_named() {
         }
         let atomic = rng.one_in(2);
         let replicated = if rng.one_in(2) { 4 } else { 0 };
-        Plan { faults, atomic, replicated, active_max: 64, ..plan(rng) }
+        Plan { faults, atomic, replicated, ..plan(rng) }
     });
     let Some(lab) = lab else { return };
     lab.covers(&[("faults", lab.coverage.faults, 50), ("named errors", lab.coverage.named_errors, 100)]);

@@ -34,6 +34,9 @@ const UNMAP_STEPS_MAX: u32 = 1024;
 /// Extents that it takes in one batch: most of its room is for writes.
 const UNMAP_RECORDS_MAX: u32 = 32;
 
+/// Regions that leave the activity log for one that comes: where the log is longer than it should be it becomes shorter.
+const EVICTED_MAX: usize = 2;
+
 /// How far a batch came with a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Taken {
@@ -161,8 +164,8 @@ impl Shard {
         data_max: usize,
         disk: &mut impl Disk,
     ) -> Taken {
-        // Allocation, a region out of the log and another one in, and the block itself.
-        const RECORDS_NEEDED: usize = 4;
+        // Allocation, regions out of the log and another one in, and the block itself.
+        const RECORDS_NEEDED: usize = 3 + EVICTED_MAX;
         if let Copies::Others { stable_version } = copies {
             self.set_stable(self.ops[at as usize].object, stable_version);
         }
@@ -193,8 +196,8 @@ impl Shard {
                 // This batch takes its region out of the log: the next one can put it back.
                 return Taken::Later;
             }
-            if replicated && !self.extents.get(id).active && !self.activate(id) {
-                return Taken::Later;
+            if replicated && !self.extents.get(id).active {
+                self.activate(id);
             }
             let in_place = replicated && self.atomic_blocks;
             if in_place && !self.extents.get(id).active {
@@ -263,25 +266,31 @@ impl Shard {
         Some(id)
     }
 
-    /// Puts a region into the activity log; whether there is room, now or when this batch has ended.
-    fn activate(&mut self, id: ExtentId) -> bool {
+    /// Puts a region into the activity log. Where the log is full and no region can leave it, it grows: a write that waited for
+    /// room here while the regions here wait for writes elsewhere, and those for room there, would wait for ever. What the log
+    /// has beyond its length is bounded by what the heads have in progress, and leaves it as soon as it can.
+    fn activate(&mut self, id: ExtentId) {
         if self.extents.get(id).activating {
-            return true;
+            return;
         }
-        let max = self.layout.active_max as usize;
-        // Suspect regions stay until they were verified, and must not keep others out for so long.
-        let is_full = self.active.len() >= max
-            && self.active.iter().filter(|id| !self.extents.get(**id).suspect).count() >= max;
-        if is_full && (self.next.log_is_full || !self.evict_region()) {
-            self.next.log_is_full = true;
-            return false;
+        for _ in 0..EVICTED_MAX {
+            if self.next.log_is_full || !self.log_is_full() {
+                break;
+            }
+            self.next.log_is_full = !self.evict_region();
         }
         let extent = self.extents.get_mut(id);
         extent.activating = true;
         let slot = extent.slot;
         self.active.push_back(id);
         self.next.record(Record::Activate { slot }, Applied::Activated { extent: id });
-        true
+    }
+
+    fn log_is_full(&self) -> bool {
+        let max = self.layout.active_max as usize;
+        // Suspect regions stay until they were verified, and must not push others out for so long.
+        self.active.len() >= max
+            && self.active.iter().filter(|id| !self.extents.get(**id).suspect).count() >= max
     }
 
     /// Takes a region out of the activity log that has not been written for a while: its records are durable, no write to it is
@@ -291,15 +300,15 @@ impl Shard {
             let Some(id) = self.active.pop_front() else { return false };
             let (object, version) = (self.extents.get(id).object, self.extents.get(id).version);
             let is_stable = self.stable_versions.get(&object).is_some_and(|stable| version <= *stable);
-            let in_batch = self.batches_concern(id);
             let extent = self.extents.get_mut(id);
             // The next one to open the store must know of a suspect region too.
-            let kept = extent.activating || extent.suspect;
-            let busy = extent.writes_in_flight > 0 || in_batch || !is_stable || kept;
-            if std::mem::take(&mut extent.touched) || busy {
+            let kept = extent.activating || extent.suspect || extent.ending;
+            let busy = extent.writes_in_flight > 0 || !is_stable || kept;
+            if std::mem::take(&mut extent.touched) || busy || self.batches_concern(id) {
                 self.active.push_back(id);
                 continue;
             }
+            let extent = self.extents.get_mut(id);
             extent.deactivating = true;
             let slot = extent.slot;
             self.next.record(Record::Deactivate { slot }, Applied::Deactivated { extent: id });
@@ -361,6 +370,7 @@ impl Shard {
         let slot = extent.slot;
         if blocks.start == 0 && u32::from(blocks.end) == EXTENT_BLOCKS {
             extent.ending = true;
+            self.shared.begin_giving_back();
             self.next.record(Record::Free { slot }, Applied::Freed { op: at, extent: id });
         } else if extent.sums[usize::from(blocks.start)..usize::from(blocks.end)]
             .iter()

@@ -33,6 +33,7 @@ pub(super) struct Coverage {
     pub(super) recoveries: u64,
     pub(super) checkpoints: u64,
     pub(super) wrapped: u64,
+    pub(super) grown_logs: u64,
     pub(super) torn_tails: u64,
     pub(super) replaced_blocks: u64,
     pub(super) suspect_regions: u64,
@@ -217,6 +218,8 @@ pub(super) fn open(
             return Err(format!("the journal is nowhere: {journal:?}"));
         }
         lab.coverage.wrapped += u64::from(journal.head < journal.tail);
+        let active = image.recovered.extents.iter().filter(|(_, extent)| extent.active).count();
+        lab.coverage.grown_logs += u64::from(active > layout.active_max as usize);
     }
     let found = examine(layout, &images, &media, model, excused)?;
     lab.coverage.suspect_blocks += found.iter().filter(|(_, held)| *held == Held::Bad).count() as u64;
@@ -344,7 +347,7 @@ impl World {
         // Some are prepared later.
         let now = if rng.one_in(2) { held_back.len() } else { rng.index(held_back.len() + 1) };
         for slot in held_back.drain(..now) {
-            shared.give_back(FreeSlot::new(slot));
+            shared.add_free(FreeSlot::new(slot));
         }
         shared.set_no_more(held_back.is_empty());
         let layout = Arc::new(layout);
@@ -439,7 +442,7 @@ impl World {
 
     fn prepare_slots(&mut self) {
         for slot in self.held_back.drain(..) {
-            self.shared.give_back(FreeSlot::new(slot));
+            self.shared.add_free(FreeSlot::new(slot));
         }
         self.shared.set_no_more(true);
     }
