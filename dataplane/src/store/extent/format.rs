@@ -152,7 +152,7 @@ pub struct Superblock {
     pub journal_blocks: u32,
     /// Blocks of each checkpoint, its header among them.
     pub checkpoint_blocks: u32,
-    /// Regions that the activity log of a shard holds at most.
+    /// Regions in the activity log of a shard; more only while none of them can leave it.
     pub active_max: u32,
     /// See [`JournalKey`].
     pub journal_key: JournalKey,
