@@ -1,0 +1,457 @@
+//! The replicas as the head sees them: connections, openings, what each was asked, and how those go that are silent.
+//!
+//! Invariants:
+//! * What was asked of a member stays asked until it answers, its connection breaks (reads), or it leaves (writes): a write is
+//!   sent again on the next connection, in order.
+//! * Of who left, what is still on its way is remembered until it is answered or the connection is gone: nothing new is sent to
+//!   blocks that it may still write.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cluster_map::NodeId;
+
+use super::resync::Learner;
+use super::equalize::Equalize;
+use super::{Failure, Head, OpId, Output, Purport, RETRY_NS, SILENCE_NS, Stage};
+use crate::grants::{GrantIndex, Grants};
+use crate::membership::Change;
+use crate::message::{Fault, Held, Memory};
+use crate::terms::{Extent, Member, Version};
+
+/// For how long a replica may take to open a generation: grants of the former one run out meanwhile.
+const OPEN_PATIENCE_NS: u64 = 3_000_000_000;
+/// For how long a write may take.
+const WRITE_PATIENCE_NS: u64 = 2_000_000_000;
+
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    purport: Purport,
+    at_ns: u64,
+    /// It is on its way, on the present connection.
+    is_sent: bool,
+}
+
+/// A replica.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) node: NodeId,
+    is_connected: bool,
+    /// It has opened this generation once.
+    pub(super) was_opened: bool,
+    /// It has opened it on this connection, when this was the newest grant of its node.
+    pub(super) opened: Option<GrantIndex>,
+    unanswered: BTreeMap<u64, Asked>,
+    /// Writes of before it left that may still be on their way.
+    abandoned: BTreeSet<u64>,
+    pub(super) learner: Option<Learner>,
+    /// The store is another member now.
+    is_gone: bool,
+    /// A write failed there.
+    has_failed: bool,
+}
+
+impl Peer {
+    fn new(node: NodeId) -> Peer {
+        Peer {
+            node,
+            is_connected: false,
+            was_opened: false,
+            opened: None,
+            unanswered: BTreeMap::new(),
+            abandoned: BTreeSet::new(),
+            learner: None,
+            is_gone: false,
+            has_failed: false,
+        }
+    }
+
+    /// Whether it can be asked.
+    pub(super) fn is_open(&self) -> bool {
+        self.opened.is_some()
+    }
+
+    /// Whether it is being brought up to date.
+    pub(super) fn is_learner(&self) -> bool {
+        self.learner.is_some()
+    }
+
+    /// Whether nothing of a time before is on its way to it.
+    pub(super) fn is_clean(&self) -> bool {
+        self.abandoned.is_empty() && !self.is_gone
+    }
+
+    /// Whether it has answered every write.
+    pub(super) fn has_answered_writes(&self) -> bool {
+        !self.unanswered.values().any(|asked| asked.purport.is_write())
+    }
+
+    fn may_send(&self, purport: Purport) -> bool {
+        self.is_connected && (self.opened.is_some() || purport == Purport::Open)
+    }
+
+    /// Takes note of an answer; what was asked, unless nobody wants to know any more.
+    pub(super) fn answered(&mut self, id: u64) -> Option<Purport> {
+        self.abandoned.remove(&id);
+        self.unanswered.remove(&id).map(|asked| asked.purport)
+    }
+
+    fn oldest_ns(&self, which: impl Fn(Purport) -> bool) -> Option<u64> {
+        self.unanswered.values().filter(|asked| which(asked.purport)).map(|asked| asked.at_ns).min()
+    }
+}
+
+impl<M: Memory> Head<M> {
+    /// Has a peer for every owner.
+    pub(super) fn follow_owners(&mut self) {
+        let owners = self.membership.owners();
+        for (member, owner) in &owners {
+            self.peers.entry(*member).or_insert_with(|| Peer::new(owner.node)).node = owner.node;
+        }
+    }
+
+    /// A connection to that node can be used. Nothing of an earlier one is on its way any more.
+    pub fn connected(&mut self, node: NodeId, grants: &Grants, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        if self.end.is_some() {
+            return;
+        }
+        let members: Vec<Member> = self.members_of(node);
+        for member in members {
+            let Some(peer) = self.peers.get_mut(&member) else { continue };
+            peer.is_connected = true;
+            peer.abandoned.clear();
+            self.reopen(member, memory);
+        }
+        self.advance(grants, memory);
+    }
+
+    /// The connection to that node is gone.
+    pub fn disconnected(&mut self, node: NodeId, grants: &Grants, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        if self.end.is_some() {
+            return;
+        }
+        for member in self.members_of(node) {
+            let Some(peer) = self.peers.get_mut(&member) else { continue };
+            peer.is_connected = false;
+            peer.opened = None;
+            peer.unanswered.retain(|_, asked| asked.purport != Purport::Open);
+            peer.unanswered.values_mut().for_each(|asked| asked.is_sent = false);
+            self.drop_reads(member, memory);
+            self.drop_learners_that_need(member);
+        }
+        self.advance(grants, memory);
+    }
+
+    fn members_of(&self, node: NodeId) -> Vec<Member> {
+        self.peers.iter().filter(|(_, peer)| peer.node == node).map(|(member, _)| *member).collect()
+    }
+
+    /// Asks a replica to open the generation, again if it was asked on an earlier connection.
+    pub(super) fn reopen(&mut self, member: Member, memory: &mut M) {
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        peer.opened = None;
+        if peer.is_connected && peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
+            self.send(member, Purport::Open, memory);
+        }
+    }
+
+    /// A replica has opened the generation.
+    pub(super) fn opened(&mut self, from: Member, highest: Version, active: &[Held], grants: &Grants, memory: &mut M) {
+        let is_in_sync = self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
+        let Some(peer) = self.peers.get_mut(&from) else { return };
+        peer.opened = Some(grants.index(peer.node));
+        if !std::mem::replace(&mut peer.was_opened, true) {
+            self.next_version = self.next_version.max(highest.next());
+            // Who is stale is made equal by what it missed, and by what only it has.
+            for held in active.iter().filter(|_| is_in_sync) {
+                let lowest = &mut self.unequal.entry(held.extent).or_insert((held.version, false)).0;
+                *lowest = held.version.min(*lowest);
+            }
+        }
+        self.resend(from, memory);
+    }
+
+    /// Sends what is not on its way, in order.
+    fn resend(&mut self, member: Member, memory: &mut M) {
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        let unsent = peer.unanswered.iter_mut().filter(|(_, asked)| !asked.is_sent);
+        let unsent: Vec<(u64, Purport)> = unsent
+            .map(|(id, asked)| {
+                asked.is_sent = true;
+                (*id, asked.purport)
+            })
+            .collect();
+        for (id, purport) in unsent {
+            self.send_now(member, id, purport, memory);
+        }
+    }
+
+    /// Asks a replica, now or when it is open again.
+    pub(super) fn send(&mut self, member: Member, purport: Purport, memory: &mut M) {
+        let id = self.next_request;
+        self.next_request += 1;
+        let now_ns = self.now_ns;
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        let is_sent = peer.may_send(purport);
+        peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent });
+        if is_sent {
+            self.send_now(member, id, purport, memory);
+        }
+    }
+
+    /// Reads of who cannot answer are asked of others.
+    fn drop_reads(&mut self, member: Member, memory: &mut M) {
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        let is_read = |purport: Purport| !purport.is_write() && purport != Purport::Open;
+        let dropped: Vec<Purport> =
+            peer.unanswered.values().map(|asked| asked.purport).filter(|purport| is_read(*purport)).collect();
+        peer.unanswered.retain(|_, asked| !is_read(asked.purport));
+        for purport in dropped {
+            match purport {
+                Purport::Read { op, reading } => self.ask_another(op, reading, member, memory),
+                Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => self.restart_job(job, memory),
+                _ => {}
+            }
+        }
+    }
+
+    /// Gives reads that take long to another copy too.
+    pub(super) fn lose_patience(&mut self, memory: &mut M) {
+        let late = |asked: u64| self.now_ns.saturating_sub(asked) > super::READ_PATIENCE_NS;
+        let mut slow = Vec::new();
+        for (&at, op) in &self.ops {
+            for (index, reading) in op.readings.iter().enumerate() {
+                if let Some((member, _)) = reading.asked.filter(|(_, asked_ns)| late(*asked_ns)) {
+                    slow.push((at, index, member));
+                }
+            }
+        }
+        for (at, index, member) in slow {
+            let span = self.op(at).readings[index].span;
+            let others = self.membership.sure(span.extent).filter(|owner| owner.member != member);
+            let tried = &self.op(at).readings[index].failed;
+            let has_another = others
+                .filter(|owner| !tried.contains(&owner.member))
+                .any(|owner| self.peers.get(&owner.member).is_some_and(Peer::is_open));
+            if has_another {
+                self.ask_another(at, index, member, memory);
+            }
+        }
+    }
+
+    fn ask_another(&mut self, at: OpId, index: usize, but: Member, memory: &mut M) {
+        let Some(reading) = self.ops.get_mut(&at).and_then(|op| op.readings.get_mut(index)) else { return };
+        if reading.got.is_some() || reading.asked.is_none_or(|(asked, _)| asked != but) {
+            return;
+        }
+        // It may be asked again if no other can give it: it has not said that it cannot.
+        reading.asked = None;
+        reading.failed.push(but);
+        self.send_read(at, index, memory);
+        if let Some(reading) = self.ops.get_mut(&at).and_then(|op| op.readings.get_mut(index)) {
+            reading.failed.retain(|failed| *failed != but);
+        }
+    }
+
+    /// A replica could not write, or make room.
+    pub(super) fn write_failed(&mut self, from: Member, purport: Purport, fault: Fault) {
+        if self.peers.get(&from).is_some_and(Peer::is_learner) {
+            self.drop_learner(from);
+            return;
+        }
+        let op = match purport {
+            Purport::Write { op, .. } | Purport::Reserve { op, .. } => Some(op),
+            _ => None,
+        };
+        let is_sole = |extent: Extent| self.membership.needed(extent).count() == 1 && self.membership.doubt().is_none();
+        let is_alone = op.and_then(|op| self.ops.get(&op)).is_some_and(|op| super::extents(&op.range).all(is_sole));
+        if fault != Fault::NoMemory
+            && is_alone
+            && let Some(op) = op.and_then(|op| self.ops.get_mut(&op))
+        {
+            // Nobody has anything else: it was written or not, as with any disk.
+            op.failure.get_or_insert(Failure::Unwritable);
+            for piece in &mut op.pieces {
+                piece.targets.iter_mut().filter(|target| target.member == from).for_each(|target| target.is_done = true);
+            }
+            return;
+        }
+        let (id, now_ns) = (self.next_request, self.now_ns);
+        self.next_request += 1;
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.has_failed |= fault != Fault::NoMemory;
+            peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent: false });
+            self.retry_at_ns = self.retry_at_ns.min(now_ns + RETRY_NS);
+        }
+    }
+
+    /// A replica could not open the generation: it is asked again.
+    pub(super) fn open_failed(&mut self, from: Member) {
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.opened = None;
+        }
+        self.retry_at_ns = self.retry_at_ns.min(self.now_ns + RETRY_NS);
+    }
+
+    /// Tries again what has failed.
+    pub(super) fn resend_failed(&mut self, memory: &mut M) {
+        let members: Vec<Member> = self.peers.keys().copied().collect();
+        for member in members {
+            let Some(peer) = self.peers.get_mut(&member) else { continue };
+            peer.has_failed = false;
+            if peer.is_open() {
+                self.resend(member, memory);
+            } else {
+                self.reopen(member, memory);
+            }
+        }
+    }
+
+    pub(super) fn peer_is_gone(&mut self, member: Member) {
+        if let Some(peer) = self.peers.get_mut(&member) {
+            peer.is_gone = true;
+            peer.opened = None;
+        }
+        self.drop_learners_that_need(member);
+    }
+
+    /// What a refused request was for stays to be done.
+    pub(super) fn ask_again(&mut self, member: Member, purport: Purport, memory: &mut M) {
+        match purport {
+            Purport::Read { op, reading } => self.ask_another(op, reading, member, memory),
+            Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => self.restart_job(job, memory),
+            Purport::Write { .. } | Purport::EqualizeWrite { .. } | Purport::Reserve { .. } => {
+                let (id, now_ns) = (self.next_request, self.now_ns);
+                self.next_request += 1;
+                if let Some(peer) = self.peers.get_mut(&member) {
+                    peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent: false });
+                }
+            }
+            Purport::List => self.drop_learners_that_need(member),
+            Purport::Open | Purport::Stable => {}
+        }
+    }
+
+    /// Whether something waits that a partition of this member has a part in.
+    fn is_wanted(&self, member: Member) -> bool {
+        let owns = |extent: Extent| self.membership.owns(member, extent);
+        self.ops.values().any(|op| super::extents(&op.range).any(owns)) || self.unequal.keys().any(|extent| owns(*extent))
+    }
+
+    /// Whether a member does not do what something waits for.
+    fn is_silent(&self, member: Member, peer: &Peer, grants: &Grants) -> bool {
+        let late = |since: Option<u64>, patience_ns: u64| since.is_some_and(|at_ns| self.now_ns.saturating_sub(at_ns) > patience_ns);
+        peer.is_gone
+            || peer.has_failed
+            || self.is_wanted(member) && (peer.node != self.node && late(Some(grants.heard_ns(peer.node).max(self.started_ns)), SILENCE_NS))
+            || self.is_wanted(member) && late(peer.oldest_ns(|purport| purport == Purport::Open), OPEN_PATIENCE_NS)
+            || late(peer.oldest_ns(Purport::is_write), WRITE_PATIENCE_NS)
+    }
+
+    /// Has those called stale that keep others waiting.
+    pub(super) fn eject_the_silent(&mut self, grants: &Grants) {
+        if self.membership.doubt().is_some() {
+            return;
+        }
+        let owners = self.membership.owners();
+        let mut ejected = BTreeMap::new();
+        for (member, peer) in &self.peers {
+            let is_needed = owners.get(member).is_some_and(|owner| self.membership.is_needed(owner));
+            if !is_needed || !self.is_silent(*member, peer, grants) || !self.knows_what_it_misses(*member, &ejected) {
+                continue;
+            }
+            ejected.insert(*member, self.mark_of(*member));
+            if !self.membership.may_eject(&ejected) {
+                ejected.remove(member);
+            }
+        }
+        if !ejected.is_empty() {
+            self.change(Change { eject: ejected, join: Vec::new() });
+        }
+    }
+
+    /// Whether all that stay in sync of its partitions have said what they have: of who never opened this generation it is not known
+    /// which of the writes of the one before it has.
+    fn knows_what_it_misses(&self, member: Member, ejected: &BTreeMap<Member, Version>) -> bool {
+        let partitions = self.membership.partitions().iter();
+        partitions.filter(|partition| partition.owners.iter().any(|owner| owner.member == member)).all(|partition| {
+            let others = partition.owners.iter().filter(|owner| owner.member != member && !ejected.contains_key(&owner.member));
+            others
+                .filter(|owner| self.membership.is_needed(owner))
+                .all(|owner| self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened))
+        })
+    }
+
+    /// The version up to which a member has everything.
+    fn mark_of(&self, member: Member) -> Version {
+        let unequal = self.unequal.iter().filter(|(extent, _)| self.membership.owns(member, **extent));
+        let unequal = unequal.map(|(_, (lowest, _))| *lowest);
+        let writes = self.ops.values().filter(|op| op.stage == Stage::Sent).flat_map(|op| &op.pieces);
+        let is_missing = |piece: &&super::Piece| piece.targets.iter().any(|target| target.member == member && !target.is_done);
+        let writes = writes.filter(is_missing).map(|piece| piece.version);
+        let copies = self.jobs.values().filter_map(Equalize::version);
+        unequal.chain(writes).chain(copies).min().unwrap_or(self.next_version).before()
+    }
+
+    /// Asks for a change of the record.
+    pub(super) fn change(&mut self, change: Change) {
+        let revision = self.membership.record().revision;
+        self.membership.begin(change.clone());
+        self.outputs.push_back(Output::Change { revision, change });
+    }
+
+    /// The record has changed.
+    pub(super) fn follow_record(&mut self, memory: &mut M) {
+        let owners = self.membership.owners();
+        let members: Vec<Member> = self.peers.keys().copied().collect();
+        for member in members {
+            let is_needed = owners.get(&member).is_some_and(|owner| self.membership.is_needed(owner));
+            let Some(peer) = self.peers.get_mut(&member) else { continue };
+            if is_needed {
+                if peer.learner.take().is_some() {
+                    // It was not asked whether it has room for everything.
+                    self.reserved.clear();
+                }
+            } else if !peer.is_learner() {
+                self.leave(member);
+                self.drop_reads(member, memory);
+            }
+        }
+    }
+
+    /// Nobody waits for it any more.
+    pub(super) fn leave(&mut self, member: Member) {
+        for op in self.ops.values_mut() {
+            for piece in &mut op.pieces {
+                piece.targets.retain(|target| target.member != member);
+            }
+        }
+        for job in self.jobs.values_mut() {
+            job.leave(member);
+        }
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        let left = peer.unanswered.iter().filter(|(_, asked)| asked.purport.is_write());
+        let left: Vec<(u64, bool)> = left.map(|(id, asked)| (*id, asked.is_sent)).collect();
+        for (id, is_sent) in left {
+            peer.unanswered.remove(&id);
+            if is_sent {
+                peer.abandoned.insert(id);
+            }
+        }
+        peer.has_failed = false;
+    }
+
+    /// Says what is stable when no request says it.
+    pub(super) fn tell_stable(&mut self, memory: &mut M) {
+        let stable = self.stable();
+        if stable <= self.stable_told || !self.ops.is_empty() {
+            return;
+        }
+        self.stable_told = stable;
+        let open: Vec<Member> = self.peers.iter().filter(|(_, peer)| peer.is_open()).map(|(member, _)| *member).collect();
+        for member in open {
+            self.send(member, Purport::Stable, memory);
+        }
+    }
+}

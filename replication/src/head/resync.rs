@@ -1,0 +1,179 @@
+//! Members that missed writes are brought up to date and taken in again (I9).
+//!
+//! From the moment a member becomes a learner every new write goes to it too. What it may miss, and what only it may have, is found by
+//! lists of extents: those that either side has above the mark or in its activity log, or that only one side has. Those are made equal, one
+//! by one. When all are, and it has answered every write, it is in sync again.
+//!
+//! Invariants:
+//! * A learner that fails anything, or whose connection breaks, is none any more, and begins anew; its mark stays.
+//! * One becomes a learner only when nothing of a time before is on its way to it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::equalize::Purpose;
+use super::{Head, JobId, Peer, Purport, Stage};
+use crate::membership::Change;
+use crate::message::{Held, Memory};
+use crate::terms::{Extent, Member, Span, Version};
+
+/// Extents of a learner that are made equal at a time.
+const EXTENTS_AT_ONCE: u32 = 2;
+
+/// A member that is being brought up to date.
+#[derive(Debug)]
+pub(super) struct Learner {
+    /// Everything up to here it has.
+    mark: Version,
+    /// What each party has; `None` until it has said so. The learner is one of them.
+    lists: BTreeMap<Member, Option<Vec<Held>>>,
+    /// Extents with writes that were in progress when it began, and did not go to it.
+    in_progress: BTreeSet<Extent>,
+    /// What is to be made equal; `None` before all lists have come.
+    work: Option<VecDeque<Extent>>,
+    running: u32,
+    /// It is asked to be in sync.
+    is_proposed: bool,
+}
+
+impl<M: Memory> Head<M> {
+    /// Begins with members that can be brought up to date, and goes on with those that are.
+    pub(super) fn advance_learners(&mut self, memory: &mut M) {
+        let owners = self.membership.owners();
+        let members: Vec<Member> = self.peers.keys().copied().collect();
+        for member in members {
+            let Some(owner) = owners.get(&member) else { continue };
+            let is_out = !self.membership.is_needed(owner);
+            let Some(peer) = self.peers.get(&member) else { continue };
+            if is_out && peer.learner.is_none() && peer.is_open() && peer.is_clean() {
+                self.begin_learner(member, memory);
+            }
+            self.advance_learner(member);
+        }
+    }
+
+    fn begin_learner(&mut self, member: Member, memory: &mut M) {
+        // Every in-sync copy of its partitions is needed as a source, or as a witness that there is one.
+        let partitions = self.membership.partitions().iter().filter(|p| p.owners.iter().any(|owner| owner.member == member));
+        let sources: BTreeSet<Member> = partitions
+            .flat_map(|partition| partition.owners.iter().filter(|owner| self.membership.is_sure(owner)))
+            .map(|owner| owner.member)
+            .collect();
+        if sources.is_empty() || !sources.iter().all(|source| self.peers.get(source).is_some_and(Peer::is_open)) {
+            return;
+        }
+        let mark = self.membership.record().stale.get(&member).copied().unwrap_or_default();
+        let in_progress = self.ops.values().filter(|op| op.stage != Stage::Waiting).flat_map(|op| super::extents(&op.range));
+        let in_progress = in_progress.chain(self.jobs.values().map(|job| job.span.extent));
+        let in_progress = in_progress.filter(|extent| self.membership.owns(member, *extent)).collect();
+        let parties: Vec<Member> = sources.into_iter().chain([member]).collect();
+        let learner = Learner {
+            mark,
+            lists: parties.iter().map(|party| (*party, None)).collect(),
+            in_progress,
+            work: None,
+            running: 0,
+            is_proposed: false,
+        };
+        if let Some(peer) = self.peers.get_mut(&member) {
+            peer.learner = Some(learner);
+        }
+        for party in parties {
+            self.send(party, Purport::List, memory);
+        }
+    }
+
+    /// A member has said what it has: for every learner that asked.
+    pub(super) fn listed(&mut self, from: Member, list: Vec<Held>) {
+        let members: Vec<Member> = self.peers.keys().copied().collect();
+        for member in members {
+            let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) else { continue };
+            if let Some(known) = learner.lists.get_mut(&from).filter(|known| known.is_none()) {
+                *known = Some(list.clone());
+            }
+            self.plan_learner(member);
+        }
+    }
+
+    /// Says which extents are to be made equal, once all lists are there.
+    fn plan_learner(&mut self, member: Member) {
+        let Some(learner) = self.peers.get(&member).and_then(|peer| peer.learner.as_ref()) else { return };
+        if learner.work.is_some() || learner.lists.values().any(Option::is_none) {
+            return;
+        }
+        let is_its = |extent: Extent| self.membership.owns(member, extent);
+        let mut work: BTreeSet<Extent> = learner.in_progress.clone();
+        // Extents of the in-sync copies, and of it.
+        let (mut there, mut here) = (BTreeSet::new(), BTreeSet::new());
+        for (party, list) in &learner.lists {
+            for held in list.iter().flatten().filter(|held| is_its(held.extent)) {
+                if *party == member {
+                    here.insert(held.extent);
+                } else if self.membership.owns(*party, held.extent) {
+                    there.insert(held.extent);
+                } else {
+                    continue;
+                }
+                if held.version > learner.mark || held.is_active {
+                    work.insert(held.extent);
+                }
+            }
+        }
+        work.extend(there.symmetric_difference(&here));
+        let work = work.into_iter().collect();
+        if let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) {
+            learner.work = Some(work);
+        }
+    }
+
+    fn advance_learner(&mut self, member: Member) {
+        let has_jobs = self.jobs.values().any(|job| job.purpose == Purpose::Resync(member));
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        let answered = peer.has_answered_writes();
+        let Some(learner) = peer.learner.as_mut() else { return };
+        let Some(work) = learner.work.as_mut() else { return };
+        if learner.running < EXTENTS_AT_ONCE
+            && let Some(extent) = work.pop_front()
+        {
+            learner.running += 1;
+            self.begin_job(Purpose::Resync(member), Span::whole(extent));
+            return;
+        }
+        if learner.running == 0 && !has_jobs && answered && !learner.is_proposed && self.membership.doubt().is_none() {
+            learner.is_proposed = true;
+            self.change(Change { eject: BTreeMap::new(), join: vec![member] });
+        }
+    }
+
+    /// An extent of a learner is equal.
+    pub(super) fn extent_is_equal(&mut self, member: Member) {
+        if let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) {
+            learner.running = learner.running.saturating_sub(1);
+        }
+    }
+
+    /// A member cannot be asked any more: learners that it is a source of, or that it is, begin anew.
+    pub(super) fn drop_learners_that_need(&mut self, member: Member) {
+        let needs = |peer: &Peer| peer.learner.as_ref().is_some_and(|learner| learner.lists.contains_key(&member));
+        let learners: Vec<Member> = self.peers.iter().filter(|(_, peer)| needs(peer)).map(|(member, _)| *member).collect();
+        for learner in learners {
+            self.drop_learner(learner);
+        }
+    }
+
+    /// A learner is none any more. If it was asked to be in sync, that stands: nothing is acknowledged without it until the outcome is
+    /// known.
+    pub(super) fn drop_learner(&mut self, member: Member) {
+        let in_doubt = self.membership.doubt().is_some_and(|change| change.join.contains(&member));
+        if let Some(peer) = self.peers.get_mut(&member) {
+            peer.learner = None;
+        }
+        let of_it = self.jobs.iter().filter(|(_, job)| job.purpose == Purpose::Resync(member));
+        let jobs: Vec<JobId> = of_it.map(|(at, _)| *at).collect();
+        for at in jobs {
+            self.drop_job(at);
+        }
+        if !in_doubt {
+            self.leave(member);
+        }
+    }
+}

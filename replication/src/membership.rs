@@ -1,0 +1,278 @@
+//! Who is in sync: the volume's one record in the metadata store, the owners of its partitions, and the changes to them (I5).
+//!
+//! The in-sync set of an extent is the owners of its partition, less those not yet complete, less those that the volume's record
+//! calls stale. Invariants:
+//! * A change is made against the revision of the record it was computed from, and takes effect at that one or not at all.
+//! * No change leaves a partition with fewer members in sync than must be ([`Partition::min_in_sync`]); there is always one.
+//! * A stale member's mark does not move until the member is in sync again.
+//! * While the outcome of a change is unknown, [`Membership::is_needed`] takes both outcomes together and [`Membership::is_sure`]
+//!   what they have in common.
+
+use std::collections::BTreeMap;
+
+use cluster_map::{NodeId, VolumeId};
+
+use crate::terms::{Epoch, Extent, Member, Version};
+
+/// An owner of a partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// Who.
+    pub member: Member,
+    /// The node that has its store.
+    pub node: NodeId,
+    /// It has everything that it should; else it is being made complete and no member yet.
+    pub is_complete: bool,
+}
+
+/// One of a volume's partitions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partition {
+    /// Grows with every change of the owners.
+    pub epoch: Epoch,
+    /// Nearest first is the head's business; the order is the ring's.
+    pub owners: Vec<Owner>,
+}
+
+impl Partition {
+    /// Of so many complete owners, how many must stay in sync: a volume asks for at most that many with `min_copies`, where 0 stands
+    /// for the default, two of three or more, else one.
+    #[must_use]
+    pub fn min_in_sync(&self, min_copies: u8) -> usize {
+        let complete = self.owners.iter().filter(|owner| owner.is_complete).count();
+        let wanted = match min_copies {
+            0 if complete >= 3 => 2,
+            0 => 1,
+            wanted => usize::from(wanted),
+        };
+        wanted.min(complete).max(1)
+    }
+}
+
+/// What the metadata store has of a volume, as far as replication goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// Of the record's last change.
+    pub revision: u64,
+    /// Grows with every take-over.
+    pub takeover: u64,
+    /// The node that is to be its head.
+    pub head: Option<NodeId>,
+    /// Members that miss writes, with the version up to which each is known to be complete.
+    pub stale: BTreeMap<Member, Version>,
+    /// See [`Partition::min_in_sync`].
+    pub min_copies: u8,
+}
+
+/// A change to a record.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Change {
+    /// Members that become stale, each with its mark.
+    pub eject: BTreeMap<Member, Version>,
+    /// Members that are in sync again.
+    pub join: Vec<Member>,
+}
+
+impl Change {
+    /// Whether nothing would change.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.eject.is_empty() && self.join.is_empty()
+    }
+
+    /// What the record is after it. Its revision is the metadata store's to say.
+    #[must_use]
+    pub fn applied(&self, record: &Record) -> Record {
+        let mut after = record.clone();
+        for (member, mark) in &self.eject {
+            // It does not move while the member is stale.
+            after.stale.entry(*member).or_insert(*mark);
+        }
+        for member in &self.join {
+            after.stale.remove(member);
+        }
+        after
+    }
+}
+
+/// Where a volume lies, and who of its owners is in sync.
+#[derive(Debug, Clone)]
+pub struct Membership {
+    /// Which volume.
+    pub volume: VolumeId,
+    /// Its spread: extent number modulo their count says which partition has an extent.
+    partitions: Vec<Partition>,
+    record: Record,
+    /// A change whose outcome is not known.
+    doubt: Option<Change>,
+}
+
+impl Membership {
+    /// Of a volume as its record and the ring have it. `doubt` is a change that was asked for and may have been made since.
+    ///
+    /// # Panics
+    /// If there is no partition.
+    #[must_use]
+    pub fn new(volume: VolumeId, partitions: Vec<Partition>, record: Record, doubt: Option<Change>) -> Membership {
+        assert!(!partitions.is_empty(), "a volume has a partition");
+        Membership { volume, partitions, record, doubt }
+    }
+
+    /// The record as it was last known.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// The change whose outcome is not known.
+    #[must_use]
+    pub fn doubt(&self) -> Option<&Change> {
+        self.doubt.as_ref()
+    }
+
+    /// The partition of an extent.
+    #[must_use]
+    pub fn partition(&self, extent: Extent) -> &Partition {
+        &self.partitions[extent.0 as usize % self.partitions.len()]
+    }
+
+    /// Which of the volume's partitions has an extent, and its epoch.
+    #[must_use]
+    pub fn epoch(&self, extent: Extent) -> (u32, Epoch) {
+        let at = extent.0 as usize % self.partitions.len();
+        (u32::try_from(at).expect("fewer than 2^32 partitions"), self.partitions[at].epoch)
+    }
+
+    /// All partitions.
+    #[must_use]
+    pub fn partitions(&self) -> &[Partition] {
+        &self.partitions
+    }
+
+    /// Whether a member has extents of the same partition as `extent`.
+    #[must_use]
+    pub fn owns(&self, member: Member, extent: Extent) -> bool {
+        self.partition(extent).owners.iter().any(|owner| owner.member == member)
+    }
+
+    /// Every owner once, and whether it is complete wherever it is one.
+    #[must_use]
+    pub fn owners(&self) -> BTreeMap<Member, Owner> {
+        let mut owners = BTreeMap::new();
+        for owner in self.partitions.iter().flat_map(|partition| &partition.owners) {
+            let known = owners.entry(owner.member).or_insert(*owner);
+            known.is_complete &= owner.is_complete;
+        }
+        owners
+    }
+
+    /// Whether no outcome of what was asked for has this owner out of sync: it may be read.
+    #[must_use]
+    pub fn is_sure(&self, owner: &Owner) -> bool {
+        let ejected = self.doubt.as_ref().is_some_and(|change| change.eject.contains_key(&owner.member));
+        owner.is_complete && !self.record.stale.contains_key(&owner.member) && !ejected
+    }
+
+    /// Whether some outcome has this owner in sync: nothing is acknowledged without it.
+    #[must_use]
+    pub fn is_needed(&self, owner: &Owner) -> bool {
+        let joined = self.doubt.as_ref().is_some_and(|change| change.join.contains(&owner.member));
+        owner.is_complete && (joined || !self.record.stale.contains_key(&owner.member))
+    }
+
+    /// The owners of an extent that may be read.
+    pub fn sure(&self, extent: Extent) -> impl Iterator<Item = &Owner> {
+        self.partition(extent).owners.iter().filter(|owner| self.is_sure(owner))
+    }
+
+    /// The owners of an extent without which nothing is acknowledged.
+    pub fn needed(&self, extent: Extent) -> impl Iterator<Item = &Owner> {
+        self.partition(extent).owners.iter().filter(|owner| self.is_needed(owner))
+    }
+
+    /// Whether these members, all of them together, may be called stale.
+    #[must_use]
+    pub fn may_eject(&self, members: &BTreeMap<Member, Version>) -> bool {
+        self.partitions.iter().all(|partition| {
+            let in_sync = partition.owners.iter().filter(|owner| self.is_sure(owner));
+            let (mut going, mut staying) = (0, 0);
+            for owner in in_sync {
+                *(if members.contains_key(&owner.member) { &mut going } else { &mut staying }) += 1;
+            }
+            going == 0 || staying >= partition.min_in_sync(self.record.min_copies)
+        })
+    }
+
+    /// A change is asked for. Its outcome is unknown from now on.
+    ///
+    /// # Panics
+    /// If another one's still is.
+    pub fn begin(&mut self, change: Change) {
+        assert!(self.doubt.is_none(), "one change at a time");
+        self.doubt = Some(change);
+    }
+
+    /// The record is this now: nothing that was asked for before can still change it.
+    pub fn settle(&mut self, record: Record) {
+        self.record = record;
+        self.doubt = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cluster_map::StoreId;
+
+    use super::*;
+
+    fn member(number: u8) -> Member {
+        Member { store: StoreId([number; 16]), incarnation: 1 }
+    }
+
+    fn membership(owners: &[u8], stale: &[u8]) -> Membership {
+        let owner = |number: &u8| Owner { member: member(*number), node: NodeId([*number; 16]), is_complete: true };
+        let partition = Partition { epoch: Epoch(1), owners: owners.iter().map(owner).collect() };
+        let stale = stale.iter().map(|number| (member(*number), Version(7))).collect();
+        let record = Record { revision: 1, takeover: 1, head: None, stale, min_copies: 0 };
+        Membership::new(VolumeId([9; 16]), vec![partition], record, None)
+    }
+
+    fn eject(members: &[u8]) -> BTreeMap<Member, Version> {
+        members.iter().map(|number| (member(*number), Version(50))).collect()
+    }
+
+    fn numbers<'a>(owners: impl Iterator<Item = &'a Owner>) -> Vec<u8> {
+        owners.map(|owner| owner.member.store.0[0]).collect()
+    }
+
+    #[test]
+    fn two_of_three_stay() {
+        let all = membership(&[1, 2, 3], &[]);
+        assert!(all.may_eject(&eject(&[3])));
+        assert!(!all.may_eject(&eject(&[2, 3])));
+        assert!(!membership(&[1, 2, 3], &[3]).may_eject(&eject(&[2])));
+        assert!(membership(&[1, 2], &[]).may_eject(&eject(&[2])));
+        assert!(!membership(&[1], &[]).may_eject(&eject(&[1])));
+        assert!(membership(&[1], &[]).may_eject(&eject(&[2])), "who has nothing of it may go");
+    }
+
+    #[test]
+    fn in_doubt_both_outcomes_hold() {
+        let mut membership = membership(&[1, 2, 3], &[3]);
+        let change = Change { eject: eject(&[2]), join: vec![member(3)] };
+        membership.begin(change.clone());
+        assert_eq!(numbers(membership.sure(Extent(0))), [1]);
+        assert_eq!(numbers(membership.needed(Extent(0))), [1, 2, 3]);
+        let after = change.applied(membership.record());
+        membership.settle(after);
+        assert_eq!(numbers(membership.sure(Extent(0))), [1, 3]);
+        assert_eq!(numbers(membership.needed(Extent(0))), [1, 3]);
+    }
+
+    #[test]
+    fn a_mark_stays_where_it_is() {
+        let membership = membership(&[1, 2, 3], &[3]);
+        let change = Change { eject: eject(&[3]), join: Vec::new() };
+        assert_eq!(change.applied(membership.record()).stale[&member(3)], Version(7));
+    }
+}

@@ -1,0 +1,480 @@
+//! The replicas of one node: what they accept, from which head, and when they open a generation for another one.
+//!
+//! Invariants (I1, I4, I11, I14):
+//! * Nothing is done for a generation but the one that is open. A higher one is opened when every grant that was given to the head of
+//!   the open one has run out or was handed back, when the process has been up for as long as a grant lasts (it may have given one that
+//!   it has forgotten), when everything that was admitted has ended on the device, and when it is durable that it is open.
+//! * From the moment a higher generation is asked for, nothing of the open one is admitted and no grant covers the volume.
+//! * A restarted data plane of the same take-over needs no wait: that it runs proves that the one before is gone.
+//! * A request for a partition under a higher epoch is done after that epoch is durable; one under a lower epoch is refused.
+//! * A record older than one that was served under is refused.
+//!
+//! A request that is sent again is done again: its range is locked at the head until it is answered, and what it writes is the same.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use cluster_map::{NodeId, VolumeId};
+
+use crate::grants::GRANT_NS;
+use crate::message::{Answer, Ask, Digest, Fault, GrantAnswer, GrantRequest, Held, Refusal, Reply, Request};
+use crate::terms::{Epoch, Extent, Generation, Member, Span, Version};
+
+/// What a store keeps durably of a volume's replica.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Durable {
+    /// The open generation.
+    pub generation: Generation,
+    /// Whose it is.
+    pub head: NodeId,
+    /// Of the newest record that was served under.
+    pub revision: u64,
+    /// The highest epoch of each partition.
+    pub epochs: BTreeMap<u32, Epoch>,
+}
+
+/// What a store is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Work<B> {
+    /// Make [`Durable`] durable.
+    Persist(Durable),
+    /// Say what the highest version is, and what is in the activity log.
+    Survey,
+    /// Make room for an extent.
+    Reserve(Extent),
+    /// Write, durably.
+    Write(Version, Span, B),
+    /// Take blocks away, durably.
+    Unmap(Version, Span),
+    /// Remember that blocks are lost.
+    Lose(Version, Span),
+    /// Read.
+    Read(Span),
+    /// Read what is there, whether it matches its checksums or not.
+    Salvage(Span),
+    /// Say what blocks are.
+    Digest(Span),
+    /// Say which extents there are.
+    List,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended<B> {
+    /// It is durable.
+    Done,
+    /// Of a survey.
+    Survey {
+        /// The highest version.
+        highest: Version,
+        /// The activity log.
+        active: Vec<Held>,
+    },
+    /// Of a read.
+    Blocks(B),
+    /// Of a digest.
+    Digests(Vec<Digest>),
+    /// Of a list.
+    List(Vec<Held>),
+    /// It failed.
+    Failed(Fault),
+}
+
+/// The number of a [`Work`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkId(pub u64);
+
+/// What the replicas want done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output<B> {
+    /// Send an answer.
+    Send(NodeId, Answer<B>),
+    /// Answer a request for a grant.
+    Grant(NodeId, GrantAnswer),
+    /// Have a store do something, and tell [`Replicas::ended`].
+    Start {
+        /// Its number.
+        id: WorkId,
+        /// Which store.
+        member: Member,
+        /// Which volume.
+        volume: VolumeId,
+        /// What.
+        work: Work<B>,
+    },
+    /// Writes of the volume up to this one are on all in-sync members: regions may leave the activity log.
+    Stable(Member, VolumeId, Version),
+    /// Nobody wants these any more.
+    Release(B),
+}
+
+/// Where an opening stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Until then grants may count.
+    Fence { until_ns: u64 },
+    /// What was admitted has not ended.
+    Drain,
+    /// It is being made durable.
+    Persist,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Opening {
+    generation: Generation,
+    from: NodeId,
+    id: u64,
+    revision: u64,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+struct Volume<B> {
+    durable: Durable,
+    /// The highest generation that was asked for.
+    seen: Generation,
+    opening: Option<Opening>,
+    /// The open generation's head has given its grants back.
+    is_handed_back: bool,
+    /// Admitted, not ended.
+    running: u32,
+    /// An epoch is being made durable, for the first of these; they wait in order.
+    waiting: VecDeque<(NodeId, Request<B>)>,
+    is_persisting: bool,
+}
+
+#[derive(Debug)]
+enum What {
+    /// A request: who asked, its number and generation.
+    Request(NodeId, u64, Generation),
+    Open(NodeId, u64, Generation),
+    PersistGeneration,
+    PersistEpoch,
+}
+
+/// All replicas of a node.
+#[derive(Debug)]
+pub struct Replicas<B> {
+    started_ns: u64,
+    now_ns: u64,
+    members: BTreeSet<Member>,
+    volumes: BTreeMap<(Member, VolumeId), Volume<B>>,
+    /// When each node was given its last grant.
+    granted_ns: BTreeMap<NodeId, u64>,
+    running: BTreeMap<WorkId, (Member, VolumeId, What)>,
+    next_work: u64,
+    outputs: VecDeque<Output<B>>,
+}
+
+impl<B> Replicas<B> {
+    /// Of a process that was started at `now_ns` of its boot-time clock.
+    #[must_use]
+    pub fn new(now_ns: u64) -> Replicas<B> {
+        Replicas {
+            started_ns: now_ns,
+            now_ns,
+            members: BTreeSet::new(),
+            volumes: BTreeMap::new(),
+            granted_ns: BTreeMap::new(),
+            running: BTreeMap::new(),
+            next_work: 0,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// A store is open, with what it has kept of its volumes.
+    pub fn add_store(&mut self, member: Member, volumes: impl IntoIterator<Item = (VolumeId, Durable)>) {
+        self.members.insert(member);
+        for (volume, durable) in volumes {
+            self.volumes.insert((member, volume), Volume::new(durable));
+        }
+    }
+
+    /// What is to be done next, if anything.
+    pub fn output(&mut self) -> Option<Output<B>> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`Replicas::tick`] has something to do.
+    #[must_use]
+    pub fn due_ns(&self) -> Option<u64> {
+        let fences = self.volumes.values().filter_map(|volume| match volume.opening?.stage {
+            Stage::Fence { until_ns } => Some(until_ns),
+            _ => None,
+        });
+        fences.min()
+    }
+
+    /// The time has come.
+    pub fn tick(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+        let keys: Vec<_> = self.volumes.iter().filter(|(_, volume)| volume.opening.is_some()).map(|(key, _)| *key).collect();
+        for key in keys {
+            self.advance_opening(key);
+        }
+    }
+
+    /// A node of heads wants a grant.
+    pub fn grant(&mut self, request: GrantRequest, now_ns: u64) {
+        self.now_ns = now_ns;
+        let replaced = |volume: &Volume<B>| volume.durable.head == request.from && volume.seen > volume.durable.generation;
+        let mut excluded: Vec<VolumeId> =
+            self.volumes.iter().filter(|(_, volume)| replaced(volume)).map(|((_, id), _)| *id).collect();
+        excluded.dedup();
+        self.granted_ns.insert(request.from, now_ns);
+        self.outputs.push_back(Output::Grant(request.from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
+    }
+
+    /// Whether that node's head of the volume was given a grant within the last `within_ns`, by a replica here.
+    #[must_use]
+    pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, now_ns: u64) -> bool {
+        let serves = self.volumes.iter().any(|((_, id), at)| *id == volume && at.durable.head == node && at.seen == at.durable.generation);
+        serves && self.granted_ns.get(&node).is_some_and(|granted| now_ns.saturating_sub(*granted) < within_ns)
+    }
+
+    /// A request has come.
+    pub fn request(&mut self, from: NodeId, request: Request<B>, now_ns: u64) {
+        self.now_ns = now_ns;
+        if !self.members.contains(&request.to) {
+            self.refuse(from, request, Refusal::Stranger);
+            return;
+        }
+        let key = (request.to, request.volume);
+        if let Ask::Open { revision } = request.ask {
+            self.volumes.entry(key).or_insert_with(|| Volume::new(Durable::default()));
+            self.open(key, from, request, revision);
+            return;
+        }
+        if let Err(refusal) = self.check(key, &request) {
+            self.refuse(from, request, refusal);
+            return;
+        }
+        let Some(volume) = self.volumes.get_mut(&key) else { unreachable!("a refused request has returned") };
+        if matches!(request.ask, Ask::Close) {
+            volume.is_handed_back = true;
+            self.answer(from, request.to, request.volume, request.generation, request.id, Reply::Done);
+            return;
+        }
+        if volume.is_persisting {
+            volume.waiting.push_back((from, request));
+            return;
+        }
+        self.admit(key, from, request);
+    }
+
+    /// A store has ended something.
+    pub fn ended(&mut self, id: WorkId, ended: Ended<B>, now_ns: u64) {
+        self.now_ns = now_ns;
+        let Some((member, id, what)) = self.running.remove(&id) else { return };
+        let key = (member, id);
+        match what {
+            What::Request(from, number, generation) => {
+                if let Some(volume) = self.volumes.get_mut(&key) {
+                    volume.running -= 1;
+                }
+                self.answer(from, member, id, generation, number, reply(ended));
+                self.advance_opening(key);
+            }
+            What::Open(from, number, generation) => {
+                // Not once another one has been asked for: nothing of this one would be done.
+                if self.volumes.get(&key).is_some_and(|volume| volume.seen == generation) {
+                    self.answer(from, member, id, generation, number, reply(ended));
+                }
+            }
+            What::PersistGeneration => self.generation_persisted(key, &ended),
+            What::PersistEpoch => self.epoch_persisted(key, &ended),
+        }
+    }
+
+    fn check(&self, key: (Member, VolumeId), request: &Request<B>) -> Result<(), Refusal> {
+        let volume = self.volumes.get(&key).ok_or(Refusal::NotOpen)?;
+        if request.generation < volume.seen {
+            return Err(Refusal::Replaced(volume.seen));
+        }
+        if request.generation != volume.durable.generation {
+            return Err(Refusal::NotOpen);
+        }
+        let known = volume.durable.epochs.get(&request.partition).copied().unwrap_or_default();
+        if request.epoch < known && request.epoch != Epoch(0) {
+            return Err(Refusal::Epoch(known));
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, key: (Member, VolumeId), from: NodeId, request: Request<B>) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        let known = volume.durable.epochs.get(&request.partition).copied().unwrap_or_default();
+        if request.epoch > known {
+            volume.durable.epochs.insert(request.partition, request.epoch);
+            volume.is_persisting = true;
+            let durable = volume.durable.clone();
+            volume.waiting.push_back((from, request));
+            self.start(key, Work::Persist(durable), What::PersistEpoch);
+            return;
+        }
+        self.outputs.push_back(Output::Stable(key.0, key.1, request.stable));
+        let work = match request.ask {
+            Ask::Reserve { extent } => Work::Reserve(extent),
+            Ask::Write { version, span, blocks } => Work::Write(version, span, blocks),
+            Ask::Unmap { version, span } => Work::Unmap(version, span),
+            Ask::Lose { version, span } => Work::Lose(version, span),
+            Ask::Read { span } => Work::Read(span),
+            Ask::Salvage { span } => Work::Salvage(span),
+            Ask::Digest { span } => Work::Digest(span),
+            Ask::List => Work::List,
+            Ask::Stable => {
+                self.answer(from, key.0, key.1, request.generation, request.id, Reply::Done);
+                return;
+            }
+            Ask::Open { .. } | Ask::Close => unreachable!("handled before"),
+        };
+        if let Some(volume) = self.volumes.get_mut(&key) {
+            volume.running += 1;
+        }
+        self.start(key, work, What::Request(from, request.id, request.generation));
+    }
+
+    fn open(&mut self, key: (Member, VolumeId), from: NodeId, request: Request<B>, revision: u64) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        let generation = request.generation;
+        if revision < volume.durable.revision {
+            let past = volume.durable.revision;
+            self.refuse(from, request, Refusal::Past(past));
+            return;
+        }
+        if generation < volume.seen {
+            let seen = volume.seen;
+            self.refuse(from, request, Refusal::Replaced(seen));
+            return;
+        }
+        if generation == volume.durable.generation {
+            self.start(key, Work::Survey, What::Open(from, request.id, generation));
+            return;
+        }
+        let is_restart = generation.takeover == volume.durable.generation.takeover && from == volume.durable.head;
+        if generation > volume.seen {
+            volume.seen = generation;
+            let dropped = std::mem::take(&mut volume.waiting);
+            for (from, request) in dropped {
+                self.refuse(from, request, Refusal::Replaced(generation));
+            }
+        }
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        let was_open = volume.durable.generation > Generation::default();
+        let granted = self.granted_ns.get(&volume.durable.head).map_or(0, |granted| granted + GRANT_NS);
+        let until_ns = if is_restart || volume.is_handed_back || !was_open {
+            0
+        } else {
+            granted.max(self.started_ns + GRANT_NS)
+        };
+        let persists = volume.opening.is_some_and(|opening| opening.stage == Stage::Persist);
+        if !persists {
+            let stage = Stage::Fence { until_ns };
+            volume.opening = Some(Opening { generation, from, id: request.id, revision, stage });
+        }
+        // While a lower one is being made durable the head asks again.
+        self.advance_opening(key);
+    }
+
+    fn advance_opening(&mut self, key: (Member, VolumeId)) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        let Some(opening) = &mut volume.opening else { return };
+        if let Stage::Fence { until_ns } = opening.stage
+            && self.now_ns >= until_ns
+        {
+            opening.stage = Stage::Drain;
+        }
+        if opening.stage != Stage::Drain || volume.running > 0 || volume.is_persisting {
+            return;
+        }
+        opening.stage = Stage::Persist;
+        let durable = Durable {
+            generation: opening.generation,
+            head: opening.from,
+            revision: opening.revision.max(volume.durable.revision),
+            epochs: volume.durable.epochs.clone(),
+        };
+        volume.is_persisting = true;
+        self.start(key, Work::Persist(durable), What::PersistGeneration);
+    }
+
+    fn generation_persisted(&mut self, key: (Member, VolumeId), ended: &Ended<B>) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        volume.is_persisting = false;
+        let Some(opening) = volume.opening.take() else { return };
+        if ended_is_done(ended) {
+            volume.durable.generation = opening.generation;
+            volume.durable.head = opening.from;
+            volume.durable.revision = opening.revision.max(volume.durable.revision);
+            volume.is_handed_back = false;
+            self.start(key, Work::Survey, What::Open(opening.from, opening.id, opening.generation));
+        } else {
+            let reply = Reply::Failed(Fault::Device);
+            self.answer(opening.from, key.0, key.1, opening.generation, opening.id, reply);
+        }
+    }
+
+    fn epoch_persisted(&mut self, key: (Member, VolumeId), ended: &Ended<B>) {
+        let is_done = ended_is_done(ended);
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        volume.is_persisting = false;
+        let waiting = std::mem::take(&mut volume.waiting);
+        for (from, request) in waiting {
+            if is_done {
+                self.request(from, request, self.now_ns);
+            } else {
+                self.answer(from, key.0, key.1, request.generation, request.id, Reply::Failed(Fault::Device));
+                if let Ask::Write { blocks, .. } = request.ask {
+                    self.outputs.push_back(Output::Release(blocks));
+                }
+            }
+        }
+        self.advance_opening(key);
+    }
+
+    fn start(&mut self, key: (Member, VolumeId), work: Work<B>, what: What) {
+        let id = WorkId(self.next_work);
+        self.next_work += 1;
+        self.running.insert(id, (key.0, key.1, what));
+        self.outputs.push_back(Output::Start { id, member: key.0, volume: key.1, work });
+    }
+
+    fn refuse(&mut self, from: NodeId, request: Request<B>, refusal: Refusal) {
+        self.answer(from, request.to, request.volume, request.generation, request.id, Reply::Refused(refusal));
+        if let Ask::Write { blocks, .. } = request.ask {
+            self.outputs.push_back(Output::Release(blocks));
+        }
+    }
+
+    fn answer(&mut self, to: NodeId, from: Member, volume: VolumeId, generation: Generation, id: u64, reply: Reply<B>) {
+        self.outputs.push_back(Output::Send(to, Answer { from, volume, generation, id, reply }));
+    }
+}
+
+impl<B> Volume<B> {
+    fn new(durable: Durable) -> Volume<B> {
+        Volume {
+            seen: durable.generation,
+            durable,
+            opening: None,
+            is_handed_back: false,
+            running: 0,
+            waiting: VecDeque::new(),
+            is_persisting: false,
+        }
+    }
+}
+
+fn ended_is_done<B>(ended: &Ended<B>) -> bool {
+    matches!(ended, Ended::Done)
+}
+
+fn reply<B>(ended: Ended<B>) -> Reply<B> {
+    match ended {
+        Ended::Done => Reply::Done,
+        Ended::Survey { highest, active } => Reply::Opened { highest, active },
+        Ended::Blocks(blocks) => Reply::Blocks(blocks),
+        Ended::Digests(digests) => Reply::Digests(digests),
+        Ended::List(list) => Reply::List(list),
+        Ended::Failed(fault) => Reply::Failed(fault),
+    }
+}
