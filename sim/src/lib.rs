@@ -1,0 +1,7 @@
+//! Simulation.
+#![forbid(unsafe_code)]
+
+pub mod checker;
+pub mod network;
+pub mod random;
+pub mod schedule;
