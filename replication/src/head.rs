@@ -274,6 +274,18 @@ impl<M: Memory> Head<M> {
         self.end
     }
 
+    /// Whether everything that it needs is open and granted: it may say that it is the head.
+    #[must_use]
+    pub fn is_serving(&self, grants: &Grants, now_ns: u64) -> bool {
+        let needed = self.membership.partitions().iter().flat_map(|partition| &partition.owners);
+        let mut needed = needed.filter(|owner| self.membership.is_needed(owner));
+        self.end.is_none()
+            && needed.all(|owner| {
+                let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
+                opened.is_some_and(|opened| grants.covers(owner.node, opened, now_ns))
+            })
+    }
+
     /// Whether nothing is asked, in progress, unequal or being brought up to date.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
@@ -463,9 +475,11 @@ impl<M: Memory> Head<M> {
         self.advance(grants, memory);
     }
 
-    /// A renewal of its grants has excluded the volume.
-    pub fn excluded(&mut self, memory: &mut M) {
-        self.finish(End::Replaced, memory);
+    /// A renewal of its grants has excluded all generations of the volume below this one.
+    pub fn excluded(&mut self, below: Generation, memory: &mut M) {
+        if self.generation < below {
+            self.finish(End::Replaced, memory);
+        }
     }
 
     /// Everything that can go on does.

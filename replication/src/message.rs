@@ -234,6 +234,6 @@ pub struct GrantRequest {
 pub struct GrantAnswer {
     /// As in the request.
     pub asked_ns: u64,
-    /// Volumes that it does not cover: another head has asked for them.
-    pub excluded: Vec<VolumeId>,
+    /// Volumes of which it covers no generation below the one given: that one has been asked for.
+    pub excluded: Vec<(VolumeId, Generation)>,
 }

@@ -216,10 +216,9 @@ impl<B> Replicas<B> {
     /// A node of heads wants a grant.
     pub fn grant(&mut self, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
-        let replaced = |volume: &Volume<B>| volume.durable.head == request.from && volume.seen > volume.durable.generation;
-        let mut excluded: Vec<VolumeId> =
-            self.volumes.iter().filter(|(_, volume)| replaced(volume)).map(|((_, id), _)| *id).collect();
-        excluded.dedup();
+        let is_replaced = |volume: &Volume<B>| volume.durable.head == request.from && volume.seen > volume.durable.generation;
+        let replaced = self.volumes.iter().filter(|(_, volume)| is_replaced(volume));
+        let excluded = replaced.map(|((_, id), volume)| (*id, volume.seen)).collect();
         self.granted_ns.insert(request.from, now_ns);
         self.outputs.push_back(Output::Grant(request.from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
@@ -229,6 +228,13 @@ impl<B> Replicas<B> {
     pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, now_ns: u64) -> bool {
         let serves = self.volumes.iter().any(|((_, id), at)| *id == volume && at.durable.head == node && at.seen == at.durable.generation);
         serves && self.granted_ns.get(&node).is_some_and(|granted| now_ns.saturating_sub(*granted) < within_ns)
+    }
+
+    /// Whether nothing that a node has asked for is in progress: another connection of it can be served.
+    #[must_use]
+    pub fn has_ended_all_of(&self, node: NodeId) -> bool {
+        let is_its = |what: &What| matches!(what, What::Request(from, ..) if *from == node);
+        !self.running.values().any(|(_, _, what)| is_its(what))
     }
 
     /// A request has come.

@@ -98,6 +98,15 @@ impl<E> Schedule<E> {
         self.pop_by(u64::MAX)
     }
 
+    /// It is that time now, though nothing was due: something else happened.
+    ///
+    /// # Panics
+    /// If something was due before.
+    pub fn advance(&mut self, now_ns: u64) {
+        assert!(self.next_ns().is_none_or(|next_ns| next_ns >= now_ns), "nothing is passed over");
+        self.now_ns = self.now_ns.max(now_ns);
+    }
+
     /// The next event if it is due by then. If there is none, it is that time now.
     pub fn pop_by(&mut self, limit_ns: u64) -> Option<(u64, E)> {
         let due = self.heap.peek().is_some_and(|Reverse((at_ns, ..))| *at_ns <= limit_ns);

@@ -1,0 +1,461 @@
+//! A cluster: nodes that run the real head and replica state machines, initiators, and whatever breaks.
+//!
+//! * this file – the world of a run: its events, and what a seed makes of it.
+//! * `node` – a node's data plane: connections, grants, heads and replicas around the network.
+//! * [`store`] – the store under a replica.
+//! * `metadata` – the volume's record and who changes it.
+//! * `client` – an initiator's workload, and the checker that sees all of it.
+//! * `trouble` – what breaks, and when all of it is whole again.
+//!
+//! A run has a time of trouble and a time of peace. In peace everything must come to its end: every request, and every copy in sync
+//! and equal to the others.
+
+mod client;
+mod metadata;
+mod node;
+pub mod store;
+mod trouble;
+
+use std::fmt;
+
+use cluster_map::{NodeId, StoreId, VolumeId};
+use torus_replication::membership::{Owner, Partition, Record};
+use torus_replication::message::{Answer, GrantAnswer, GrantRequest, Request};
+use torus_replication::replica::WorkId;
+use torus_replication::terms::{Epoch, Member};
+
+use self::client::{Client, ClientRequest, ClientReply};
+use self::metadata::{Metadata, Outcome, Wish};
+use self::node::Node;
+use self::store::Block;
+use crate::checker::history::History;
+use crate::checker::trace::Trace;
+use crate::network::{self, Endpoint, Network, Quality, SegmentId, Setup};
+use crate::random::Random;
+use crate::schedule::Schedule;
+
+/// The segment that initiators and heads are on.
+const SEGMENT: SegmentId = SegmentId(0);
+/// How often a node's data plane looks at the time.
+const TICK_NS: u64 = 20_000_000;
+
+/// What a run is like.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Nodes.
+    pub nodes: usize,
+    /// Volumes, each with one initiator.
+    pub volumes: usize,
+    /// Copies of each.
+    pub copies: usize,
+    /// Partitions of each.
+    pub spread: usize,
+    /// How long things break.
+    pub trouble_ns: u64,
+    /// Between two troubles, on average.
+    pub pause_ns: u64,
+    /// What may break.
+    pub troubles: Vec<Trouble>,
+    /// Requests of an initiator at a time.
+    pub window: usize,
+    /// Blocks that an initiator uses.
+    pub blocks: u64,
+    /// The streams between nodes and the segment.
+    pub network: Quality,
+    /// Extents that a store has room for.
+    pub extents_max: usize,
+}
+
+/// A kind of trouble.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// A data plane is killed and starts again at once.
+    Restart,
+    /// A node is off for a while.
+    Off,
+    /// All nodes lose power at the same time.
+    PowerCut,
+    /// A process stands still for a while.
+    Pause,
+    /// Two groups of nodes do not hear each other.
+    Partition,
+    /// One node does not hear another.
+    OneWay,
+    /// A link comes and goes.
+    Flap,
+    /// Another node takes a volume over though nothing is wrong.
+    TakeOver,
+    /// The metadata store cannot be reached.
+    NoMetadata,
+    /// Its answers get lost.
+    Unknown,
+    /// A store is slow.
+    SlowDisk,
+    /// A block rots, on one copy.
+    Rot,
+}
+
+impl Trouble {
+    /// All of them.
+    pub const ALL: [Trouble; 12] = [
+        Trouble::Restart,
+        Trouble::Off,
+        Trouble::PowerCut,
+        Trouble::Pause,
+        Trouble::Partition,
+        Trouble::OneWay,
+        Trouble::Flap,
+        Trouble::TakeOver,
+        Trouble::NoMetadata,
+        Trouble::Unknown,
+        Trouble::SlowDisk,
+        Trouble::Rot,
+    ];
+}
+
+/// What travels.
+#[derive(Debug, Clone)]
+pub(crate) enum Message {
+    Request(Box<Request<Vec<Block>>>),
+    Answer(Box<Answer<Vec<Block>>>),
+    GrantRequest(GrantRequest),
+    GrantAnswer(GrantAnswer),
+    Client(ClientRequest),
+    Reply(ClientReply),
+}
+
+/// What happens at a time.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A data plane looks at the time.
+    Tick { node: usize, life: u64 },
+    /// What a node says to itself.
+    Loopback { node: usize, life: u64, message: Message },
+    /// A store ends something.
+    Work { node: usize, life: u64, id: WorkId },
+    /// A wish arrives at the metadata store.
+    Wish(Wish),
+    /// What became of it arrives at the node.
+    Outcome { node: usize, volume: usize, life: u64, outcome: Outcome },
+    /// A control process looks whether a volume needs it.
+    Watch { node: usize },
+    /// An initiator does something.
+    Client { client: usize },
+    /// Something breaks.
+    Break,
+    /// A trouble of that number is over.
+    Mend(u64),
+}
+
+/// What a report tells.
+#[derive(Debug, Clone)]
+pub(crate) struct Note(pub(crate) String);
+
+impl fmt::Display for Note {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+/// What was explored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Coverage {
+    /// Requests that were answered.
+    pub answered: u64,
+    /// Of those, errors.
+    pub failed: u64,
+    /// Take-overs.
+    pub takeovers: u64,
+    /// Members that were called stale.
+    pub ejections: u64,
+    /// Members that were taken in again.
+    pub joins: u64,
+    /// Changes whose outcome was unknown.
+    pub doubts: u64,
+    /// Troubles.
+    pub troubles: u64,
+    /// Heads that ended because they were replaced.
+    pub replaced: u64,
+    /// Simulated nanoseconds.
+    pub simulated_ns: u64,
+}
+
+impl Coverage {
+    /// Takes another run's in.
+    pub fn add(&mut self, other: &Coverage) {
+        let Coverage { answered, failed, takeovers, ejections, joins, doubts, troubles, replaced, simulated_ns } = other;
+        self.answered += answered;
+        self.failed += failed;
+        self.takeovers += takeovers;
+        self.ejections += ejections;
+        self.joins += joins;
+        self.doubts += doubts;
+        self.troubles += troubles;
+        self.replaced += replaced;
+        self.simulated_ns += simulated_ns;
+    }
+}
+
+/// A run.
+pub struct World {
+    plan: Plan,
+    random: Random,
+    schedule: Schedule<Event>,
+    network: Network<Message>,
+    nodes: Vec<Node>,
+    clients: Vec<Client>,
+    metadata: Metadata,
+    history: History,
+    troubles: trouble::Troubles,
+    trace: Trace<Note>,
+    coverage: Coverage,
+    is_peace: bool,
+}
+
+/// What a run found wrong.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{what}\n{log}")]
+pub struct Failure {
+    /// What.
+    pub what: String,
+    /// What happened before.
+    pub log: String,
+}
+
+pub(crate) fn node_id(node: usize) -> NodeId {
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&(node as u64 + 1).to_be_bytes());
+    NodeId(id)
+}
+
+pub(crate) fn node_of(id: NodeId) -> usize {
+    let mut number = [0; 8];
+    number.copy_from_slice(&id.0[..8]);
+    usize::try_from(u64::from_be_bytes(number) - 1).expect("a node of the run")
+}
+
+pub(crate) fn member_of(node: usize) -> Member {
+    Member { store: StoreId(node_id(node).0), incarnation: 1 }
+}
+
+pub(crate) fn volume_id(volume: usize) -> VolumeId {
+    let mut id = [0xee; 16];
+    id[..8].copy_from_slice(&(volume as u64).to_be_bytes());
+    VolumeId(id)
+}
+
+pub(crate) fn volume_of(id: VolumeId) -> usize {
+    let mut number = [0; 8];
+    number.copy_from_slice(&id.0[..8]);
+    usize::try_from(u64::from_be_bytes(number)).expect("a volume of the run")
+}
+
+impl Plan {
+    /// A run of the seed's own choice.
+    #[must_use]
+    pub fn drawn(random: &mut Random) -> Plan {
+        let nodes = 1 + random.index(5);
+        let mut troubles = Trouble::ALL.to_vec();
+        random.shuffle(&mut troubles);
+        troubles.truncate(1 + random.index(5));
+        Plan {
+            nodes,
+            volumes: 1 + random.index(2),
+            copies: 1 + random.index(nodes.min(3)),
+            spread: 1 + random.index(3),
+            trouble_ns: random.range(5_000_000_000..30_000_000_000),
+            pause_ns: random.range(300_000_000..5_000_000_000),
+            troubles,
+            window: 1 + random.index(8),
+            blocks: [8, 64, 3000][random.index(3)],
+            network: if random.coin() { Quality::good() } else { Quality::drawn(random) },
+            extents_max: 64,
+        }
+    }
+}
+
+/// Runs a seed to its end.
+///
+/// # Errors
+/// What was wrong, and what happened before.
+pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<Coverage, Failure> {
+    let mut random = Random::new(seed);
+    let plan = plan(&mut random);
+    let mut world = World::new(plan, random);
+    world.run().map_err(|what| Failure { what: format!("{what}\n{:?}", world.plan), log: world.trace.report(400, 60, |_| false) })?;
+    world.coverage.simulated_ns = world.schedule.now_ns();
+    Ok(world.coverage)
+}
+
+impl World {
+    fn new(plan: Plan, random: Random) -> World {
+        let endpoints = plan.nodes + plan.volumes;
+        let mut network = Network::new(Setup::new(endpoints, 1), random.named("network", 0));
+        network.set_stream_quality(plan.network.clone());
+        network.set_segment_quality(SEGMENT, plan.network.clone());
+        let mut schedule = Schedule::new();
+        let nodes = (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
+        let mut records = Vec::new();
+        let mut partitions = Vec::new();
+        let mut placing = random.named("placing", 0);
+        for volume in 0..plan.volumes {
+            let mut of_volume = Vec::new();
+            for _ in 0..plan.spread {
+                let mut order: Vec<usize> = (0..plan.nodes).collect();
+                placing.shuffle(&mut order);
+                let owner = |node: &usize| Owner { member: member_of(*node), node: node_id(*node), is_complete: true };
+                of_volume.push(Partition { epoch: Epoch(1), owners: order[..plan.copies].iter().map(owner).collect() });
+            }
+            partitions.push(of_volume);
+            let record = Record { revision: 1 + volume as u64, takeover: 0, head: None, stale: Default::default(), min_copies: 0 };
+            records.push(record);
+        }
+        let clients = (0..plan.volumes)
+            .map(|volume| Client::new(volume, Endpoint(plan.nodes + volume), &plan, random.named("client", volume as u64)))
+            .collect();
+        for node in 0..plan.nodes {
+            schedule.at(1 + node as u64, Event::Watch { node });
+        }
+        for client in 0..plan.volumes {
+            schedule.at(1000, Event::Client { client });
+        }
+        schedule.at(plan.pause_ns, Event::Break);
+        let troubles = trouble::Troubles::new(random.named("trouble", 0));
+        let metadata = Metadata::new(records, partitions, random.named("metadata", 0));
+        let mut world = World {
+            random: random.named("world", 0),
+            schedule,
+            network,
+            nodes,
+            clients,
+            metadata,
+            history: History::new(),
+            troubles,
+            trace: Trace::new(200_000),
+            coverage: Coverage::default(),
+            is_peace: false,
+            plan,
+        };
+        for node in 0..world.nodes.len() {
+            world.boot(node);
+        }
+        world
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.schedule.now_ns()
+    }
+
+    fn note(&mut self, text: impl FnOnce() -> String) {
+        let now_ns = self.now_ns();
+        self.trace.push(now_ns, Note(text()));
+    }
+
+    fn run(&mut self) -> Result<(), String> {
+        let peace_ns = self.plan.trouble_ns;
+        let limit_ns = peace_ns + 60_000_000_000;
+        loop {
+            let next = self.schedule.next_ns().into_iter().chain(self.network.next_ns()).min();
+            let Some(next_ns) = next else { return Err("nothing happens any more".into()) };
+            if !self.is_peace && next_ns >= peace_ns {
+                self.make_peace();
+            }
+            if self.is_peace && next_ns > peace_ns + 2_000_000_000 {
+                for client in &mut self.clients {
+                    client.stop();
+                }
+                if self.is_at_rest() {
+                    return self.compare_copies();
+                }
+            }
+            if next_ns > limit_ns {
+                return Err(format!("it does not come to rest: {}", self.what_is_open()));
+            }
+            self.step(next_ns)?;
+        }
+    }
+
+    fn step(&mut self, next_ns: u64) -> Result<(), String> {
+        if self.network.next_ns().is_some_and(|at_ns| at_ns <= next_ns) {
+            if let Some((at_ns, event)) = self.network.pop(next_ns) {
+                self.schedule.advance(at_ns);
+                self.network_event(event)?;
+            }
+            return Ok(());
+        }
+        let Some((_, event)) = self.schedule.pop() else { return Ok(()) };
+        match event {
+            Event::Tick { node, life } => self.tick(node, life),
+            Event::Loopback { node, life, message } => self.loopback(node, life, message),
+            Event::Work { node, life, id } => self.work_ended(node, life, id),
+            Event::Wish(wish) => self.wish(wish),
+            Event::Outcome { node, volume, life, outcome } => self.outcome(node, volume, life, outcome),
+            Event::Watch { node } => self.watch(node),
+            Event::Client { client } => self.client_turn(client),
+            Event::Break => self.break_something(),
+            Event::Mend(number) => self.mend(number),
+        }
+        Ok(())
+    }
+
+    fn network_event(&mut self, event: network::Event<Message>) -> Result<(), String> {
+        let at = event.at().0;
+        if at >= self.plan.nodes {
+            if let network::Event::Frame { payload: Message::Reply(reply), .. } = event {
+                return self.client_reply(at - self.plan.nodes, reply);
+            }
+            return Ok(());
+        }
+        self.node_event(at, event);
+        Ok(())
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.clients.iter().all(Client::is_idle)
+            && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty())
+            && self.nodes.iter().all(Node::is_quiet)
+    }
+
+    fn what_is_open(&self) -> String {
+        let mut text = String::new();
+        for client in &self.clients {
+            text += &format!("\n  {}", client.describe());
+        }
+        for volume in 0..self.plan.volumes {
+            text += &format!("\n  volume {volume}: {:?}", self.metadata.record(volume));
+        }
+        for node in &self.nodes {
+            text += &format!("\n  {}", node.describe());
+        }
+        text
+    }
+
+    /// In peace all copies of a volume are the same.
+    fn compare_copies(&self) -> Result<(), String> {
+        for volume in 0..self.plan.volumes {
+            let id = volume_id(volume);
+            let partitions = self.metadata.partitions(volume);
+            let all: Vec<_> = self.nodes.iter().map(|node| node.store.visible(id)).collect();
+            for (at, partition) in partitions.iter().enumerate() {
+                let mut first = None;
+                for owner in &partition.owners {
+                    let node = node_of(owner.node);
+                    let mine = all[node].iter().filter(|((extent, _), _)| extent.0 as usize % partitions.len() == at);
+                    let mine: Vec<_> = mine.collect();
+                    // What has rotted since it was compared last is found when it is read.
+                    let has_damage = mine.iter().any(|(_, content)| content.is_none());
+                    let (first_node, first) = first.get_or_insert_with(|| (node, mine.clone()));
+                    if !has_damage && *first != mine && !first.iter().any(|(_, content)| content.is_none()) {
+                        let differing = first.iter().zip(&mine).find(|(a, b)| a != b);
+                        return Err(format!(
+                            "volume {volume} partition {at}: nodes {first_node} and {node} differ: {} and {} blocks, {differing:?}",
+                            first.len(),
+                            mine.len()
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,228 @@
+//! The volumes' records, and what nodes do to have them changed.
+//!
+//! A change is made if the record is still at the revision it was computed from. Its answer may get lost; then a node makes sure that it
+//! cannot be made any more, by a change of its own that changes nothing, and tells its head what the record is.
+
+use torus_replication::membership::{Change, Membership, Partition, Record};
+use torus_replication::terms::Generation;
+
+use super::{Event, World, node_id, volume_id};
+use crate::random::Random;
+
+/// How often a control process looks whether it is wanted.
+const WATCH_NS: u64 = 250_000_000;
+/// How long a head's node is gone before somebody else takes over.
+const GONE_NS: u64 = 1_000_000_000;
+/// When a wish is given up.
+const TIMEOUT_NS: u64 = 1_000_000_000;
+
+/// What a node asks of the metadata store.
+#[derive(Debug, Clone)]
+pub(super) struct Wish {
+    node: usize,
+    life: u64,
+    volume: usize,
+    what: What,
+}
+
+#[derive(Debug, Clone)]
+enum What {
+    Change { revision: u64, change: Change },
+    /// Make sure of the record.
+    Touch { revision: u64 },
+    Read,
+    TakeOver { revision: u64 },
+}
+
+/// What became of it.
+#[derive(Debug, Clone)]
+pub(super) struct Outcome {
+    /// The record as it is, and nothing that was asked for before can change it; else it is only what was seen.
+    is_sure: bool,
+    is_takeover: bool,
+    record: Option<Record>,
+}
+
+/// The metadata store.
+#[derive(Debug)]
+pub(super) struct Metadata {
+    records: Vec<Record>,
+    partitions: Vec<Vec<Partition>>,
+    revision: u64,
+    random: Random,
+    /// Nobody reaches it.
+    pub(super) is_away: bool,
+    /// Of a hundred answers, how many get lost.
+    pub(super) lost_percent: u64,
+}
+
+impl Metadata {
+    pub(super) fn new(records: Vec<Record>, partitions: Vec<Vec<Partition>>, random: Random) -> Metadata {
+        Metadata { revision: records.len() as u64 + 1, records, partitions, random, is_away: false, lost_percent: 0 }
+    }
+
+    pub(super) fn record(&self, volume: usize) -> &Record {
+        &self.records[volume]
+    }
+
+    pub(super) fn partitions(&self, volume: usize) -> &[Partition] {
+        &self.partitions[volume]
+    }
+
+    fn replace(&mut self, volume: usize, mut record: Record) -> Record {
+        self.revision += 1;
+        record.revision = self.revision;
+        self.records[volume] = record.clone();
+        record
+    }
+}
+
+impl World {
+    /// A head wants its record changed.
+    pub(super) fn wish_for_change(&mut self, node: usize, volume: usize, revision: u64, change: Change) {
+        self.note(|| format!("node {node} volume {volume} asks at revision {revision} for {change:?}"));
+        self.send_wish(node, volume, What::Change { revision, change });
+    }
+
+    fn send_wish(&mut self, node: usize, volume: usize, what: What) {
+        let life = self.nodes[node].life;
+        let wish = Wish { node, life, volume, what };
+        let delay_ns = self.metadata.random.range(500_000..20_000_000);
+        self.schedule.after(delay_ns, Event::Wish(wish));
+    }
+
+    pub(super) fn wish(&mut self, wish: Wish) {
+        let Wish { node, life, volume, what } = wish;
+        let is_late = self.metadata.random.below(100) < self.metadata.lost_percent / 4;
+        if self.metadata.is_away || is_late {
+            // It may still be carried out, long after its asker has given up.
+            let delay_ns = self.metadata.random.range(100_000_000..3_000_000_000);
+            let again = Wish { node, life, volume, what: what.clone() };
+            if self.metadata.random.coin() {
+                self.schedule.after(delay_ns, Event::Wish(again));
+            }
+            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, is_takeover: false, record: None });
+            return;
+        }
+        let now = self.metadata.records[volume].clone();
+        let is_takeover = matches!(what, What::TakeOver { .. });
+        let (is_sure, record) = match &what {
+            What::Change { revision, change } if now.revision == *revision => {
+                self.coverage.ejections += change.eject.len() as u64;
+                self.coverage.joins += change.join.len() as u64;
+                (true, self.metadata.replace(volume, change.applied(&now)))
+            }
+            What::Touch { revision } if now.revision == *revision => (true, self.metadata.replace(volume, now)),
+            What::TakeOver { revision } if now.revision == *revision => {
+                self.coverage.takeovers += 1;
+                let after = Record { takeover: now.takeover + 1, head: Some(node_id(node)), ..now };
+                (true, self.metadata.replace(volume, after))
+            }
+            // A record that has changed since cannot be changed by what was computed from it.
+            What::Change { .. } => (true, now),
+            What::Touch { .. } | What::TakeOver { .. } | What::Read => (false, now),
+        };
+        self.note(|| format!("metadata: volume {volume} node {node} {what:?}: {is_sure} {record:?}"));
+        let is_lost = self.metadata.random.below(100) < self.metadata.lost_percent;
+        if is_lost {
+            self.coverage.doubts += 1;
+            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, is_takeover: false, record: None });
+        } else {
+            let delay_ns = self.metadata.random.range(500_000..20_000_000);
+            self.answer_wish(node, life, volume, delay_ns, Outcome { is_sure, is_takeover, record: Some(record) });
+        }
+    }
+
+    fn answer_wish(&mut self, node: usize, life: u64, volume: usize, delay_ns: u64, outcome: Outcome) {
+        self.schedule.after(delay_ns, Event::Outcome { node, volume, life, outcome });
+    }
+
+    pub(super) fn outcome(&mut self, node: usize, volume: usize, life: u64, outcome: Outcome) {
+        if self.nodes[node].life != life {
+            return;
+        }
+        self.nodes[node].is_asking[volume] = false;
+        let Some(record) = outcome.record else {
+            if self.nodes[node].is_in_doubt(volume) {
+                self.nodes[node].is_asking[volume] = true;
+                self.send_wish(node, volume, What::Read);
+            }
+            return;
+        };
+        let is_mine = record.head == Some(node_id(node));
+        if !is_mine {
+            self.give_up_head(node, volume, &record);
+            return;
+        }
+        if self.nodes[node].is_in_doubt(volume) && !outcome.is_sure {
+            self.nodes[node].is_asking[volume] = true;
+            self.send_wish(node, volume, What::Touch { revision: record.revision });
+            return;
+        }
+        if outcome.is_sure || !self.nodes[node].has_head(volume) {
+            self.head_record(node, volume, record, outcome.is_takeover);
+        }
+    }
+
+    /// A control process looks at the volumes: is it to be head, or has the head gone?
+    pub(super) fn watch(&mut self, node: usize) {
+        let jitter_ns = self.metadata.random.below(20_000_000);
+        self.schedule.after(WATCH_NS + jitter_ns, Event::Watch { node });
+        let now_ns = self.now_ns();
+        if !self.nodes[node].is_up() || self.network.is_paused(crate::network::Endpoint(node)) || self.metadata.is_away {
+            return;
+        }
+        for volume in 0..self.plan.volumes {
+            if self.nodes[node].is_asking[volume] {
+                continue;
+            }
+            let record = self.metadata.records[volume].clone();
+            if record.head == Some(node_id(node)) {
+                if self.nodes[node].has_used(volume, record.takeover) && !self.nodes[node].has_head(volume) {
+                    self.take_over(node, volume);
+                } else if !self.nodes[node].has_head(volume) {
+                    self.nodes[node].is_asking[volume] = true;
+                    self.send_wish(node, volume, What::Touch { revision: record.revision });
+                }
+                continue;
+            }
+            if self.nodes[node].has_head(volume) {
+                self.nodes[node].is_asking[volume] = true;
+                self.send_wish(node, volume, What::Read);
+                continue;
+            }
+            let is_gone = record.head.is_none_or(|head| {
+                let head = super::node_of(head);
+                let since = self.nodes[head].down_since_ns;
+                !self.nodes[head].is_up() && since.is_some_and(|since| now_ns > since + GONE_NS)
+            });
+            if is_gone && self.metadata.random.one_in(3) {
+                self.take_over(node, volume);
+            }
+        }
+    }
+
+    /// A node begins to take a volume over.
+    pub(super) fn take_over(&mut self, node: usize, volume: usize) {
+        let revision = self.metadata.records[volume].revision;
+        self.nodes[node].is_asking[volume] = true;
+        self.send_wish(node, volume, What::TakeOver { revision });
+    }
+
+    /// The record names this node: it is the head under it.
+    fn head_record(&mut self, node: usize, volume: usize, record: Record, is_takeover: bool) {
+        let _ = is_takeover;
+        let generation = Generation { takeover: record.takeover, start: self.nodes[node].start };
+        if self.nodes[node].head_takeover(volume) == Some(record.takeover) {
+            self.tell_record(node, volume, record);
+            return;
+        }
+        if self.nodes[node].has_used(volume, record.takeover) {
+            return;
+        }
+        self.note(|| format!("node {node} becomes head of volume {volume}, generation {generation}"));
+        let partitions = self.metadata.partitions[volume].clone();
+        let membership = Membership::new(volume_id(volume), partitions, record, None);
+        self.begin_head(node, volume, generation, membership);
+    }
+}

@@ -1,0 +1,296 @@
+//! The store under a simulated replica: what is durable, what a crash makes of what was in flight, and what rots.
+//!
+//! Each block has its content and its newest record. A write in progress when the process or the machine stops may have reached
+//! either, both or none: then the two differ, and since the region is in the activity log the block is suspect. On a sole copy
+//! the content waits in the journal: both or none.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cluster_map::VolumeId;
+use torus_replication::message::{Digest, Fault, Held};
+use torus_replication::replica::{Durable, Ended, Work, WorkId};
+use torus_replication::terms::{Extent, Member, Span, Version};
+
+use crate::random::Random;
+
+/// Sectors of a block.
+pub const SECTORS: usize = 8;
+/// A block, by the value of each sector.
+pub type Block = [u64; SECTORS];
+
+/// A block that was never written.
+pub const ZEROS: Block = [0; SECTORS];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stored {
+    content: Block,
+    recorded: Record,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Record {
+    Data(u128),
+    Absent,
+    Lost,
+}
+
+#[derive(Debug, Default)]
+struct ExtentAt {
+    version: Version,
+    is_active: bool,
+    /// It was in the activity log when the store was opened after a crash.
+    is_suspect: bool,
+    writes_in_flight: u32,
+    blocks: BTreeMap<u16, Stored>,
+}
+
+#[derive(Debug, Default)]
+struct VolumeAt {
+    durable: Durable,
+    extents: BTreeMap<Extent, ExtentAt>,
+    stable: Version,
+}
+
+/// What is being done.
+#[derive(Debug)]
+struct Running {
+    volume: VolumeId,
+    work: Work<Vec<Block>>,
+}
+
+/// A store.
+#[derive(Debug)]
+pub struct Store {
+    /// Who it is.
+    pub member: Member,
+    volumes: BTreeMap<VolumeId, VolumeAt>,
+    running: BTreeMap<WorkId, Running>,
+    /// Extents that there is room for.
+    pub extents_max: usize,
+}
+
+/// What stands for 128 bits of a hash.
+#[must_use]
+pub fn hash(block: &Block) -> u128 {
+    let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
+    for value in block {
+        hash = (hash ^ u128::from(*value)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
+    }
+    hash
+}
+
+fn crc(hash: u128) -> u32 {
+    (hash >> 17) as u32
+}
+
+impl Store {
+    /// An empty one.
+    #[must_use]
+    pub fn new(member: Member, extents_max: usize) -> Store {
+        Store { member, volumes: BTreeMap::new(), running: BTreeMap::new(), extents_max }
+    }
+
+    /// What it has kept of each volume, for a process that opens it.
+    #[must_use]
+    pub fn durables(&self) -> Vec<(VolumeId, Durable)> {
+        self.volumes.iter().map(|(volume, at)| (*volume, at.durable.clone())).collect()
+    }
+
+    /// Something begins.
+    pub fn start(&mut self, id: WorkId, volume: VolumeId, work: Work<Vec<Block>>) {
+        let at = self.volumes.entry(volume).or_default();
+        if let Work::Write(_, span, _) | Work::Unmap(_, span) | Work::Lose(_, span) = &work {
+            let extent = at.extents.entry(span.extent).or_default();
+            extent.writes_in_flight += 1;
+            extent.is_active = true;
+        }
+        self.running.insert(id, Running { volume, work });
+    }
+
+    /// Writes up to this one are on all in-sync members.
+    pub fn set_stable(&mut self, volume: VolumeId, stable: Version) {
+        let Some(at) = self.volumes.get_mut(&volume) else { return };
+        at.stable = at.stable.max(stable);
+        let stable = at.stable;
+        for extent in at.extents.values_mut() {
+            if extent.version <= stable && extent.writes_in_flight == 0 && !extent.is_suspect {
+                extent.is_active = false;
+            }
+        }
+    }
+
+    /// It ends, durably.
+    pub fn end(&mut self, id: WorkId, random: &mut Random) -> Option<Ended<Vec<Block>>> {
+        let Running { volume, work } = self.running.remove(&id)?;
+        let used: usize = self.volumes.values().map(|volume| volume.extents.len()).sum();
+        let at = self.volumes.entry(volume).or_default();
+        let _ = random;
+        Some(match work {
+            Work::Persist(durable) => {
+                at.durable = durable;
+                Ended::Done
+            }
+            Work::Survey => {
+                let highest = at.extents.values().map(|extent| extent.version).max().unwrap_or_default();
+                Ended::Survey { highest, active: at.held().filter(|held| held.is_active).collect() }
+            }
+            Work::Reserve(extent) => {
+                if !at.extents.contains_key(&extent) && used >= self.extents_max {
+                    return Some(Ended::Failed(Fault::NoSpace));
+                }
+                at.extents.entry(extent).or_default();
+                Ended::Done
+            }
+            Work::Write(version, span, blocks) => {
+                let extent = at.extents.entry(span.extent).or_default();
+                extent.writes_in_flight -= 1;
+                extent.version = extent.version.max(version);
+                for (block, content) in (span.first..).zip(blocks) {
+                    let recorded = Record::Data(hash(&content));
+                    extent.blocks.insert(block, Stored { content, recorded });
+                }
+                Ended::Done
+            }
+            Work::Unmap(version, span) => at.remove(version, span),
+            Work::Lose(version, span) => {
+                let extent = at.extents.entry(span.extent).or_default();
+                extent.writes_in_flight -= 1;
+                extent.version = extent.version.max(version);
+                for block in blocks(span) {
+                    extent.blocks.insert(block, Stored { content: ZEROS, recorded: Record::Lost });
+                }
+                Ended::Done
+            }
+            Work::Read(span) => at.read(span, false),
+            Work::Salvage(span) => at.read(span, true),
+            Work::Digest(span) => Ended::Digests(blocks(span).map(|block| at.digest(span.extent, block)).collect()),
+            Work::List => Ended::List(at.held().collect()),
+        })
+    }
+
+    /// The process or the machine stops: what was in flight is done, in part, or not at all.
+    pub fn crash(&mut self, random: &mut Random) {
+        for (_, Running { volume, work }) in std::mem::take(&mut self.running) {
+            let at = self.volumes.entry(volume).or_default();
+            match work {
+                // Its record is in a batch: there or not.
+                Work::Persist(durable) if random.coin() => at.durable = durable,
+                Work::Write(version, span, blocks) => {
+                    let extent = at.extents.entry(span.extent).or_default();
+                    let has_record = random.coin();
+                    if has_record {
+                        extent.version = extent.version.max(version);
+                    }
+                    for (block, content) in (span.first..).zip(blocks) {
+                        let old = extent.blocks.get(&block).copied();
+                        let old = old.unwrap_or(Stored { content: ZEROS, recorded: Record::Absent });
+                        let recorded = if has_record { Record::Data(hash(&content)) } else { old.recorded };
+                        let content = if random.coin() { content } else { old.content };
+                        if recorded != Record::Absent || content != ZEROS {
+                            extent.blocks.insert(block, Stored { content, recorded });
+                        }
+                    }
+                }
+                Work::Unmap(version, span) if random.coin() => {
+                    at.remove(version, span);
+                }
+                Work::Lose(version, span) if random.coin() => {
+                    let extent = at.extents.entry(span.extent).or_default();
+                    extent.version = extent.version.max(version);
+                    for block in blocks(span) {
+                        extent.blocks.insert(block, Stored { content: ZEROS, recorded: Record::Lost });
+                    }
+                }
+                _ => {}
+            }
+        }
+        for extent in self.volumes.values_mut().flat_map(|volume| volume.extents.values_mut()) {
+            extent.writes_in_flight = 0;
+            extent.is_suspect |= extent.is_active;
+        }
+    }
+
+    /// One block changes by itself; whether there was one.
+    pub fn rot(&mut self, random: &mut Random) -> bool {
+        let extents = self.volumes.values_mut().flat_map(|volume| volume.extents.values_mut());
+        let mut all: Vec<&mut Stored> = extents.flat_map(|extent| extent.blocks.values_mut()).collect();
+        if all.is_empty() {
+            return false;
+        }
+        let at = random.index(all.len());
+        all[at].content[0] ^= 1 << 63;
+        true
+    }
+
+    /// What it would answer, for a comparison of copies at rest; `None` where it is damaged.
+    #[must_use]
+    pub fn visible(&self, volume: VolumeId) -> BTreeMap<(Extent, u16), Option<Block>> {
+        let Some(at) = self.volumes.get(&volume) else { return BTreeMap::new() };
+        let all = at.extents.iter().flat_map(|(number, extent)| extent.blocks.iter().map(move |(block, at)| (number, block, at)));
+        let seen = all.filter_map(|(number, block, stored)| match stored.recorded {
+            Record::Absent => None,
+            Record::Data(recorded) => Some(((*number, *block), (hash(&stored.content) == recorded).then_some(stored.content))),
+            Record::Lost => Some(((*number, *block), None)),
+        });
+        seen.filter(|(_, content)| *content != Some(ZEROS)).collect()
+    }
+}
+
+fn blocks(span: Span) -> impl Iterator<Item = u16> {
+    span.first..span.first + span.count
+}
+
+impl VolumeAt {
+    fn held(&self) -> impl Iterator<Item = Held> {
+        self.extents.iter().map(|(extent, at)| Held { extent: *extent, version: at.version, is_active: at.is_active })
+    }
+
+    fn remove(&mut self, version: Version, span: Span) -> Ended<Vec<Block>> {
+        let extent = self.extents.entry(span.extent).or_default();
+        extent.writes_in_flight = extent.writes_in_flight.saturating_sub(1);
+        extent.version = extent.version.max(version);
+        for block in blocks(span) {
+            extent.blocks.remove(&block);
+        }
+        Ended::Done
+    }
+
+    fn read(&self, span: Span, is_salvage: bool) -> Ended<Vec<Block>> {
+        let mut all = Vec::with_capacity(span.count.into());
+        for block in blocks(span) {
+            let stored = self.extents.get(&span.extent).and_then(|extent| extent.blocks.get(&block));
+            match stored {
+                None => all.push(ZEROS),
+                Some(stored) if is_salvage => all.push(stored.content),
+                Some(stored) => match stored.recorded {
+                    Record::Data(recorded) if recorded == hash(&stored.content) => all.push(stored.content),
+                    Record::Absent => all.push(ZEROS),
+                    Record::Data(_) => return Ended::Failed(Fault::Corrupt),
+                    Record::Lost => return Ended::Failed(Fault::Lost),
+                },
+            }
+        }
+        Ended::Blocks(all)
+    }
+
+    fn digest(&self, extent: Extent, block: u16) -> Digest {
+        let Some(at) = self.extents.get(&extent) else { return Digest::Absent };
+        let Some(stored) = at.blocks.get(&block) else { return Digest::Absent };
+        let found = hash(&stored.content);
+        match stored.recorded {
+            Record::Lost => Digest::Lost,
+            Record::Absent => Digest::Absent,
+            Record::Data(recorded) if recorded == found => Digest::Data(found),
+            Record::Data(recorded) if at.is_suspect => {
+                Digest::Suspect { found, recorded_crc: crc(recorded), found_crc: crc(found) }
+            }
+            Record::Data(_) => Digest::Bad,
+        }
+    }
+}
+
+/// Which extents of a volume a store has, for reports.
+#[must_use]
+pub fn extents(store: &Store, volume: VolumeId) -> BTreeSet<Extent> {
+    store.volumes.get(&volume).map(|at| at.extents.keys().copied().collect()).unwrap_or_default()
+}

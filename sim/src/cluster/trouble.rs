@@ -1,0 +1,172 @@
+//! What breaks, for how long, and how all of it is made whole.
+
+use std::collections::BTreeMap;
+
+use super::{Event, Trouble, World};
+use crate::network::{Endpoint, Media, Power};
+use crate::random::Random;
+
+/// What is broken now.
+#[derive(Debug)]
+pub(super) struct Troubles {
+    random: Random,
+    next: u64,
+    active: BTreeMap<u64, (Trouble, Vec<usize>)>,
+}
+
+impl Troubles {
+    pub(super) fn new(random: Random) -> Troubles {
+        Troubles { random, next: 0, active: BTreeMap::new() }
+    }
+}
+
+fn endpoints(nodes: &[usize]) -> Vec<Endpoint> {
+    nodes.iter().map(|node| Endpoint(*node)).collect()
+}
+
+impl World {
+    pub(super) fn break_something(&mut self) {
+        if self.is_peace {
+            return;
+        }
+        let pause_ns = self.troubles.random.range(self.plan.pause_ns / 4..self.plan.pause_ns * 2);
+        self.schedule.after(pause_ns, Event::Break);
+        let Some(trouble) = self.troubles.random.pick(&self.plan.troubles).copied() else { return };
+        let node = self.troubles.random.index(self.plan.nodes);
+        let lasts_ns = self.troubles.random.magnitude(10_000_000..8_000_000_000);
+        self.coverage.troubles += 1;
+        self.note(|| format!("trouble: {trouble:?} at node {node} for {} ms", lasts_ns / 1_000_000));
+        let now_ns = self.now_ns();
+        let others: Vec<usize> = (0..self.plan.nodes).filter(|other| *other != node).collect();
+        let touched = match trouble {
+            Trouble::Restart => {
+                if self.nodes[node].is_up() {
+                    self.kill(node, Power::NoProcess);
+                    self.boot(node);
+                }
+                return;
+            }
+            Trouble::Off => {
+                let power = if self.troubles.random.coin() { Power::Off } else { Power::NoProcess };
+                self.kill(node, power);
+                vec![node]
+            }
+            Trouble::PowerCut => {
+                for node in 0..self.plan.nodes {
+                    self.kill(node, Power::Off);
+                }
+                (0..self.plan.nodes).collect()
+            }
+            Trouble::Pause => {
+                self.network.pause(Endpoint(node));
+                vec![node]
+            }
+            Trouble::Partition => {
+                let mut all: Vec<usize> = (0..self.plan.nodes).collect();
+                self.troubles.random.shuffle(&mut all);
+                let at = self.troubles.random.index(all.len() + 1);
+                let (one, other) = all.split_at(at);
+                self.network.partition(now_ns, &endpoints(one), &endpoints(other), Media::STREAMS);
+                all.clone()
+            }
+            Trouble::OneWay => {
+                let Some(other) = self.troubles.random.pick(&others).copied() else { return };
+                self.network.cut(now_ns, &[Endpoint(node)], &[Endpoint(other)], Media::STREAMS);
+                vec![node, other]
+            }
+            Trouble::Flap => {
+                let Some(other) = self.troubles.random.pick(&others).copied() else { return };
+                self.network.flap(now_ns, &[Endpoint(node)], &[Endpoint(other)], Media::STREAMS, 50_000_000..500_000_000, 100_000_000..900_000_000);
+                vec![node, other]
+            }
+            Trouble::TakeOver => {
+                let volume = self.troubles.random.index(self.plan.volumes);
+                if self.nodes[node].is_up() && !self.nodes[node].is_asking[volume] {
+                    self.take_over(node, volume);
+                }
+                return;
+            }
+            Trouble::NoMetadata => {
+                self.metadata.is_away = true;
+                vec![]
+            }
+            Trouble::Unknown => {
+                self.metadata.lost_percent = 30;
+                vec![]
+            }
+            Trouble::SlowDisk => {
+                self.nodes[node].slow_ns = self.troubles.random.magnitude(1_000_000..6_000_000_000);
+                vec![node]
+            }
+            Trouble::Rot => {
+                // On one copy only: with all of them rotten a block is lost, and rightly so.
+                if node == 0 && self.plan.copies > 1 {
+                    let mut random = self.troubles.random.split();
+                    self.nodes[node].store.rot(&mut random);
+                }
+                return;
+            }
+        };
+        let number = self.troubles.next;
+        self.troubles.next += 1;
+        self.troubles.active.insert(number, (trouble, touched));
+        self.schedule.after(lasts_ns, Event::Mend(number));
+    }
+
+    pub(super) fn mend(&mut self, number: u64) {
+        let Some((trouble, nodes)) = self.troubles.active.remove(&number) else { return };
+        let now_ns = self.now_ns();
+        self.note(|| format!("mended: {trouble:?} {nodes:?}"));
+        // Another one of its kind may go on.
+        let goes_on = |node: usize| self.troubles.active.values().any(|(other, nodes)| *other == trouble && nodes.contains(&node));
+        match trouble {
+            Trouble::Off | Trouble::PowerCut => {
+                for node in nodes {
+                    let is_held = self.troubles.active.values().any(|(other, nodes)| {
+                        matches!(other, Trouble::Off | Trouble::PowerCut) && nodes.contains(&node)
+                    });
+                    if !is_held && !self.nodes[node].is_up() {
+                        self.boot(node);
+                    }
+                }
+            }
+            Trouble::Pause => {
+                for node in nodes {
+                    self.network.resume(now_ns, Endpoint(node));
+                }
+            }
+            Trouble::Partition | Trouble::OneWay | Trouble::Flap => self.network.heal(now_ns),
+            Trouble::NoMetadata => self.metadata.is_away = false,
+            Trouble::Unknown => self.metadata.lost_percent = 0,
+            Trouble::SlowDisk => {
+                for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
+                    self.nodes[node].slow_ns = 0;
+                }
+            }
+            Trouble::Restart | Trouble::TakeOver | Trouble::Rot => {}
+        }
+    }
+
+    /// Everything is whole from now on.
+    pub(super) fn make_peace(&mut self) {
+        self.is_peace = true;
+        let numbers: Vec<u64> = self.troubles.active.keys().copied().collect();
+        for number in numbers {
+            self.mend(number);
+        }
+        let now_ns = self.now_ns();
+        self.network.heal(now_ns);
+        self.network.set_stream_quality(crate::network::Quality::good());
+        self.network.set_segment_quality(super::SEGMENT, crate::network::Quality::good());
+        self.metadata.is_away = false;
+        self.metadata.lost_percent = 0;
+        for node in 0..self.plan.nodes {
+            self.nodes[node].slow_ns = 0;
+            self.network.resume(now_ns, Endpoint(node));
+            if !self.nodes[node].is_up() {
+                self.boot(node);
+            }
+        }
+        self.note(|| "peace".into());
+    }
+}
