@@ -29,7 +29,7 @@ const NONE: u32 = u32::MAX;
 
 /// A request's place in the table, chosen by the caller below the number given at construction, free of other use until
 /// it is released.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u32);
 
 /// What a request does to its blocks.

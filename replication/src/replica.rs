@@ -118,12 +118,18 @@ enum Stage {
     Persist,
 }
 
+/// A generation that is asked for.
 #[derive(Debug, Clone, Copy)]
-struct Opening {
+struct Wanted {
     generation: Generation,
     from: NodeId,
     id: u64,
     revision: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Opening {
+    wanted: Wanted,
     stage: Stage,
 }
 
@@ -133,6 +139,8 @@ struct Volume<B> {
     /// The highest generation that was asked for.
     seen: Generation,
     opening: Option<Opening>,
+    /// What was asked for while a lower one was being made durable.
+    later: Option<Wanted>,
     /// The open generation's head has given its grants back.
     is_handed_back: bool,
     /// Admitted, not ended.
@@ -356,7 +364,6 @@ impl<B> Replicas<B> {
             self.start(key, Work::Survey, What::Open(from, request.id, generation));
             return;
         }
-        let is_restart = generation.takeover == volume.durable.generation.takeover && from == volume.durable.head;
         if generation > volume.seen {
             volume.seen = generation;
             let dropped = std::mem::take(&mut volume.waiting);
@@ -364,20 +371,26 @@ impl<B> Replicas<B> {
                 self.refuse(from, request, Refusal::Replaced(generation));
             }
         }
+        let wanted = Wanted { generation, from, id: request.id, revision };
+        self.begin_opening(key, wanted);
+    }
+
+    fn begin_opening(&mut self, key: (Member, VolumeId), wanted: Wanted) {
         let Some(volume) = self.volumes.get_mut(&key) else { return };
-        let was_open = volume.durable.generation > Generation::default();
-        let granted = self.granted_ns.get(&volume.durable.head).map_or(0, |granted| granted + GRANT_NS);
+        if volume.opening.is_some_and(|opening| opening.stage == Stage::Persist) {
+            volume.later = Some(wanted);
+            return;
+        }
+        let former = &volume.durable;
+        let was_open = former.generation > Generation::default();
+        let is_restart = wanted.generation.takeover == former.generation.takeover && wanted.from == former.head;
         let until_ns = if is_restart || volume.is_handed_back || !was_open {
             0
         } else {
+            let granted = self.granted_ns.get(&former.head).map_or(0, |granted| granted + GRANT_NS);
             granted.max(self.started_ns + GRANT_NS)
         };
-        let persists = volume.opening.is_some_and(|opening| opening.stage == Stage::Persist);
-        if !persists {
-            let stage = Stage::Fence { until_ns };
-            volume.opening = Some(Opening { generation, from, id: request.id, revision, stage });
-        }
-        // While a lower one is being made durable the head asks again.
+        volume.opening = Some(Opening { wanted, stage: Stage::Fence { until_ns } });
         self.advance_opening(key);
     }
 
@@ -393,12 +406,9 @@ impl<B> Replicas<B> {
             return;
         }
         opening.stage = Stage::Persist;
-        let durable = Durable {
-            generation: opening.generation,
-            head: opening.from,
-            revision: opening.revision.max(volume.durable.revision),
-            epochs: volume.durable.epochs.clone(),
-        };
+        let Wanted { generation, from, revision, .. } = opening.wanted;
+        let revision = revision.max(volume.durable.revision);
+        let durable = Durable { generation, head: from, revision, epochs: volume.durable.epochs.clone() };
         volume.is_persisting = true;
         self.start(key, Work::Persist(durable), What::PersistGeneration);
     }
@@ -406,16 +416,20 @@ impl<B> Replicas<B> {
     fn generation_persisted(&mut self, key: (Member, VolumeId), ended: &Ended<B>) {
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         volume.is_persisting = false;
-        let Some(opening) = volume.opening.take() else { return };
+        let later = volume.later.take();
+        let Some(Opening { wanted, .. }) = volume.opening.take() else { return };
+        let Wanted { generation, from, id, revision } = wanted;
         if ended_is_done(ended) {
-            volume.durable.generation = opening.generation;
-            volume.durable.head = opening.from;
-            volume.durable.revision = opening.revision.max(volume.durable.revision);
+            volume.durable.generation = generation;
+            volume.durable.head = from;
+            volume.durable.revision = revision.max(volume.durable.revision);
             volume.is_handed_back = false;
-            self.start(key, Work::Survey, What::Open(opening.from, opening.id, opening.generation));
+            self.start(key, Work::Survey, What::Open(from, id, generation));
         } else {
-            let reply = Reply::Failed(Fault::Device);
-            self.answer(opening.from, key.0, key.1, opening.generation, opening.id, reply);
+            self.answer(from, key.0, key.1, generation, id, Reply::Failed(Fault::Device));
+        }
+        if let Some(later) = later {
+            self.begin_opening(key, later);
         }
     }
 
@@ -462,6 +476,7 @@ impl<B> Volume<B> {
             seen: durable.generation,
             durable,
             opening: None,
+            later: None,
             is_handed_back: false,
             running: 0,
             waiting: VecDeque::new(),

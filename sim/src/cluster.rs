@@ -274,6 +274,9 @@ impl Plan {
     }
 }
 
+/// Events that are told of a run that failed; all that are kept with `TORUS_SIM_LOG=all`.
+const EVENTS_TOLD: usize = 60;
+
 /// Runs a seed to its end.
 ///
 /// # Errors
@@ -282,7 +285,7 @@ pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<Coverage
     let mut random = Random::new(seed);
     let plan = plan(&mut random);
     let mut world = World::new(plan, random);
-    world.run().map_err(|what| Failure { what: format!("{what}\n{:?}", world.plan), log: world.trace.report(400, 60, |_| false) })?;
+    world.run().map_err(|what| Failure { what: format!("{what}\n{:?}", world.plan), log: world.log() })?;
     world.coverage.simulated_ns = world.schedule.now_ns();
     Ok(world.coverage)
 }
@@ -346,6 +349,11 @@ impl World {
         self.schedule.now_ns()
     }
 
+    fn log(&self) -> String {
+        let told = if std::env::var_os("TORUS_SIM_LOG").is_some() { usize::MAX } else { EVENTS_TOLD };
+        self.trace.report(0, told, |_| false)
+    }
+
     fn note(&mut self, text: impl FnOnce() -> String) {
         let now_ns = self.now_ns();
         self.trace.push(now_ns, Note(text()));
@@ -359,6 +367,7 @@ impl World {
             let Some(next_ns) = next else { return Err("nothing happens any more".into()) };
             if !self.is_peace && next_ns >= peace_ns {
                 self.make_peace();
+                continue;
             }
             if self.is_peace && next_ns > peace_ns + 2_000_000_000 {
                 for client in &mut self.clients {

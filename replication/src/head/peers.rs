@@ -413,7 +413,9 @@ impl<M: Memory> Head<M> {
                     // It was not asked whether it has room for everything.
                     self.reserved.clear();
                 }
-            } else if !peer.is_learner() {
+            } else if let Some(learner) = &mut peer.learner {
+                learner.was_refused();
+            } else {
                 self.leave(member);
                 self.drop_reads(member, memory);
             }

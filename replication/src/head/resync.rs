@@ -35,6 +35,13 @@ pub(super) struct Learner {
     is_proposed: bool,
 }
 
+impl Learner {
+    /// The record was not changed: it is asked again when it is still up to date.
+    pub(super) fn was_refused(&mut self) {
+        self.is_proposed = false;
+    }
+}
+
 impl<M: Memory> Head<M> {
     /// Begins with members that can be brought up to date, and goes on with those that are.
     pub(super) fn advance_learners(&mut self, memory: &mut M) {

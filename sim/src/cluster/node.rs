@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use aoe_xdp::order::{Access, Admission, RangeOrder, RequestId};
 use torus_replication::grants::{Grants, RENEW_NS};
 use torus_replication::head::{self, Head, Token};
 use torus_replication::membership::{Membership, Record};
@@ -23,6 +24,8 @@ use crate::schedule::Clock;
 const LOOPBACK_NS: u64 = 2_000;
 /// When a lost connection is tried again.
 const RECONNECT_NS: u64 = 100_000_000;
+/// Requests of initiators at a head.
+const REQUESTS_MAX: u32 = 128;
 /// How often a head makes itself known.
 const ANNOUNCE_NS: u64 = 1_000_000_000;
 
@@ -65,15 +68,28 @@ struct Peer {
     asked_ns: u64,
 }
 
-#[derive(Debug)]
 struct HeadAt {
     head: Head<SimMemory>,
-    doing: BTreeMap<u64, ClientRequest>,
+    order: RangeOrder,
+    free: Vec<RequestId>,
+    doing: BTreeMap<RequestId, ClientRequest>,
     announced_ns: u64,
     is_in_doubt: bool,
 }
 
-#[derive(Debug)]
+impl HeadAt {
+    /// A request's turn has come.
+    fn begin(&mut self, id: RequestId, grants: &Grants, memory: &mut SimMemory, boot_ns: u64) {
+        let Some(request) = self.doing.get(&id) else { return };
+        let (range, payload, head, tail) = to_blocks(request);
+        let token = Token(id.0.into());
+        match payload {
+            Some(payload) => self.head.write(token, range, payload, head, tail, grants, memory, boot_ns),
+            None => self.head.read(token, range, grants, memory, boot_ns),
+        }
+    }
+}
+
 struct Process {
     replicas: Replicas<Vec<Block>>,
     heads: BTreeMap<usize, HeadAt>,
@@ -85,7 +101,6 @@ struct Process {
 }
 
 /// A node.
-#[derive(Debug)]
 pub(super) struct Node {
     index: usize,
     pub(super) store: Store,
@@ -314,6 +329,9 @@ impl World {
     pub(super) fn node_event(&mut self, node: usize, event: network::Event<Message>) {
         let now_ns = self.now_ns();
         let boot_ns = self.nodes[node].clock.boot_ns(now_ns);
+        if !matches!(event, network::Event::Frame { .. } | network::Event::Message { .. }) {
+            self.note(|| format!("node {node}: {event:?}"));
+        }
         let Some(process) = &mut self.nodes[node].process else { return };
         match event {
             network::Event::Frame { payload: Message::Client(request), .. } => self.client_request(node, request),
@@ -425,15 +443,18 @@ impl World {
         let Process { heads, grants, memory, .. } = process;
         let Some(at) = heads.get_mut(&request.volume) else { return };
         // A copy of one in progress: it gets that one's answer.
-        if at.doing.contains_key(&request.op) || !at.head.is_serving(grants, boot_ns) {
+        let is_known = at.doing.values().any(|doing| doing.op == request.op);
+        if is_known || !at.head.is_serving(grants, boot_ns) {
             return;
         }
-        let (range, payload, head, tail) = to_blocks(&request);
-        let token = Token(request.op);
-        at.doing.insert(request.op, request);
-        match payload {
-            Some(payload) => at.head.write(token, range, payload, head, tail, grants, memory, boot_ns),
-            None => at.head.read(token, range, grants, memory, boot_ns),
+        // As with any target, what there is no room for is dropped.
+        let Some(id) = at.free.pop() else { return };
+        let (range, ..) = to_blocks(&request);
+        let access = if request.values.is_some() { Access::Exclusive } else { Access::Shared };
+        let admission = at.order.admit(id, 0, range.start, range.end - 1, access);
+        at.doing.insert(id, request);
+        if admission == Admission::Granted {
+            at.begin(id, grants, memory, boot_ns);
         }
     }
 
@@ -489,6 +510,7 @@ impl World {
     }
 
     fn head_output(&mut self, node: usize, volume: usize, output: head::Output<Vec<Block>>) {
+        let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
         match output {
             head::Output::Send(to, request) => {
                 self.note(|| format!("node {node} head asks {} {}", node_of(to), brief_request(&request)));
@@ -496,10 +518,19 @@ impl World {
             }
             head::Output::Answer { token, result, blocks } => {
                 let Some(process) = &mut self.nodes[node].process else { return };
-                let Some(request) = process.heads.get_mut(&volume).and_then(|at| at.doing.remove(&token.0)) else { return };
+                let Process { heads, grants, memory, .. } = process;
+                let Some(at) = heads.get_mut(&volume) else { return };
+                let id = RequestId(u32::try_from(token.0).expect("as it was given"));
+                let Some(request) = at.doing.remove(&id) else { return };
                 let values = blocks.map(|blocks| from_blocks(&request, &blocks));
                 let result = result.map(|()| values).map_err(|_| ());
-                self.reply(node, volume, ClientReply { op: token.0, result });
+                let mut granted = Vec::new();
+                at.order.release(id, |next| granted.push(next));
+                at.free.push(id);
+                for next in granted {
+                    at.begin(next, grants, memory, boot_ns);
+                }
+                self.reply(node, volume, ClientReply { op: request.op, result });
             }
             head::Output::Change { revision, change } => {
                 if let Some(at) = self.nodes[node].process.as_mut().and_then(|process| process.heads.get_mut(&volume)) {
@@ -531,7 +562,15 @@ impl World {
             }
         }
         process.used.insert(volume, generation.takeover);
-        process.heads.insert(volume, HeadAt { head, doing: BTreeMap::new(), announced_ns: 0, is_in_doubt: false });
+        let at = HeadAt {
+            head,
+            order: RangeOrder::new(REQUESTS_MAX),
+            free: (0..REQUESTS_MAX).rev().map(RequestId).collect(),
+            doing: BTreeMap::new(),
+            announced_ns: 0,
+            is_in_doubt: false,
+        };
+        process.heads.insert(volume, at);
         self.pump(node);
     }
 
