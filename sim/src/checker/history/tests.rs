@@ -90,6 +90,16 @@ fn a_write_in_doubt_can_be_given_up() {
 }
 
 #[test]
+fn what_is_found_on_a_disk_counts_as_read() {
+    let mut told = Told::new();
+    told.write(1);
+    told.begin_write(2, 2).end(2, &Outcome::Failed).unwrap();
+    assert!(told.history.observe(told.now_ns, VOLUME, 0, 2).is_ok());
+    assert!(told.history.observe(told.now_ns, VOLUME, 0, 1).is_err());
+    assert!(told.history.observe(told.now_ns, VOLUME, 1, 2).is_err(), "another sector");
+}
+
+#[test]
 fn a_value_that_was_read_under_way_does_not_disappear() {
     let mut told = Told::new();
     told.write(1);
@@ -125,6 +135,20 @@ fn a_violation_names_the_sector_and_tells_its_story() {
     assert_eq!((violation.lba, &violation.fault), (6, &Fault::Stale { read: 0, newer: 9 }));
     let text = violation.to_string();
     assert!(text.contains("sector 6") && text.contains("write of 0x9 is acknowledged"), "{text}");
+}
+
+#[test]
+fn the_digest_tells_apart_what_was_read_and_when() {
+    let run = |at_ns: u64, value: u64| {
+        let mut history = History::new();
+        history.begin(1, OpId(1), VOLUME, 0, Action::Write(vec![7]));
+        history.begin(2, OpId(2), VOLUME, 0, Action::Read(1));
+        history.end(at_ns, OpId(2), &Outcome::Read(vec![value])).unwrap();
+        history.digest()
+    };
+    assert_eq!(run(5, 7), run(5, 7));
+    assert_ne!(run(5, 7), run(5, 0));
+    assert_ne!(run(5, 7), run(6, 7));
 }
 
 #[test]
