@@ -558,15 +558,18 @@ impl<M: Memory> Head<M> {
             Kind::Unmap => op.stage = Stage::Filling,
         }
         for reading in 0..self.op(at).readings.len() {
-            self.send_read(at, reading, memory);
+            self.send_read(at, reading, None, memory);
         }
     }
 
-    /// Asks the next copy.
-    fn send_read(&mut self, at: OpId, index: usize, memory: &mut M) {
+    /// Asks the next copy, not that of `avoided` this time.
+    fn send_read(&mut self, at: OpId, index: usize, avoided: Option<Member>, memory: &mut M) {
         let reading = &self.op(at).readings[index];
         let (span, failed) = (reading.span, reading.failed.clone());
-        let usable = |member: &Member| !failed.contains(member) && self.peers.get(member).is_some_and(Peer::is_open);
+        let usable = |member: &Member| {
+            let is_out = failed.contains(member) || avoided == Some(*member);
+            !is_out && self.peers.get(member).is_some_and(Peer::is_open)
+        };
         let owners = self.membership.sure(span.extent).filter(|owner| usable(&owner.member));
         let nearest = owners.min_by_key(|owner| owner.node != self.node).map(|owner| owner.member);
         let Some(member) = nearest else {
@@ -608,7 +611,7 @@ impl<M: Memory> Head<M> {
                 }
                 if reading.got.is_none() && reading.asked.is_some_and(|(asked, _)| asked == from) {
                     reading.asked = None;
-                    self.send_read(at, index, memory);
+                    self.send_read(at, index, None, memory);
                 }
             }
             _ => {}
@@ -631,7 +634,7 @@ impl<M: Memory> Head<M> {
                 for index in 0..self.op(at).readings.len() {
                     let reading = &self.op(at).readings[index];
                     if reading.got.is_none() && reading.asked.is_none() {
-                        self.send_read(at, index, memory);
+                        self.send_read(at, index, None, memory);
                     }
                 }
                 if self.op(at).failure.is_none() {
@@ -851,7 +854,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// What is asked for a purport, and which extent it is about. `None` where that has ended.
-    fn ask_for(&self, purport: Purport, memory: &mut M) -> Option<(Ask<M::Blocks>, Option<Extent>)> {
+    fn ask_for(&self, purport: Purport, member: Member, memory: &mut M) -> Option<(Ask<M::Blocks>, Option<Extent>)> {
         let (ask, extent) = match purport {
             Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
             Purport::List => return Some((Ask::List, None)),
@@ -870,7 +873,7 @@ impl<M: Memory> Head<M> {
                 let ask = match &op.payload {
                     Some(payload) => {
                         let blocks = memory.share(payload, offset..offset + usize::from(span.count));
-                        Ask::Write { version, span, blocks }
+                        Ask::Write { version, span, blocks, is_sole: self.is_sole(member, span.extent) }
                     }
                     None => Ask::Unmap { version, span },
                 };
@@ -894,7 +897,7 @@ impl<M: Memory> Head<M> {
                 let ask = match (remedy, &job.copy) {
                     (Remedy::Copy { .. }, Some(copy)) => {
                         let blocks = memory.share(copy, 0..usize::from(span.count));
-                        Ask::Write { version, span, blocks }
+                        Ask::Write { version, span, blocks, is_sole: self.is_sole(member, span.extent) }
                     }
                     (Remedy::Copy { .. }, None) => return None,
                     (Remedy::Unmap, _) => Ask::Unmap { version, span },
@@ -906,8 +909,13 @@ impl<M: Memory> Head<M> {
         Some((ask, Some(extent)))
     }
 
+    /// Whether no other member surely has a good copy of an extent.
+    fn is_sole(&self, member: Member, extent: Extent) -> bool {
+        self.membership.sure(extent).all(|owner| owner.member == member)
+    }
+
     fn send_now(&mut self, member: Member, id: u64, purport: Purport, memory: &mut M) {
-        let Some((ask, extent)) = self.ask_for(purport, memory) else { return };
+        let Some((ask, extent)) = self.ask_for(purport, member, memory) else { return };
         let (partition, epoch) = extent.map_or((0, Epoch(0)), |extent| self.membership.epoch(extent));
         let stable = self.stable();
         let (volume, generation) = (self.membership.volume, self.generation);

@@ -84,6 +84,8 @@ pub enum Ask<B> {
         span: Span,
         /// What.
         blocks: B,
+        /// No other in-sync copy exists: what was there must survive a write that is cut short (I10).
+        is_sole: bool,
     },
     /// Take blocks away: they read as zeros.
     Unmap {

@@ -42,7 +42,16 @@ pub enum Work<B> {
     /// Make room for an extent.
     Reserve(Extent),
     /// Write, durably.
-    Write(Version, Span, B),
+    Write {
+        /// Its number.
+        version: Version,
+        /// Where.
+        span: Span,
+        /// What.
+        blocks: B,
+        /// See [`Ask::Write`].
+        is_sole: bool,
+    },
     /// Take blocks away, durably.
     Unmap(Version, Span),
     /// Remember that blocks are lost.
@@ -328,7 +337,7 @@ impl<B> Replicas<B> {
         self.outputs.push_back(Output::Stable(key.0, key.1, request.stable));
         let work = match request.ask {
             Ask::Reserve { extent } => Work::Reserve(extent),
-            Ask::Write { version, span, blocks } => Work::Write(version, span, blocks),
+            Ask::Write { version, span, blocks, is_sole } => Work::Write { version, span, blocks, is_sole },
             Ask::Unmap { version, span } => Work::Unmap(version, span),
             Ask::Lose { version, span } => Work::Lose(version, span),
             Ask::Read { span } => Work::Read(span),

@@ -8,6 +8,7 @@
 //! | [`etcd`] | the metadata store and its faults |
 //! | [`initiator`] | the Linux `aoe` driver and what uses it |
 //! | [`checker`] | whether what the initiators saw is right, whether everything ends, and what happened |
+//! | [`cluster`] | nodes that run the real heads and replicas, and what breaks |
 //! | [`exploration`] | many seeds, and how one of them is repeated |
 //!
 //! Nothing here does I/O, reads a clock, starts a thread or depends on the order of a hash map: the only inputs are the
@@ -20,13 +21,10 @@
 #![forbid(unsafe_code)]
 
 pub mod checker;
-<<<<<<< HEAD
 pub mod cluster;
-=======
 pub mod etcd;
 pub mod exploration;
 pub mod initiator;
->>>>>>> sim
 pub mod network;
 pub mod random;
 pub mod schedule;

@@ -1,24 +1,19 @@
-//! Runs of whole clusters by seed. `TORUS_SIM_SEED=N` repeats one, `TORUS_SIM_SEEDS=N` explores so many.
+//! Clusters of real heads and replicas, by seed: every promise is kept through whatever breaks.
 
 use torus_sim::cluster::{Coverage, Plan, run};
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
-}
+use torus_sim::exploration::{Exploration, Ran};
 
 #[test]
 fn clusters_keep_every_promise() {
-    let only = number("TORUS_SIM_SEED");
-    let from = only.or(number("TORUS_SIM_FROM")).unwrap_or(1);
-    let count = if only.is_some() { 1 } else { number("TORUS_SIM_SEEDS").unwrap_or(50) };
+    let command = "cargo test -p torus-sim --test replication -- --nocapture";
     let mut all = Coverage::default();
-    for seed in from..from + count {
-        match run(seed, Plan::drawn) {
-            Ok(coverage) => all.add(&coverage),
-            Err(failure) => {
-                panic!("{failure}\nrepeat it with: TORUS_SIM_SEED={seed} cargo test -p torus-sim --test cluster -- --nocapture")
-            }
-        }
+    let explored = Exploration::from_environment(command, 200).run(|seed| {
+        let (coverage, digest) = run(seed, Plan::drawn).map_err(|failure| failure.to_string())?;
+        all.add(&coverage);
+        Ok(Ran { simulated_ns: coverage.simulated_ns, events: coverage.events, digest })
+    });
+    match explored {
+        Ok(explored) => println!("{explored}\n{all:#?}"),
+        Err(failed) => panic!("{failed}"),
     }
-    println!("{all:#?}");
 }

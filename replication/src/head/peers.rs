@@ -245,13 +245,9 @@ impl<M: Memory> Head<M> {
         if reading.got.is_some() || reading.asked.is_none_or(|(asked, _)| asked != but) {
             return;
         }
-        // It may be asked again if no other can give it: it has not said that it cannot.
+        // It has not said that it cannot give it: it is asked again if no other can.
         reading.asked = None;
-        reading.failed.push(but);
-        self.send_read(at, index, memory);
-        if let Some(reading) = self.ops.get_mut(&at).and_then(|op| op.readings.get_mut(index)) {
-            reading.failed.retain(|failed| *failed != but);
-        }
+        self.send_read(at, index, Some(but), memory);
     }
 
     /// A replica could not write, or make room.

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+use torus_replication::head::Failure;
+
 use super::store::{Block, SECTORS};
 use super::{Event, Message, Plan, SEGMENT, World};
 use crate::checker::history::{Action, OpId, Outcome, VolumeId};
@@ -29,7 +31,7 @@ pub(super) struct ClientRequest {
 #[derive(Debug, Clone)]
 pub(super) struct ClientReply {
     pub(super) op: u64,
-    pub(super) result: Result<Option<Vec<u64>>, ()>,
+    pub(super) result: Result<Option<Vec<u64>>, Failure>,
 }
 
 #[derive(Debug)]
@@ -153,8 +155,12 @@ impl World {
         let outcome = match reply.result {
             Ok(Some(values)) => Outcome::Read(values),
             Ok(None) => Outcome::Written,
-            Err(()) => {
+            Err(failure) => {
                 self.coverage.failed += 1;
+                // Of all troubles only rot takes the last good copy.
+                if failure != Failure::Unreadable || !self.plan.troubles.contains(&super::Trouble::Rot) {
+                    return Err(format!("initiator {at} is told: {failure}"));
+                }
                 Outcome::Failed
             }
         };
@@ -172,7 +178,7 @@ impl World {
 
     /// A head makes itself known: the switch learns where the export is.
     pub(super) fn announce(&mut self, node: usize, volume: usize) {
-        self.reply(node, volume, ClientReply { op: 0, result: Err(()) });
+        self.reply(node, volume, ClientReply { op: 0, result: Ok(None) });
     }
 }
 

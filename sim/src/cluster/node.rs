@@ -523,7 +523,7 @@ impl World {
                 let id = RequestId(u32::try_from(token.0).expect("as it was given"));
                 let Some(request) = at.doing.remove(&id) else { return };
                 let values = blocks.map(|blocks| from_blocks(&request, &blocks));
-                let result = result.map(|()| values).map_err(|_| ());
+                let result = result.map(|()| values);
                 let mut granted = Vec::new();
                 at.order.release(id, |next| granted.push(next));
                 at.free.push(id);

@@ -99,10 +99,11 @@ impl Store {
     /// Something begins.
     pub fn start(&mut self, id: WorkId, volume: VolumeId, work: Work<Vec<Block>>) {
         let at = self.volumes.entry(volume).or_default();
-        if let Work::Write(_, span, _) | Work::Unmap(_, span) | Work::Lose(_, span) = &work {
+        if let Work::Write { span, .. } | Work::Unmap(_, span) | Work::Lose(_, span) = &work {
+            let is_journaled = matches!(work, Work::Write { is_sole: true, .. });
             let extent = at.extents.entry(span.extent).or_default();
             extent.writes_in_flight += 1;
-            extent.is_active = true;
+            extent.is_active |= !is_journaled;
         }
         self.running.insert(id, Running { volume, work });
     }
@@ -141,7 +142,7 @@ impl Store {
                 at.extents.entry(extent).or_default();
                 Ended::Done
             }
-            Work::Write(version, span, blocks) => {
+            Work::Write { version, span, blocks, .. } => {
                 let extent = at.extents.entry(span.extent).or_default();
                 extent.writes_in_flight -= 1;
                 extent.version = extent.version.max(version);
@@ -175,7 +176,7 @@ impl Store {
             match work {
                 // Its record is in a batch: there or not.
                 Work::Persist(durable) if random.coin() => at.durable = durable,
-                Work::Write(version, span, blocks) => {
+                Work::Write { version, span, blocks, is_sole } => {
                     let extent = at.extents.entry(span.extent).or_default();
                     let has_record = random.coin();
                     if has_record {
@@ -185,7 +186,8 @@ impl Store {
                         let old = extent.blocks.get(&block).copied();
                         let old = old.unwrap_or(Stored { content: ZEROS, recorded: Record::Absent });
                         let recorded = if has_record { Record::Data(hash(&content)) } else { old.recorded };
-                        let content = if random.coin() { content } else { old.content };
+                        let has_content = if is_sole { has_record } else { random.coin() };
+                        let content = if has_content { content } else { old.content };
                         if recorded != Record::Absent || content != ZEROS {
                             extent.blocks.insert(block, Stored { content, recorded });
                         }
