@@ -1,0 +1,5 @@
+//! Simulation.
+#![forbid(unsafe_code)]
+
+pub mod random;
+pub mod schedule;
