@@ -1,5 +1,6 @@
 //! Simulation.
 #![forbid(unsafe_code)]
 
+pub mod checker;
 pub mod random;
 pub mod schedule;
