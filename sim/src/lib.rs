@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod checker;
+pub mod network;
 pub mod random;
 pub mod schedule;

@@ -210,7 +210,8 @@ impl Clock {
     /// Changes how fast both clocks run from now on. Timers set by boot time have to be converted anew.
     pub fn set_drift(&mut self, now_ns: u64, drift_ppm: i32) {
         let boot_ns = self.boot_ns(now_ns);
-        *self = Self { since_ns: now_ns, boot_ns, ..Self::new(now_ns, drift_ppm).with_wall(self.wall_ahead_ns) };
+        *self =
+            Self { since_ns: now_ns, boot_ns, ..Self::new(now_ns, drift_ppm).with_wall(self.wall_ahead_ns) };
     }
 
     /// The machine starts anew: boot time begins at zero, the wall clock goes on.

@@ -88,7 +88,10 @@ mod tests {
     fn keeps_the_last_and_reports_what_matters() {
         let mut trace = Trace::new(10);
         (0..20u32).for_each(|number| trace.push(u64::from(number) * 1000, number));
-        assert_eq!(trace.events().map(|(_, number)| *number).collect::<Vec<_>>(), (10..20).collect::<Vec<_>>());
+        assert_eq!(
+            trace.events().map(|(_, number)| *number).collect::<Vec<_>>(),
+            (10..20).collect::<Vec<_>>()
+        );
         let report = trace.report(2, 1, |number| number % 3 == 0);
         let lines: Vec<&str> = report.lines().map(str::trim).collect();
         assert_eq!(
