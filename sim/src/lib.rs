@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod checker;
+pub mod etcd;
 pub mod network;
 pub mod random;
 pub mod schedule;

@@ -510,7 +510,7 @@ impl<M: Clone> Network<M> {
                         payload,
                     })
                 }
-                Due::Lane { connection, side } => self.lane_is_due(now_ns, connection, side),
+                Due::Lane { connection, side } => self.lane_is_due(connection, side),
                 Due::Break { connection, side } => self.break_is_due(now_ns, connection, side),
                 Due::Handshake { connection, answer } => self.handshake_is_due(now_ns, connection, answer),
                 Due::ConnectTimeout { connection } => self.connect_is_over(connection),

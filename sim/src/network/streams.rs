@@ -118,12 +118,7 @@ impl<M: Clone> Network<M> {
         }
     }
 
-    pub(super) fn lane_is_due(
-        &mut self,
-        now_ns: u64,
-        connection: ConnectionId,
-        side: usize,
-    ) -> Option<Event<M>> {
+    pub(super) fn lane_is_due(&mut self, connection: ConnectionId, side: usize) -> Option<Event<M>> {
         let held = self.connections.get_mut(&connection)?;
         held.lanes[side].timer = None;
         let (from, at) = (held.sides[1 - side].endpoint, held.sides[side].endpoint);
