@@ -142,6 +142,29 @@ fn values_are_never_used_twice() {
 }
 
 #[test]
+fn a_load_writes_nothing_twice_at_a_time_unless_it_is_to() {
+    let overlaps = |overlapping_writes: bool| {
+        let mut lab = Lab::met(1);
+        let load = Load { depth: 32, overlapping_writes, ..Load::new(64) };
+        lab.initiator.set_load(0, Some(Load { writes: vec![8..24, 40..48], ..load }));
+        let mut written = Vec::new();
+        for output in lab.run(SECOND) {
+            if let Output::Begun { lba, action: Action::Write(values), .. } = output {
+                written.extend(lba..lba + values.len() as u64);
+            }
+        }
+        assert!(written.iter().all(|lba| (8..24).contains(lba) || (40..48).contains(lba)));
+        let all = written.len();
+        written.sort_unstable();
+        written.dedup();
+        (all > written.len(), all)
+    };
+    let (any, all) = overlaps(false);
+    assert!(!any && all > 10);
+    assert!(overlaps(true).0);
+}
+
+#[test]
 fn a_retransmission_has_a_new_tag_and_goes_to_the_same_address() {
     let mut lab = Lab::met(1);
     lab.warm_up();

@@ -259,7 +259,8 @@ impl<M: Clone> Network<M> {
     /// A side whose peer is gone hears of it, if it can, or gives up.
     fn give_notice(&mut self, now_ns: u64, connection: ConnectionId, side: usize) {
         let Some(held) = self.connections.get(&connection) else { return };
-        if held.sides[side].state == State::Over {
+        // While it is being opened its own timeout decides.
+        if held.sides[side].state == State::Over || held.sides[0].state == State::Opening {
             return;
         }
         let (from, to) = (held.sides[1 - side].endpoint, held.sides[side].endpoint);

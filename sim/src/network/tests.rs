@@ -388,6 +388,9 @@ fn a_run_of_faults_repeats_bit_for_bit_and_leaves_nothing_behind() {
         lab.net.set_segment_quality(WIRE, Quality::drawn(&mut random));
         let mut open: Vec<(Endpoint, ConnectionId)> = Vec::new();
         let mut story = String::new();
+        // Connections begun that nobody has heard of yet.
+        let mut begun: BTreeMap<ConnectionId, Endpoint> = BTreeMap::new();
+        let mut failed = 0;
         for number in 0..400 {
             let machines = [A, B, C];
             let (one, other) = (machines[random.index(3)], machines[random.index(3)]);
@@ -396,7 +399,12 @@ fn a_run_of_faults_repeats_bit_for_bit_and_leaves_nothing_behind() {
                 0 => lab.net.cut(now_ns, &[one], &[other], Media::ALL),
                 1 => lab.net.heal(now_ns),
                 2 => {
-                    lab.net.set_power(now_ns, one, [Power::Up, Power::Off, Power::NoProcess][random.index(3)])
+                    let power = [Power::Up, Power::Off, Power::NoProcess][random.index(3)];
+                    if lab.net.power(one) == Power::Up && power != Power::Up {
+                        begun.retain(|_, from| *from != one);
+                        open.retain(|(at, _)| *at != one);
+                    }
+                    lab.net.set_power(now_ns, one, power);
                 }
                 3 => lab.net.pause(one),
                 4 => lab.net.resume(now_ns, one),
@@ -404,34 +412,52 @@ fn a_run_of_faults_repeats_bit_for_bit_and_leaves_nothing_behind() {
                     let lasts = 1..random.range(2..SECOND);
                     lab.net.flap(now_ns, &[one], &[other], Media::STREAMS, lasts.clone(), lasts);
                 }
-                6 if !open.is_empty() => {
-                    let (at, connection) = open[random.index(open.len())];
+                6 if open.iter().any(|(at, _)| *at == one) && !lab.net.is_paused(one) => {
+                    let (at, connection) = open.remove(open.iter().position(|(at, _)| *at == one).unwrap());
                     lab.net.close(now_ns, at, connection);
                 }
-                7..9 if lab.net.power(one) == Power::Up => {
-                    lab.net.connect(now_ns, one, other);
+                7..9 if lab.net.power(one) == Power::Up && !lab.net.is_paused(one) => {
+                    begun.insert(lab.net.connect(now_ns, one, other), one);
                 }
                 _ => {
                     lab.frame(one, other, WIRE, number);
-                    open.retain(|(at, connection)| lab.net.is_open(*at, *connection));
-                    for (at, connection) in &open {
+                    for (at, connection) in open.iter().filter(|(at, _)| *at == one) {
                         let _ = lab.net.send(now_ns, *at, *connection, number);
                     }
                 }
             }
-            for event in lab.run(random.magnitude(1000..SECOND)) {
-                if let Event::Connected { at, connection } | Event::Accepted { at, connection, .. } = &event {
-                    open.push((*at, *connection));
+            let mut events = lab.run(random.magnitude(1000..SECOND));
+            if number == 399 {
+                lab.net.heal(lab.now_ns);
+                for at in [A, B, C] {
+                    lab.net.resume(lab.now_ns, at);
+                    lab.net.set_power(lab.now_ns, at, Power::Up);
+                }
+                events.extend(lab.run(100 * SECOND));
+            }
+            for event in events {
+                match &event {
+                    Event::Connected { at, connection } => {
+                        assert_eq!(begun.remove(connection), Some(*at));
+                        open.push((*at, *connection));
+                    }
+                    Event::ConnectFailed { at, connection } => {
+                        failed += 1;
+                        assert_eq!(begun.remove(connection), Some(*at));
+                    }
+                    Event::Accepted { at, connection, .. } => open.push((*at, *connection)),
+                    Event::Closed { at, connection } => {
+                        let known = open.iter().position(|end| *end == (*at, *connection));
+                        open.swap_remove(known.expect("it was open here"));
+                    }
+                    Event::Message { at, connection, .. } => assert!(open.contains(&(*at, *connection))),
+                    _ => {}
                 }
                 story += &format!("{} {event:?}\n", lab.now_ns);
             }
         }
-        lab.net.heal(lab.now_ns);
-        for at in [A, B, C] {
-            lab.net.resume(lab.now_ns, at);
-            lab.net.set_power(lab.now_ns, at, Power::Up);
-        }
-        lab.run(100 * SECOND);
+        assert!(begun.is_empty() && failed > 0, "seed {seed}: nobody hears of {begun:?}");
+        assert!(open.iter().all(|(at, connection)| lab.net.is_open(*at, *connection)), "seed {seed}");
         // What is left stands at both ends, and works.
         let left: Vec<ConnectionId> = lab.net.connections.keys().copied().collect();
         for connection in left {
