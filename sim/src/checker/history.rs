@@ -402,6 +402,22 @@ impl History {
         Ok(())
     }
 
+    /// A sector is found to hold a value: a read that takes no time, of a copy that all readers could be given.
+    ///
+    /// # Errors
+    /// The history is wrong from here on.
+    pub fn observe(
+        &mut self,
+        now_ns: u64,
+        volume: VolumeId,
+        lba: u64,
+        value: u64,
+    ) -> Result<(), Box<Violation>> {
+        const OBSERVER: OpId = OpId(u64::MAX);
+        self.begin(now_ns, OBSERVER, volume, lba, Action::Read(1));
+        self.end(now_ns, OBSERVER, &Outcome::Read(vec![value]))
+    }
+
     /// The initiator of these operations is gone: nobody will learn what became of them.
     pub fn abandon(&mut self, now_ns: u64, mut is_gone: impl FnMut(OpId) -> bool) {
         let gone: Vec<OpId> = self.open.keys().copied().filter(|op| is_gone(*op)).collect();

@@ -88,7 +88,7 @@ fn a_path_keeps_the_order_and_segments_do_not_wait_for_one_another() {
         lab.net.set_segment_quality(WIRE, bad.clone());
         lab.net.set_segment_quality(SegmentId(1), bad);
         for number in 0..100 {
-            lab.frame(A, B, SegmentId(number as usize % 2), number);
+            lab.frame(A, B, SegmentId(usize::from(number % 2 == 1)), number);
         }
         let events = lab.run(10 * SECOND);
         let (one, other) = (frames(&events, B, WIRE), frames(&events, B, SegmentId(1)));

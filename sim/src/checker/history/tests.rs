@@ -90,6 +90,16 @@ fn a_write_in_doubt_can_be_given_up() {
 }
 
 #[test]
+fn what_is_found_on_a_disk_counts_as_read() {
+    let mut told = Told::new();
+    told.write(1);
+    told.begin_write(2, 2).end(2, &Outcome::Failed).unwrap();
+    assert!(told.history.observe(told.now_ns, VOLUME, 0, 2).is_ok());
+    assert!(told.history.observe(told.now_ns, VOLUME, 0, 1).is_err());
+    assert!(told.history.observe(told.now_ns, VOLUME, 1, 2).is_err(), "another sector");
+}
+
+#[test]
 fn a_value_that_was_read_under_way_does_not_disappear() {
     let mut told = Told::new();
     told.write(1);
