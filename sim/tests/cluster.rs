@@ -165,7 +165,7 @@ impl World {
             let share = SECTORS as u64 / INITIATORS as u64;
             let first = number as u64 * share;
             let mut load = Load { sectors: 1..20, pause_ns: MILLI..20 * MILLI, ..Load::new(SECTORS as u64) };
-            load.writes = vec![first..first + if rough { 4 } else { share }];
+            load.writes[0] = first..first + if rough { 4 } else { share };
             made.set_load(0, Some(load));
             made
         });
@@ -222,7 +222,11 @@ impl World {
         if self.history.ended() < 300 {
             return Err(format!("only {} operations", self.history.ended()));
         }
-        Ok(Ran { simulated_ns: now_ns, events: self.events, digest: self.trace.digest() })
+        Ok(Ran {
+            simulated_ns: now_ns,
+            events: self.events,
+            digest: self.trace.digest() ^ self.history.digest(),
+        })
     }
 
     /// Everything that is due by now, in a fixed order.
@@ -321,7 +325,7 @@ impl World {
                 node.peers.retain(|_, held| held.0 != connection);
             }
             Event::Message { at, connection, payload: Payload::Replicate { sequence, lba, values } } => {
-                let from = usize::try_from(lba).unwrap();
+                let from = index(lba);
                 self.nodes[at.0].disk[from..from + values.len()].copy_from_slice(&values);
                 let _ = self.net.send(now_ns, at, connection, Payload::Durable { sequence });
             }
@@ -378,7 +382,7 @@ impl World {
                 self.respond(now_ns, segment, from, answer);
             }
             Command::Read { lba, count } => {
-                let at = usize::try_from(lba).unwrap();
+                let at = index(lba);
                 let mut values = self.nodes[0].disk[at..at + count].to_vec();
                 match self.bug {
                     Bug::StaleRead if self.random.one_in(100) => values[0] = self.before[at],
@@ -414,7 +418,7 @@ impl World {
     }
 
     fn write(&mut self, lba: u64, values: &[u64]) {
-        let at = usize::try_from(lba).unwrap();
+        let at = index(lba);
         let sectors = at..at + values.len();
         self.before[sectors.clone()].copy_from_slice(&self.nodes[0].disk[sectors.clone()]);
         self.nodes[0].disk[sectors].copy_from_slice(values);
@@ -461,7 +465,7 @@ impl World {
                 self.ask(now_ns, node, etcd::Request::Txn(txn));
             }
             etcd::Output::Answer { result: Err(etcd::Error::LeaseGone(_)), .. } => {
-                self.nodes[node].lease = None
+                self.nodes[node].lease = None;
             }
             etcd::Output::WatchEnded { watch, .. } => {
                 let from = self.etcd.revision();
@@ -608,6 +612,10 @@ impl World {
         }
         self.watchdog.healed(now_ns);
     }
+}
+
+fn index(lba: u64) -> usize {
+    usize::try_from(lba).expect("a sector of a small disk")
 }
 
 fn concerns(request: &Request, lba: u64) -> bool {

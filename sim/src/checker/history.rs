@@ -297,6 +297,11 @@ pub struct History {
     sectors: BTreeMap<(VolumeId, u64), Sector>,
     open: BTreeMap<OpId, Open>,
     ended: u64,
+    digest: u64,
+}
+
+fn stirred(digest: u64, number: u64) -> u64 {
+    (digest ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
 }
 
 impl History {
@@ -310,6 +315,13 @@ impl History {
     #[must_use]
     pub fn ended(&self) -> u64 {
         self.ended
+    }
+
+    /// A number by which two runs can be told to be the same: of all operations, when they began and ended, and what they
+    /// read.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        self.digest
     }
 
     /// Operations under way.
@@ -328,12 +340,18 @@ impl History {
     pub fn begin(&mut self, now_ns: u64, op: OpId, volume: VolumeId, lba: u64, action: Action) {
         self.moment += 1;
         let moment = self.moment;
+        self.digest = [now_ns, op.0, lba].into_iter().fold(self.digest, stirred);
         let count = match &action {
             Action::Read(count) => *count,
             Action::Write(values) => values.len(),
         };
-        for (index, lba) in (lba..).take(count).enumerate() {
-            let sector = self.sectors.entry((volume, lba)).or_insert_with(Sector::new);
+        let sectors = (volume, lba)..(volume, lba + count as u64);
+        if self.sectors.range(sectors.clone()).count() < count {
+            for lba in (lba..).take(count) {
+                self.sectors.entry((volume, lba)).or_insert_with(Sector::new);
+            }
+        }
+        for (index, (_, sector)) in self.sectors.range_mut(sectors).enumerate() {
             sector.open.push((op, moment));
             match &action {
                 Action::Read(_) => sector.note(now_ns, op, StepKind::ReadBegins),
@@ -362,6 +380,10 @@ impl History {
         self.moment += 1;
         self.ended += 1;
         let moment = self.moment;
+        self.digest = [now_ns, op.0].into_iter().fold(self.digest, stirred);
+        if let Outcome::Read(values) = outcome {
+            self.digest = values.iter().copied().fold(self.digest, stirred);
+        }
         let violation = |sector: Option<&Sector>, lba: u64, fault: Fault| {
             let recent = sector.map(|sector| sector.recent.iter().copied().collect()).unwrap_or_default();
             Err(Box::new(Violation { now_ns, volume, lba, op, fault, recent }))
@@ -372,8 +394,8 @@ impl History {
             (Action::Write(values), Outcome::Written | Outcome::Failed) => values.len(),
             _ => return violation(None, lba, Fault::Form),
         };
-        for (index, lba) in (lba..).take(count).enumerate() {
-            let Some(sector) = self.sectors.get_mut(&(volume, lba)) else { continue };
+        let sectors = (volume, lba)..(volume, lba + count as u64);
+        for (index, ((_, lba), sector)) in self.sectors.range_mut(sectors).enumerate() {
             let begin = sector.close(op);
             let (kind, seen) = match (&action, outcome) {
                 (Action::Write(values), Outcome::Written) => {
@@ -395,7 +417,7 @@ impl History {
             if let Some((value, is_write)) = seen
                 && let Err(fault) = sector.saw(value, begin, moment, is_write)
             {
-                return violation(Some(sector), lba, fault);
+                return violation(Some(sector), *lba, fault);
             }
             sector.forget(moment);
         }

@@ -1,5 +1,6 @@
 //! What an initiator is used for.
 
+use std::iter::once;
 use std::ops::Range;
 
 use super::{Initiator, Op};
@@ -34,8 +35,8 @@ impl Load {
     #[must_use]
     pub fn new(sectors: u64) -> Self {
         Self {
-            writes: vec![0..sectors],
-            reads: vec![0..sectors],
+            writes: once(0..sectors).collect(),
+            reads: once(0..sectors).collect(),
             sectors: 1..33,
             writes_percent: 50,
             depth: 8,

@@ -138,6 +138,20 @@ fn a_violation_names_the_sector_and_tells_its_story() {
 }
 
 #[test]
+fn the_digest_tells_apart_what_was_read_and_when() {
+    let run = |at_ns: u64, value: u64| {
+        let mut history = History::new();
+        history.begin(1, OpId(1), VOLUME, 0, Action::Write(vec![7]));
+        history.begin(2, OpId(2), VOLUME, 0, Action::Read(1));
+        history.end(at_ns, OpId(2), &Outcome::Read(vec![value])).unwrap();
+        history.digest()
+    };
+    assert_eq!(run(5, 7), run(5, 7));
+    assert_ne!(run(5, 7), run(5, 0));
+    assert_ne!(run(5, 7), run(6, 7));
+}
+
+#[test]
 fn an_answer_of_another_form_is_a_violation() {
     let mut history = History::new();
     history.begin(1, OpId(1), VOLUME, 0, Action::Read(2));
