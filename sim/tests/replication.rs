@@ -5,7 +5,7 @@ use torus_sim::exploration::{Exploration, Ran};
 
 #[test]
 fn clusters_keep_every_promise() {
-    let command = "cargo test -p torus-sim --test replication -- --nocapture";
+    let command = "cargo test -p torus-sim --test replication";
     let mut all = Coverage::default();
     let explored = Exploration::from_environment(command, 200).run(|seed| {
         let (coverage, digest) = run(seed, Plan::drawn).map_err(|failure| failure.to_string())?;

@@ -8,8 +8,8 @@
 //! that was not acknowledged appears at most once and stays once it was read, and no value comes from nowhere.
 //!
 //! This holds at every moment, with operations under way: those that have not ended constrain nothing. A value that no
-//! operation still to end may return is forgotten as soon as its zone can meet no other, so that a sector costs what is in
-//! flight on it, and one value for each write whose fate was never learned.
+//! operation still to end may return is forgotten, so that a sector costs what is in flight on it, and one value for each
+//! write whose fate was never learned.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -278,7 +278,9 @@ impl Sector {
                 .find(|other| other.value != value.value && value.ruled_out_by(other, horizon));
             self.values[at].replaced_by = ruling_out.map(|other| other.value);
         }
-        self.values.retain(|value| value.replaced_by.is_none() || value.writing || value.high() >= horizon);
+        // The zone of a replaced value ended before the horizon, else it would contradict another already: whatever ends
+        // from now on agrees with it, if it agrees with those that are kept.
+        self.values.retain(|value| value.replaced_by.is_none() || value.writing);
     }
 }
 
