@@ -304,7 +304,9 @@ impl<M: Memory> Head<M> {
 
     fn release_all(&mut self, memory: &mut M) {
         for op in std::mem::take(&mut self.ops).into_values() {
-            for blocks in op.payload.into_iter().chain(op.readings.into_iter().filter_map(|reading| reading.got)) {
+            for blocks in
+                op.payload.into_iter().chain(op.readings.into_iter().filter_map(|reading| reading.got))
+            {
                 memory.release(blocks);
             }
         }
@@ -388,7 +390,11 @@ impl<M: Memory> Head<M> {
     /// An answer has come. `from` is the node that it came from.
     pub fn answer(&mut self, answer: Answer<M::Blocks>, grants: &Grants, memory: &mut M, now_ns: u64) {
         self.now_ns = now_ns;
-        let purport = self.peers.get_mut(&answer.from).filter(|_| answer.generation == self.generation).and_then(|peer| peer.answered(answer.id));
+        let purport = self
+            .peers
+            .get_mut(&answer.from)
+            .filter(|_| answer.generation == self.generation)
+            .and_then(|peer| peer.answered(answer.id));
         let Some(purport) = purport else {
             if let Reply::Blocks(blocks) = answer.reply {
                 memory.release(blocks);
@@ -424,15 +430,28 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn replied(&mut self, from: Member, purport: Purport, reply: Reply<M::Blocks>, grants: &Grants, memory: &mut M) {
+    fn replied(
+        &mut self,
+        from: Member,
+        purport: Purport,
+        reply: Reply<M::Blocks>,
+        grants: &Grants,
+        memory: &mut M,
+    ) {
         match (purport, reply) {
-            (Purport::Open, Reply::Opened { highest, active }) => self.opened(from, highest, &active, grants, memory),
+            (Purport::Open, Reply::Opened { highest, active }) => {
+                self.opened(from, highest, &active, grants, memory);
+            }
             (Purport::Open, _) => self.open_failed(from),
             (Purport::Read { op, reading }, reply) => self.read_ended(op, reading, from, reply, memory),
             (Purport::Reserve { op, piece }, reply) => self.reserve_ended(op, piece, from, &reply),
             (Purport::Write { op, piece }, Reply::Done) => self.write_ended(op, piece, from),
-            (Purport::EqualizeDigest { job, round }, reply) => self.digest_ended(job, round, from, reply, memory),
-            (Purport::EqualizeRead { job, round }, reply) => self.equalize_read_ended(job, round, reply, memory),
+            (Purport::EqualizeDigest { job, round }, reply) => {
+                self.digest_ended(job, round, from, reply, memory);
+            }
+            (Purport::EqualizeRead { job, round }, reply) => {
+                self.equalize_read_ended(job, round, reply, memory);
+            }
             (Purport::EqualizeWrite { job }, Reply::Done) => self.equalize_write_ended(job, from),
             (Purport::Write { .. } | Purport::EqualizeWrite { .. }, Reply::Failed(fault)) => {
                 self.write_failed(from, purport, fault);
@@ -515,7 +534,9 @@ impl<M: Memory> Head<M> {
 
     /// Whether a request of an initiator has begun on some of these blocks.
     fn is_in_use(&self, range: &Range<u64>) -> bool {
-        self.ops.values().any(|op| op.stage != Stage::Waiting && op.range.start < range.end && range.start < op.range.end)
+        self.ops
+            .values()
+            .any(|op| op.stage != Stage::Waiting && op.range.start < range.end && range.start < op.range.end)
     }
 
     /// Whether all that owns these blocks has opened the generation, and they are equal everywhere.
@@ -524,7 +545,9 @@ impl<M: Memory> Head<M> {
     }
 
     fn is_open(&self, extent: Extent) -> bool {
-        self.membership.needed(extent).all(|owner| self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened))
+        self.membership
+            .needed(extent)
+            .all(|owner| self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened))
     }
 
     fn is_covered(&self, range: &Range<u64>, grants: &Grants) -> bool {
@@ -659,7 +682,8 @@ impl<M: Memory> Head<M> {
             return;
         }
         if self.op(at).stage == Stage::Reserving && self.op(at).failure.is_none() && self.is_answered(at) {
-            let extents: SmallVec<[Extent; 2]> = self.op(at).pieces.iter().map(|piece| piece.span.extent).collect();
+            let extents: SmallVec<[Extent; 2]> =
+                self.op(at).pieces.iter().map(|piece| piece.span.extent).collect();
             self.reserved.extend(extents);
             self.send_writes(at, memory);
         }
@@ -675,7 +699,8 @@ impl<M: Memory> Head<M> {
         }
         let op = self.take_op(at);
         let result = op.failure.map_or(Ok(()), Err);
-        for blocks in op.payload.into_iter().chain(op.readings.into_iter().filter_map(|reading| reading.got)) {
+        for blocks in op.payload.into_iter().chain(op.readings.into_iter().filter_map(|reading| reading.got))
+        {
             memory.release(blocks);
         }
         if let Some(token) = op.token {
@@ -710,7 +735,8 @@ impl<M: Memory> Head<M> {
         for reading in readings {
             let (Some(payload), Some(old)) = (&mut op.payload, reading.got) else { continue };
             let from = if reading.offset == 0 { usize::from(keep_head_bytes) } else { 0 };
-            let to = if reading.offset == last { BLOCK_BYTES - usize::from(keep_tail_bytes) } else { BLOCK_BYTES };
+            let to =
+                if reading.offset == last { BLOCK_BYTES - usize::from(keep_tail_bytes) } else { BLOCK_BYTES };
             memory.merge(payload, reading.offset, from..to, old);
         }
     }
@@ -719,7 +745,10 @@ impl<M: Memory> Head<M> {
     fn targets(&self, extent: Extent) -> SmallVec<[Target; 4]> {
         let owners = self.membership.partition(extent).owners.iter();
         owners
-            .filter(|owner| self.membership.is_needed(owner) || self.peers.get(&owner.member).is_some_and(Peer::is_learner))
+            .filter(|owner| {
+                self.membership.is_needed(owner)
+                    || self.peers.get(&owner.member).is_some_and(Peer::is_learner)
+            })
             .map(|owner| Target { member: owner.member, is_done: false })
             .collect()
     }
@@ -754,7 +783,9 @@ impl<M: Memory> Head<M> {
             }
             _ => {}
         }
-        if let Some(target) = self.op_mut(at).pieces[piece].targets.iter_mut().find(|target| target.member == from) {
+        if let Some(target) =
+            self.op_mut(at).pieces[piece].targets.iter_mut().find(|target| target.member == from)
+        {
             target.is_done = true;
         }
     }
@@ -790,10 +821,13 @@ impl<M: Memory> Head<M> {
 
     fn end_write(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
         let op = self.op(at);
-        let has = |piece: &Piece, member: Member| piece.targets.iter().any(|target| target.member == member && target.is_done);
-        let is_written = op.pieces.iter().all(|piece| {
-            self.membership.needed(piece.span.extent).all(|owner| has(piece, owner.member))
-        });
+        let has = |piece: &Piece, member: Member| {
+            piece.targets.iter().any(|target| target.member == member && target.is_done)
+        };
+        let is_written = op
+            .pieces
+            .iter()
+            .all(|piece| self.membership.needed(piece.span.extent).all(|owner| has(piece, owner.member)));
         if let Some(token) = op.token
             && (is_written || op.failure.is_some())
             && self.is_covered(&op.range.clone(), grants)
@@ -836,16 +870,19 @@ impl<M: Memory> Head<M> {
 
     /// Every write up to this one is on all needed owners, and every extent that has one is equal on all of them.
     fn stable(&self) -> Version {
-        let all_open = self.membership.partitions().iter().flat_map(|partition| &partition.owners).all(|owner| {
-            !self.membership.is_needed(owner) || self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened)
-        });
+        let all_open =
+            self.membership.partitions().iter().flat_map(|partition| &partition.owners).all(|owner| {
+                !self.membership.is_needed(owner)
+                    || self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened)
+            });
         if !all_open {
             return Version(0);
         }
         let unequal = self.unequal.values().map(|(lowest, _)| *lowest);
         let writes = self.ops.values().filter(|op| op.stage == Stage::Sent).flat_map(|op| &op.pieces);
         let missing = writes.filter(|piece| {
-            let has = |member: Member| piece.targets.iter().any(|target| target.member == member && target.is_done);
+            let has =
+                |member: Member| piece.targets.iter().any(|target| target.member == member && target.is_done);
             !self.membership.needed(piece.span.extent).all(|owner| has(owner.member))
         });
         let missing = missing.map(|piece| piece.version);
@@ -854,7 +891,12 @@ impl<M: Memory> Head<M> {
     }
 
     /// What is asked for a purport, and which extent it is about. `None` where that has ended.
-    fn ask_for(&self, purport: Purport, member: Member, memory: &mut M) -> Option<(Ask<M::Blocks>, Option<Extent>)> {
+    fn ask_for(
+        &self,
+        purport: Purport,
+        member: Member,
+        memory: &mut M,
+    ) -> Option<(Ask<M::Blocks>, Option<Extent>)> {
         let (ask, extent) = match purport {
             Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
             Purport::List => return Some((Ask::List, None)),

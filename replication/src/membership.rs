@@ -113,7 +113,12 @@ impl Membership {
     /// # Panics
     /// If there is no partition.
     #[must_use]
-    pub fn new(volume: VolumeId, partitions: Vec<Partition>, record: Record, doubt: Option<Change>) -> Membership {
+    pub fn new(
+        volume: VolumeId,
+        partitions: Vec<Partition>,
+        record: Record,
+        doubt: Option<Change>,
+    ) -> Membership {
         assert!(!partitions.is_empty(), "a volume has a partition");
         Membership { volume, partitions, record, doubt }
     }
@@ -230,7 +235,8 @@ mod tests {
     }
 
     fn membership(owners: &[u8], stale: &[u8]) -> Membership {
-        let owner = |number: &u8| Owner { member: member(*number), node: NodeId([*number; 16]), is_complete: true };
+        let owner =
+            |number: &u8| Owner { member: member(*number), node: NodeId([*number; 16]), is_complete: true };
         let partition = Partition { epoch: Epoch(1), owners: owners.iter().map(owner).collect() };
         let stale = stale.iter().map(|number| (member(*number), Version(7))).collect();
         let record = Record { revision: 1, takeover: 1, head: None, stale, min_copies: 0 };

@@ -19,7 +19,13 @@ pub trait Memory {
     fn share(&mut self, blocks: &Self::Blocks, which: Range<usize>) -> Self::Blocks;
 
     /// Puts bytes around a payload: those of block `at` that are not in `payload_bytes` come from the one block of `old`.
-    fn merge(&mut self, payload: &mut Self::Blocks, at: usize, payload_bytes: Range<usize>, old: Self::Blocks);
+    fn merge(
+        &mut self,
+        payload: &mut Self::Blocks,
+        at: usize,
+        payload_bytes: Range<usize>,
+        old: Self::Blocks,
+    );
 
     /// Appends blocks.
     fn append(&mut self, blocks: &mut Self::Blocks, more: Self::Blocks);

@@ -224,7 +224,8 @@ impl<B> Replicas<B> {
     /// The time has come.
     pub fn tick(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
-        let keys: Vec<_> = self.volumes.iter().filter(|(_, volume)| volume.opening.is_some()).map(|(key, _)| *key).collect();
+        let keys: Vec<_> =
+            self.volumes.iter().filter(|(_, volume)| volume.opening.is_some()).map(|(key, _)| *key).collect();
         for key in keys {
             self.advance_opening(key);
         }
@@ -233,18 +234,24 @@ impl<B> Replicas<B> {
     /// A node of heads wants a grant.
     pub fn grant(&mut self, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
-        let is_replaced = |volume: &Volume<B>| volume.durable.head == request.from && volume.seen > volume.durable.generation;
+        let is_replaced = |volume: &Volume<B>| {
+            volume.durable.head == request.from && volume.seen > volume.durable.generation
+        };
         let replaced = self.volumes.iter().filter(|(_, volume)| is_replaced(volume));
         let excluded = replaced.map(|((_, id), volume)| (*id, volume.seen)).collect();
         self.granted_ns.insert(request.from, now_ns);
-        self.outputs.push_back(Output::Grant(request.from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
+        self.outputs
+            .push_back(Output::Grant(request.from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
 
     /// Whether that node's head of the volume was given a grant within the last `within_ns`, by a replica here.
     #[must_use]
     pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, now_ns: u64) -> bool {
-        let serves = self.volumes.iter().any(|((_, id), at)| *id == volume && at.durable.head == node && at.seen == at.durable.generation);
-        serves && self.granted_ns.get(&node).is_some_and(|granted| now_ns.saturating_sub(*granted) < within_ns)
+        let serves = self.volumes.iter().any(|((_, id), at)| {
+            *id == volume && at.durable.head == node && at.seen == at.durable.generation
+        });
+        serves
+            && self.granted_ns.get(&node).is_some_and(|granted| now_ns.saturating_sub(*granted) < within_ns)
     }
 
     /// Whether nothing that a node has asked for is in progress: another connection of it can be served.
@@ -392,7 +399,8 @@ impl<B> Replicas<B> {
         }
         let former = &volume.durable;
         let was_open = former.generation > Generation::default();
-        let is_restart = wanted.generation.takeover == former.generation.takeover && wanted.from == former.head;
+        let is_restart =
+            wanted.generation.takeover == former.generation.takeover && wanted.from == former.head;
         let until_ns = if is_restart || volume.is_handed_back || !was_open {
             0
         } else {
@@ -468,13 +476,28 @@ impl<B> Replicas<B> {
     }
 
     fn refuse(&mut self, from: NodeId, request: Request<B>, refusal: Refusal) {
-        self.answer(from, request.to, request.volume, request.generation, request.id, Reply::Refused(refusal));
+        self.answer(
+            from,
+            request.to,
+            request.volume,
+            request.generation,
+            request.id,
+            Reply::Refused(refusal),
+        );
         if let Ask::Write { blocks, .. } = request.ask {
             self.outputs.push_back(Output::Release(blocks));
         }
     }
 
-    fn answer(&mut self, to: NodeId, from: Member, volume: VolumeId, generation: Generation, id: u64, reply: Reply<B>) {
+    fn answer(
+        &mut self,
+        to: NodeId,
+        from: Member,
+        volume: VolumeId,
+        generation: Generation,
+        id: u64,
+        reply: Reply<B>,
+    ) {
         self.outputs.push_back(Output::Send(to, Answer { from, volume, generation, id, reply }));
     }
 }

@@ -89,10 +89,13 @@ pub struct Span {
 }
 
 impl Span {
+    #[expect(clippy::cast_possible_truncation, reason = "asserted below")]
+    const WHOLE: u16 = EXTENT_BLOCKS as u16;
+
     /// All blocks of an extent.
     #[must_use]
     pub fn whole(extent: Extent) -> Span {
-        Span { extent, first: 0, count: EXTENT_BLOCKS as u16 }
+        Span { extent, first: 0, count: Span::WHOLE }
     }
 
     /// Its blocks in the volume.

@@ -9,6 +9,7 @@
 //!
 //! A run has a time of trouble and a time of peace. In peace everything must come to its end: every request, and every copy in sync
 //! and equal to the others.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
 
 mod client;
 mod metadata;
@@ -16,6 +17,7 @@ mod node;
 pub mod store;
 mod trouble;
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use cluster_map::{NodeId, StoreId, VolumeId};
@@ -24,7 +26,7 @@ use torus_replication::message::{Answer, GrantAnswer, GrantRequest, Request};
 use torus_replication::replica::WorkId;
 use torus_replication::terms::{Epoch, Member};
 
-use self::client::{Client, ClientRequest, ClientReply};
+use self::client::{Client, ClientReply, ClientRequest};
 use self::metadata::{Metadata, Outcome, Wish};
 use self::node::Node;
 use self::store::Block;
@@ -115,7 +117,7 @@ impl Trouble {
 
 /// What travels.
 #[derive(Debug, Clone)]
-pub(crate) enum Message {
+enum Message {
     Request(Box<Request<Vec<Block>>>),
     Answer(Box<Answer<Vec<Block>>>),
     GrantRequest(GrantRequest),
@@ -126,7 +128,7 @@ pub(crate) enum Message {
 
 /// What happens at a time.
 #[derive(Debug)]
-pub(crate) enum Event {
+enum Event {
     /// A data plane looks at the time.
     Tick { node: usize, life: u64 },
     /// What a node says to itself.
@@ -149,7 +151,7 @@ pub(crate) enum Event {
 
 /// What a report tells.
 #[derive(Debug, Clone)]
-pub(crate) struct Note(pub(crate) String);
+struct Note(String);
 
 impl fmt::Display for Note {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -185,7 +187,18 @@ pub struct Coverage {
 impl Coverage {
     /// Takes another run's in.
     pub fn add(&mut self, other: &Coverage) {
-        let Coverage { answered, failed, takeovers, ejections, joins, doubts, troubles, replaced, simulated_ns, events } = other;
+        let Coverage {
+            answered,
+            failed,
+            takeovers,
+            ejections,
+            joins,
+            doubts,
+            troubles,
+            replaced,
+            simulated_ns,
+            events,
+        } = other;
         self.answered += answered;
         self.failed += failed;
         self.takeovers += takeovers;
@@ -202,7 +215,6 @@ impl Coverage {
 /// A run.
 pub struct World {
     plan: Plan,
-    random: Random,
     schedule: Schedule<Event>,
     network: Network<Message>,
     nodes: Vec<Node>,
@@ -228,29 +240,29 @@ pub struct Failure {
     pub log: String,
 }
 
-pub(crate) fn node_id(node: usize) -> NodeId {
+fn node_id(node: usize) -> NodeId {
     let mut id = [0; 16];
     id[..8].copy_from_slice(&(node as u64 + 1).to_be_bytes());
     NodeId(id)
 }
 
-pub(crate) fn node_of(id: NodeId) -> usize {
+fn node_of(id: NodeId) -> usize {
     let mut number = [0; 8];
     number.copy_from_slice(&id.0[..8]);
     usize::try_from(u64::from_be_bytes(number) - 1).expect("a node of the run")
 }
 
-pub(crate) fn member_of(node: usize) -> Member {
+fn member_of(node: usize) -> Member {
     Member { store: StoreId(node_id(node).0), incarnation: 1 }
 }
 
-pub(crate) fn volume_id(volume: usize) -> VolumeId {
+fn volume_id(volume: usize) -> VolumeId {
     let mut id = [0xee; 16];
     id[..8].copy_from_slice(&(volume as u64).to_be_bytes());
     VolumeId(id)
 }
 
-pub(crate) fn volume_of(id: VolumeId) -> usize {
+fn volume_of(id: VolumeId) -> usize {
     let mut number = [0; 8];
     number.copy_from_slice(&id.0[..8]);
     usize::try_from(u64::from_be_bytes(number)).expect("a volume of the run")
@@ -309,7 +321,8 @@ impl World {
         network.set_stream_quality(plan.network.clone());
         network.set_segment_quality(SEGMENT, plan.network.clone());
         let mut schedule = Schedule::new();
-        let nodes = (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
+        let nodes =
+            (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
         let mut records = Vec::new();
         let mut partitions = Vec::new();
         let mut placing = random.named("placing", 0);
@@ -318,15 +331,35 @@ impl World {
             for _ in 0..plan.spread {
                 let mut order: Vec<usize> = (0..plan.nodes).collect();
                 placing.shuffle(&mut order);
-                let owner = |node: &usize| Owner { member: member_of(*node), node: node_id(*node), is_complete: true };
-                of_volume.push(Partition { epoch: Epoch(1), owners: order[..plan.copies].iter().map(owner).collect() });
+                let owner = |node: &usize| Owner {
+                    member: member_of(*node),
+                    node: node_id(*node),
+                    is_complete: true,
+                };
+                of_volume.push(Partition {
+                    epoch: Epoch(1),
+                    owners: order[..plan.copies].iter().map(owner).collect(),
+                });
             }
             partitions.push(of_volume);
-            let record = Record { revision: 1 + volume as u64, takeover: 0, head: None, stale: Default::default(), min_copies: 0 };
+            let record = Record {
+                revision: 1 + volume as u64,
+                takeover: 0,
+                head: None,
+                stale: BTreeMap::new(),
+                min_copies: 0,
+            };
             records.push(record);
         }
         let clients = (0..plan.volumes)
-            .map(|volume| Client::new(volume, Endpoint(plan.nodes + volume), &plan, random.named("client", volume as u64)))
+            .map(|volume| {
+                Client::new(
+                    volume,
+                    Endpoint(plan.nodes + volume),
+                    &plan,
+                    random.named("client", volume as u64),
+                )
+            })
             .collect();
         for node in 0..plan.nodes {
             schedule.at(1 + node as u64, Event::Watch { node });
@@ -338,7 +371,6 @@ impl World {
         let troubles = trouble::Troubles::new(random.named("trouble", 0));
         let metadata = Metadata::new(records, partitions, random.named("metadata", 0));
         let mut world = World {
-            random: random.named("world", 0),
             schedule,
             network,
             nodes,
@@ -468,7 +500,9 @@ impl World {
                 let mut first = None;
                 for owner in &partition.owners {
                     let node = node_of(owner.node);
-                    let mine = all[node].iter().filter(|((extent, _), _)| extent.0 as usize % partitions.len() == at);
+                    let mine = all[node]
+                        .iter()
+                        .filter(|((extent, _), _)| extent.0 as usize % partitions.len() == at);
                     let mine: Vec<_> = mine.collect();
                     // What has rotted since it was compared last is found when it is read.
                     let has_damage = mine.iter().any(|(_, content)| content.is_none());

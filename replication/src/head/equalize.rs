@@ -123,8 +123,14 @@ impl<M: Memory> Head<M> {
     }
 
     fn next_unequal(&self) -> Option<Extent> {
-        let is_next = |extent: &Extent| self.unequal.get(extent).is_some_and(|(_, is_begun)| !is_begun) && self.is_open(*extent);
-        let wanted = self.waiting.iter().flat_map(|at| super::extents(&self.ops[at].range)).find(|extent| is_next(extent));
+        let is_next = |extent: &Extent| {
+            self.unequal.get(extent).is_some_and(|(_, is_begun)| !is_begun) && self.is_open(*extent)
+        };
+        let wanted = self
+            .waiting
+            .iter()
+            .flat_map(|at| super::extents(&self.ops[at].range))
+            .find(|extent| is_next(extent));
         wanted.or_else(|| self.unequal.keys().copied().find(|extent| is_next(extent)))
     }
 
@@ -162,9 +168,13 @@ impl<M: Memory> Head<M> {
                 Step::Hold => {
                     let range = job.range();
                     let is_other = self.jobs.iter().any(|(other, job)| {
-                        *other != at && job.step != Step::Hold && job.range().start < range.end && range.start < job.range().end
+                        *other != at
+                            && job.step != Step::Hold
+                            && job.range().start < range.end
+                            && range.start < job.range().end
                     });
-                    let is_early = matches!(job.purpose, Purpose::Resync(_)) && self.unequal.contains_key(&job.span.extent);
+                    let is_early = matches!(job.purpose, Purpose::Resync(_))
+                        && self.unequal.contains_key(&job.span.extent);
                     if is_other || is_early || self.is_in_use(&range) || !self.compare(at, memory) {
                         return;
                     }
@@ -245,7 +255,10 @@ impl<M: Memory> Head<M> {
 
     /// Begins a job's piece again, later.
     pub(super) fn restart_job(&mut self, at: JobId, memory: &mut M) {
-        let Some(job) = self.jobs.get_mut(&at).filter(|job| matches!(job.step, Step::Compare | Step::Read)) else { return };
+        let Some(job) = self.jobs.get_mut(&at).filter(|job| matches!(job.step, Step::Compare | Step::Read))
+        else {
+            return;
+        };
         job.step = Step::Pause { until_ns: self.now_ns + RETRY_NS };
         job.fixes.clear();
         if let Some(blocks) = job.copy.take() {
@@ -268,7 +281,9 @@ impl<M: Memory> Head<M> {
             let Some(remedy) = remedy(&copies, learner) else { continue };
             let first = job.span.first + block;
             match job.fixes.back_mut() {
-                Some(last) if last.remedy == remedy && last.span.first + last.span.count == first => last.span.count += 1,
+                Some(last) if last.remedy == remedy && last.span.first + last.span.count == first => {
+                    last.span.count += 1;
+                }
                 _ => job.fixes.push_back(Fix { span: Span { first, count: 1, ..job.span }, remedy }),
             }
         }
@@ -314,7 +329,9 @@ impl<M: Memory> Head<M> {
         let extent = self.jobs[&at].span.extent;
         let members: Vec<Member> = match self.jobs[&at].purpose {
             Purpose::Resync(learner) => vec![learner],
-            Purpose::Reconcile | Purpose::Repair => self.targets(extent).iter().map(|target| target.member).collect(),
+            Purpose::Reconcile | Purpose::Repair => {
+                self.targets(extent).iter().map(|target| target.member).collect()
+            }
         };
         let version = self.take_version();
         let job = self.job_mut(at);
@@ -391,7 +408,9 @@ fn remedy(copies: &[(Member, Digest)], learner: Option<Member>) -> Option<Remedy
         return Some(Remedy::Unmap);
     }
     let suspects = copies.iter().filter_map(|(member, digest)| match digest {
-        Digest::Suspect { found, recorded_crc, found_crc } => Some((*member, *found, *recorded_crc, *found_crc)),
+        Digest::Suspect { found, recorded_crc, found_crc } => {
+            Some((*member, *found, *recorded_crc, *found_crc))
+        }
         _ => None,
     });
     let suspects: Vec<(Member, u128, u32, u32)> = suspects.collect();
@@ -408,4 +427,4 @@ fn remedy(copies: &[(Member, Digest)], learner: Option<Member>) -> Option<Remedy
     }
 }
 
-const _: () = assert!(EXTENT_BLOCKS % PIECE_BLOCKS as u32 == 0);
+const _: () = assert!(EXTENT_BLOCKS.is_multiple_of(PIECE_BLOCKS as u32));

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_map::NodeId;
 
-use super::resync::Learner;
 use super::equalize::Equalize;
+use super::resync::Learner;
 use super::{Failure, Head, OpId, Output, Purport, RETRY_NS, SILENCE_NS, Stage};
 use crate::grants::{GrantIndex, Grants};
 use crate::membership::Change;
@@ -157,8 +157,16 @@ impl<M: Memory> Head<M> {
     }
 
     /// A replica has opened the generation.
-    pub(super) fn opened(&mut self, from: Member, highest: Version, active: &[Held], grants: &Grants, memory: &mut M) {
-        let is_in_sync = self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
+    pub(super) fn opened(
+        &mut self,
+        from: Member,
+        highest: Version,
+        active: &[Held],
+        grants: &Grants,
+        memory: &mut M,
+    ) {
+        let is_in_sync =
+            self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
         let Some(peer) = self.peers.get_mut(&from) else { return };
         peer.opened = Some(grants.index(peer.node));
         if !std::mem::replace(&mut peer.was_opened, true) {
@@ -210,7 +218,9 @@ impl<M: Memory> Head<M> {
         for purport in dropped {
             match purport {
                 Purport::Read { op, reading } => self.ask_another(op, reading, member, memory),
-                Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => self.restart_job(job, memory),
+                Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => {
+                    self.restart_job(job, memory);
+                }
                 _ => {}
             }
         }
@@ -260,8 +270,10 @@ impl<M: Memory> Head<M> {
             Purport::Write { op, .. } | Purport::Reserve { op, .. } => Some(op),
             _ => None,
         };
-        let is_sole = |extent: Extent| self.membership.needed(extent).count() == 1 && self.membership.doubt().is_none();
-        let is_alone = op.and_then(|op| self.ops.get(&op)).is_some_and(|op| super::extents(&op.range).all(is_sole));
+        let is_sole =
+            |extent: Extent| self.membership.needed(extent).count() == 1 && self.membership.doubt().is_none();
+        let is_alone =
+            op.and_then(|op| self.ops.get(&op)).is_some_and(|op| super::extents(&op.range).all(is_sole));
         if fault != Fault::NoMemory
             && is_alone
             && let Some(op) = op.and_then(|op| self.ops.get_mut(&op))
@@ -269,7 +281,11 @@ impl<M: Memory> Head<M> {
             // Nobody has anything else: it was written or not, as with any disk.
             op.failure.get_or_insert(Failure::Unwritable);
             for piece in &mut op.pieces {
-                piece.targets.iter_mut().filter(|target| target.member == from).for_each(|target| target.is_done = true);
+                piece
+                    .targets
+                    .iter_mut()
+                    .filter(|target| target.member == from)
+                    .for_each(|target| target.is_done = true);
             }
             return;
         }
@@ -316,7 +332,9 @@ impl<M: Memory> Head<M> {
     pub(super) fn ask_again(&mut self, member: Member, purport: Purport, memory: &mut M) {
         match purport {
             Purport::Read { op, reading } => self.ask_another(op, reading, member, memory),
-            Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => self.restart_job(job, memory),
+            Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => {
+                self.restart_job(job, memory);
+            }
             Purport::Write { .. } | Purport::EqualizeWrite { .. } | Purport::Reserve { .. } => {
                 let (id, now_ns) = (self.next_request, self.now_ns);
                 self.next_request += 1;
@@ -332,16 +350,22 @@ impl<M: Memory> Head<M> {
     /// Whether something waits that a partition of this member has a part in.
     fn is_wanted(&self, member: Member) -> bool {
         let owns = |extent: Extent| self.membership.owns(member, extent);
-        self.ops.values().any(|op| super::extents(&op.range).any(owns)) || self.unequal.keys().any(|extent| owns(*extent))
+        self.ops.values().any(|op| super::extents(&op.range).any(owns))
+            || self.unequal.keys().any(|extent| owns(*extent))
     }
 
     /// Whether a member does not do what something waits for.
     fn is_silent(&self, member: Member, peer: &Peer, grants: &Grants) -> bool {
-        let late = |since: Option<u64>, patience_ns: u64| since.is_some_and(|at_ns| self.now_ns.saturating_sub(at_ns) > patience_ns);
+        let late = |since: Option<u64>, patience_ns: u64| {
+            since.is_some_and(|at_ns| self.now_ns.saturating_sub(at_ns) > patience_ns)
+        };
         peer.is_gone
             || peer.has_failed
-            || self.is_wanted(member) && (peer.node != self.node && late(Some(grants.heard_ns(peer.node).max(self.started_ns)), SILENCE_NS))
-            || self.is_wanted(member) && late(peer.oldest_ns(|purport| purport == Purport::Open), OPEN_PATIENCE_NS)
+            || self.is_wanted(member)
+                && (peer.node != self.node
+                    && late(Some(grants.heard_ns(peer.node).max(self.started_ns)), SILENCE_NS))
+            || self.is_wanted(member)
+                && late(peer.oldest_ns(|purport| purport == Purport::Open), OPEN_PATIENCE_NS)
             || late(peer.oldest_ns(Purport::is_write), WRITE_PATIENCE_NS)
     }
 
@@ -354,7 +378,10 @@ impl<M: Memory> Head<M> {
         let mut ejected = BTreeMap::new();
         for (member, peer) in &self.peers {
             let is_needed = owners.get(member).is_some_and(|owner| self.membership.is_needed(owner));
-            if !is_needed || !self.is_silent(*member, peer, grants) || !self.knows_what_it_misses(*member, &ejected) {
+            if !is_needed
+                || !self.is_silent(*member, peer, grants)
+                || !self.knows_what_it_misses(*member, &ejected)
+            {
                 continue;
             }
             ejected.insert(*member, self.mark_of(*member));
@@ -371,12 +398,17 @@ impl<M: Memory> Head<M> {
     /// which of the writes of the one before it has.
     fn knows_what_it_misses(&self, member: Member, ejected: &BTreeMap<Member, Version>) -> bool {
         let partitions = self.membership.partitions().iter();
-        partitions.filter(|partition| partition.owners.iter().any(|owner| owner.member == member)).all(|partition| {
-            let others = partition.owners.iter().filter(|owner| owner.member != member && !ejected.contains_key(&owner.member));
-            others
-                .filter(|owner| self.membership.is_needed(owner))
-                .all(|owner| self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened))
-        })
+        partitions.filter(|partition| partition.owners.iter().any(|owner| owner.member == member)).all(
+            |partition| {
+                let others = partition
+                    .owners
+                    .iter()
+                    .filter(|owner| owner.member != member && !ejected.contains_key(&owner.member));
+                others
+                    .filter(|owner| self.membership.is_needed(owner))
+                    .all(|owner| self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened))
+            },
+        )
     }
 
     /// The version up to which a member has everything.
@@ -384,7 +416,9 @@ impl<M: Memory> Head<M> {
         let unequal = self.unequal.iter().filter(|(extent, _)| self.membership.owns(member, **extent));
         let unequal = unequal.map(|(_, (lowest, _))| *lowest);
         let writes = self.ops.values().filter(|op| op.stage == Stage::Sent).flat_map(|op| &op.pieces);
-        let is_missing = |piece: &&super::Piece| piece.targets.iter().any(|target| target.member == member && !target.is_done);
+        let is_missing = |piece: &&super::Piece| {
+            piece.targets.iter().any(|target| target.member == member && !target.is_done)
+        };
         let writes = writes.filter(is_missing).map(|piece| piece.version);
         let copies = self.jobs.values().filter_map(Equalize::version);
         unequal.chain(writes).chain(copies).min().unwrap_or(self.next_version).before()
@@ -447,7 +481,8 @@ impl<M: Memory> Head<M> {
             return;
         }
         self.stable_told = stable;
-        let open: Vec<Member> = self.peers.iter().filter(|(_, peer)| peer.is_open()).map(|(member, _)| *member).collect();
+        let open: Vec<Member> =
+            self.peers.iter().filter(|(_, peer)| peer.is_open()).map(|(member, _)| *member).collect();
         for member in open {
             self.send(member, Purport::Stable, memory);
         }

@@ -60,16 +60,26 @@ impl<M: Memory> Head<M> {
 
     fn begin_learner(&mut self, member: Member, memory: &mut M) {
         // Every in-sync copy of its partitions is needed as a source, or as a witness that there is one.
-        let partitions = self.membership.partitions().iter().filter(|p| p.owners.iter().any(|owner| owner.member == member));
+        let partitions = self
+            .membership
+            .partitions()
+            .iter()
+            .filter(|p| p.owners.iter().any(|owner| owner.member == member));
         let sources: BTreeSet<Member> = partitions
             .flat_map(|partition| partition.owners.iter().filter(|owner| self.membership.is_sure(owner)))
             .map(|owner| owner.member)
             .collect();
-        if sources.is_empty() || !sources.iter().all(|source| self.peers.get(source).is_some_and(Peer::is_open)) {
+        if sources.is_empty()
+            || !sources.iter().all(|source| self.peers.get(source).is_some_and(Peer::is_open))
+        {
             return;
         }
         let mark = self.membership.record().stale.get(&member).copied().unwrap_or_default();
-        let in_progress = self.ops.values().filter(|op| op.stage != Stage::Waiting).flat_map(|op| super::extents(&op.range));
+        let in_progress = self
+            .ops
+            .values()
+            .filter(|op| op.stage != Stage::Waiting)
+            .flat_map(|op| super::extents(&op.range));
         let in_progress = in_progress.chain(self.jobs.values().map(|job| job.span.extent));
         let in_progress = in_progress.filter(|extent| self.membership.owns(member, *extent)).collect();
         let parties: Vec<Member> = sources.into_iter().chain([member]).collect();
@@ -93,7 +103,9 @@ impl<M: Memory> Head<M> {
     pub(super) fn listed(&mut self, from: Member, list: Vec<Held>) {
         let members: Vec<Member> = self.peers.keys().copied().collect();
         for member in members {
-            let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) else { continue };
+            let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) else {
+                continue;
+            };
             if let Some(known) = learner.lists.get_mut(&from).filter(|known| known.is_none()) {
                 *known = Some(list.clone());
             }
@@ -145,7 +157,12 @@ impl<M: Memory> Head<M> {
             self.begin_job(Purpose::Resync(member), Span::whole(extent));
             return;
         }
-        if learner.running == 0 && !has_jobs && answered && !learner.is_proposed && self.membership.doubt().is_none() {
+        if learner.running == 0
+            && !has_jobs
+            && answered
+            && !learner.is_proposed
+            && self.membership.doubt().is_none()
+        {
             learner.is_proposed = true;
             self.change(Change { eject: BTreeMap::new(), join: vec![member] });
         }
@@ -160,8 +177,10 @@ impl<M: Memory> Head<M> {
 
     /// A member cannot be asked any more: learners that it is a source of, or that it is, begin anew.
     pub(super) fn drop_learners_that_need(&mut self, member: Member) {
-        let needs = |peer: &Peer| peer.learner.as_ref().is_some_and(|learner| learner.lists.contains_key(&member));
-        let learners: Vec<Member> = self.peers.iter().filter(|(_, peer)| needs(peer)).map(|(member, _)| *member).collect();
+        let needs =
+            |peer: &Peer| peer.learner.as_ref().is_some_and(|learner| learner.lists.contains_key(&member));
+        let learners: Vec<Member> =
+            self.peers.iter().filter(|(_, peer)| needs(peer)).map(|(member, _)| *member).collect();
         for learner in learners {
             self.drop_learner(learner);
         }

@@ -18,7 +18,6 @@ const RESEND_NS: u64 = 300_000_000;
 /// A request of an initiator, by sectors.
 #[derive(Debug, Clone)]
 pub(super) struct ClientRequest {
-    pub(super) client: usize,
     pub(super) op: u64,
     pub(super) volume: usize,
     pub(super) lba: u64,
@@ -89,7 +88,13 @@ impl Client {
     }
 
     pub(super) fn describe(&self) -> String {
-        let ops: Vec<_> = self.doing.values().map(|doing| (doing.request.op, doing.request.lba, doing.request.count, doing.request.values.is_some())).collect();
+        let ops: Vec<_> = self
+            .doing
+            .values()
+            .map(|doing| {
+                (doing.request.op, doing.request.lba, doing.request.count, doing.request.values.is_some())
+            })
+            .collect();
         format!("initiator of volume {}: {ops:?}", self.volume)
     }
 
@@ -99,7 +104,8 @@ impl Client {
         let count = 1 + self.random.index(16);
         let lba = self.first_block * SECTORS as u64 + self.random.below(sectors - count as u64 + 1);
         // In blocks: a write of a part reads the rest.
-        let blocks = |lba: u64, count: usize| lba / SECTORS as u64..(lba + count as u64).div_ceil(SECTORS as u64);
+        let blocks =
+            |lba: u64, count: usize| lba / SECTORS as u64..(lba + count as u64).div_ceil(SECTORS as u64);
         let mine = blocks(lba, count);
         let overlaps = self.doing.values().any(|doing| {
             let other = blocks(doing.request.lba, doing.request.count);
@@ -115,7 +121,7 @@ impl Client {
         });
         let op = self.next_op;
         self.next_op += 1;
-        Some(ClientRequest { client: self.volume, op, volume: self.volume, lba, count, values })
+        Some(ClientRequest { op, volume: self.volume, lba, count, values })
     }
 }
 
@@ -135,7 +141,13 @@ impl World {
             && let Some(request) = client.draw()
         {
             let action = request.values.clone().map_or(Action::Read(request.count), Action::Write);
-            self.history.begin(now_ns, OpId(request.op), VolumeId(request.volume as u64), request.lba, action);
+            self.history.begin(
+                now_ns,
+                OpId(request.op),
+                VolumeId(request.volume as u64),
+                request.lba,
+                action,
+            );
             client.doing.insert(request.op, Doing { request: request.clone(), sent_ns: now_ns });
             send.push(request);
         }

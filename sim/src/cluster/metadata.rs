@@ -27,11 +27,18 @@ pub(super) struct Wish {
 
 #[derive(Debug, Clone)]
 enum What {
-    Change { revision: u64, change: Change },
+    Change {
+        revision: u64,
+        change: Change,
+    },
     /// Make sure of the record.
-    Touch { revision: u64 },
+    Touch {
+        revision: u64,
+    },
     Read,
-    TakeOver { revision: u64 },
+    TakeOver {
+        revision: u64,
+    },
 }
 
 /// What became of it.
@@ -58,7 +65,14 @@ pub(super) struct Metadata {
 
 impl Metadata {
     pub(super) fn new(records: Vec<Record>, partitions: Vec<Vec<Partition>>, random: Random) -> Metadata {
-        Metadata { revision: records.len() as u64 + 1, records, partitions, random, is_away: false, lost_percent: 0 }
+        Metadata {
+            revision: records.len() as u64 + 1,
+            records,
+            partitions,
+            random,
+            is_away: false,
+            lost_percent: 0,
+        }
     }
 
     pub(super) fn record(&self, volume: usize) -> &Record {
@@ -101,7 +115,13 @@ impl World {
             if self.metadata.random.coin() {
                 self.schedule.after(delay_ns, Event::Wish(again));
             }
-            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, is_takeover: false, record: None });
+            self.answer_wish(
+                node,
+                life,
+                volume,
+                TIMEOUT_NS,
+                Outcome { is_sure: false, is_takeover: false, record: None },
+            );
             return;
         }
         let now = self.metadata.records[volume].clone();
@@ -112,7 +132,9 @@ impl World {
                 self.coverage.joins += change.join.len() as u64;
                 (true, self.metadata.replace(volume, change.applied(&now)))
             }
-            What::Touch { revision } if now.revision == *revision => (true, self.metadata.replace(volume, now)),
+            What::Touch { revision } if now.revision == *revision => {
+                (true, self.metadata.replace(volume, now))
+            }
             What::TakeOver { revision } if now.revision == *revision => {
                 self.coverage.takeovers += 1;
                 let after = Record { takeover: now.takeover + 1, head: Some(node_id(node)), ..now };
@@ -126,10 +148,22 @@ impl World {
         let is_lost = self.metadata.random.below(100) < self.metadata.lost_percent;
         if is_lost {
             self.coverage.doubts += 1;
-            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, is_takeover: false, record: None });
+            self.answer_wish(
+                node,
+                life,
+                volume,
+                TIMEOUT_NS,
+                Outcome { is_sure: false, is_takeover: false, record: None },
+            );
         } else {
             let delay_ns = self.metadata.random.range(500_000..20_000_000);
-            self.answer_wish(node, life, volume, delay_ns, Outcome { is_sure, is_takeover, record: Some(record) });
+            self.answer_wish(
+                node,
+                life,
+                volume,
+                delay_ns,
+                Outcome { is_sure, is_takeover, record: Some(record) },
+            );
         }
     }
 
@@ -169,7 +203,10 @@ impl World {
         let jitter_ns = self.metadata.random.below(20_000_000);
         self.schedule.after(WATCH_NS + jitter_ns, Event::Watch { node });
         let now_ns = self.now_ns();
-        if !self.nodes[node].is_up() || self.network.is_paused(crate::network::Endpoint(node)) || self.metadata.is_away {
+        if !self.nodes[node].is_up()
+            || self.network.is_paused(crate::network::Endpoint(node))
+            || self.metadata.is_away
+        {
             return;
         }
         for volume in 0..self.plan.volumes {

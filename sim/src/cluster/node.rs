@@ -40,7 +40,13 @@ impl Memory for SimMemory {
         blocks[which].to_vec()
     }
 
-    fn merge(&mut self, payload: &mut Vec<Block>, at: usize, payload_bytes: std::ops::Range<usize>, old: Vec<Block>) {
+    fn merge(
+        &mut self,
+        payload: &mut Vec<Block>,
+        at: usize,
+        payload_bytes: std::ops::Range<usize>,
+        old: Vec<Block>,
+    ) {
         let sectors = payload_bytes.start / 512..payload_bytes.end / 512;
         for sector in (0..SECTORS).filter(|sector| !sectors.contains(sector)) {
             payload[at][sector] = old[0][sector];
@@ -151,7 +157,9 @@ impl Node {
 
     /// Whether this process had a head of the volume under that take-over.
     pub(super) fn has_used(&self, volume: usize, takeover: u64) -> bool {
-        self.process.as_ref().is_some_and(|process| process.used.get(&volume).is_some_and(|used| *used >= takeover))
+        self.process
+            .as_ref()
+            .is_some_and(|process| process.used.get(&volume).is_some_and(|used| *used >= takeover))
     }
 
     /// Whether a change that its head asked for has no outcome yet.
@@ -165,7 +173,8 @@ impl Node {
 
     pub(super) fn describe(&self) -> String {
         let Some(process) = &self.process else { return format!("node {} is down", self.index) };
-        let heads: Vec<String> = process.heads.iter().map(|(volume, at)| format!("head of {volume}: {:?}", at.head)).collect();
+        let heads: Vec<String> =
+            process.heads.iter().map(|(volume, at)| format!("head of {volume}: {:?}", at.head)).collect();
         format!("node {}: {}", self.index, heads.join("; "))
     }
 }
@@ -181,7 +190,14 @@ impl World {
         let mut replicas = Replicas::new(at.clock.boot_ns(now_ns));
         replicas.add_store(at.store.member, at.store.durables());
         let peers = (0..nodes).map(|_| Peer::default()).collect();
-        at.process = Some(Process { replicas, heads: BTreeMap::new(), grants: Grants::default(), peers, memory: SimMemory, used: BTreeMap::new() });
+        at.process = Some(Process {
+            replicas,
+            heads: BTreeMap::new(),
+            grants: Grants::default(),
+            peers,
+            memory: SimMemory,
+            used: BTreeMap::new(),
+        });
         at.is_asking.fill(false);
         let life = at.life;
         self.network.set_power(now_ns, Endpoint(node), Power::Up);
@@ -256,7 +272,11 @@ impl World {
             }
         }
         for other in ask {
-            self.send_out(node, other, Message::GrantRequest(GrantRequest { asked_ns: boot_ns, from: node_id(node) }));
+            self.send_out(
+                node,
+                other,
+                Message::GrantRequest(GrantRequest { asked_ns: boot_ns, from: node_id(node) }),
+            );
         }
     }
 
@@ -334,7 +354,9 @@ impl World {
         }
         let Some(process) = &mut self.nodes[node].process else { return };
         match event {
-            network::Event::Frame { payload: Message::Client(request), .. } => self.client_request(node, request),
+            network::Event::Frame { payload: Message::Client(request), .. } => {
+                self.client_request(node, request);
+            }
             network::Event::Frame { .. } | network::Event::Carrier { .. } => {}
             network::Event::Connected { connection, .. } => {
                 if let Some(other) = process.peers.iter().position(|peer| peer.out == Some(connection)) {
@@ -349,7 +371,9 @@ impl World {
             network::Event::ConnectFailed { connection, .. } | network::Event::Closed { connection, .. } => {
                 if let Some(other) = process.peers.iter().position(|peer| peer.out == Some(connection)) {
                     self.lost_out(node, other);
-                } else if let Some(peer) = process.peers.iter_mut().find(|peer| peer.incoming == Some(connection)) {
+                } else if let Some(peer) =
+                    process.peers.iter_mut().find(|peer| peer.incoming == Some(connection))
+                {
                     peer.incoming = None;
                     peer.held.clear();
                 }
@@ -366,7 +390,9 @@ impl World {
             network::Event::Message { connection, payload, .. } => {
                 if let Some(other) = process.peers.iter().position(|peer| peer.out == Some(connection)) {
                     self.take(node, other, payload);
-                } else if let Some(other) = process.peers.iter().position(|peer| peer.incoming == Some(connection)) {
+                } else if let Some(other) =
+                    process.peers.iter().position(|peer| peer.incoming == Some(connection))
+                {
                     process.peers[other].held.push(payload);
                 }
             }
@@ -427,7 +453,9 @@ impl World {
                 process.grants.received(node_id(from), answer.asked_ns, boot_ns);
                 let Process { heads, grants, memory, .. } = process;
                 for (volume, at) in heads {
-                    for (_, below) in answer.excluded.iter().filter(|(excluded, _)| volume_of(*excluded) == *volume) {
+                    for (_, below) in
+                        answer.excluded.iter().filter(|(excluded, _)| volume_of(*excluded) == *volume)
+                    {
                         at.head.excluded(*below, memory);
                     }
                     at.head.tick(grants, memory, boot_ns);
@@ -484,7 +512,10 @@ impl World {
                 self.replica_output(node, output);
                 continue;
             }
-            let next = process.heads.iter_mut().find_map(|(volume, at)| at.head.output().map(|output| (*volume, output)));
+            let next = process
+                .heads
+                .iter_mut()
+                .find_map(|(volume, at)| at.head.output().map(|output| (*volume, output)));
             let Some((volume, output)) = next else { return };
             self.head_output(node, volume, output);
         }
@@ -496,7 +527,9 @@ impl World {
                 self.note(|| format!("node {node} answers {} {}", node_of(to), brief_answer(&answer)));
                 self.send_back(node, node_of(to), Message::Answer(Box::new(answer)));
             }
-            replica::Output::Grant(to, answer) => self.send_back(node, node_of(to), Message::GrantAnswer(answer)),
+            replica::Output::Grant(to, answer) => {
+                self.send_back(node, node_of(to), Message::GrantAnswer(answer));
+            }
             replica::Output::Start { id, volume, work, .. } => {
                 let at = &mut self.nodes[node];
                 let delay_ns = at.random.range(20_000..2_000_000) + at.random.below(at.slow_ns + 1);
@@ -533,7 +566,9 @@ impl World {
                 self.reply(node, volume, ClientReply { op: request.op, result });
             }
             head::Output::Change { revision, change } => {
-                if let Some(at) = self.nodes[node].process.as_mut().and_then(|process| process.heads.get_mut(&volume)) {
+                if let Some(at) =
+                    self.nodes[node].process.as_mut().and_then(|process| process.heads.get_mut(&volume))
+                {
                     at.is_in_doubt = true;
                 }
                 self.nodes[node].is_asking[volume] = true;
@@ -552,7 +587,13 @@ impl World {
     }
 
     /// The record names this node under a generation that has no head yet.
-    pub(super) fn begin_head(&mut self, node: usize, volume: usize, generation: Generation, membership: Membership) {
+    pub(super) fn begin_head(
+        &mut self,
+        node: usize,
+        volume: usize,
+        generation: Generation,
+        membership: Membership,
+    ) {
         let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
         let Some(process) = &mut self.nodes[node].process else { return };
         let mut head = Head::new(node_id(node), generation, membership, boot_ns);
@@ -596,10 +637,23 @@ impl World {
 
 fn brief_request(request: &Request<Vec<Block>>) -> String {
     let text = format!("{:?}", request.ask);
-    format!("vol {} gen {} id {} stable {} {}", volume_of(request.volume), request.generation, request.id, request.stable.0, &text[..text.len().min(120)])
+    format!(
+        "vol {} gen {} id {} stable {} {}",
+        volume_of(request.volume),
+        request.generation,
+        request.id,
+        request.stable.0,
+        &text[..text.len().min(120)]
+    )
 }
 
 fn brief_answer(answer: &Answer<Vec<Block>>) -> String {
     let text = format!("{:?}", answer.reply);
-    format!("vol {} gen {} id {} {}", volume_of(answer.volume), answer.generation, answer.id, &text[..text.len().min(120)])
+    format!(
+        "vol {} gen {} id {} {}",
+        volume_of(answer.volume),
+        answer.generation,
+        answer.id,
+        &text[..text.len().min(120)]
+    )
 }

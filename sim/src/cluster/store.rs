@@ -164,7 +164,9 @@ impl Store {
             }
             Work::Read(span) => at.read(span, false),
             Work::Salvage(span) => at.read(span, true),
-            Work::Digest(span) => Ended::Digests(blocks(span).map(|block| at.digest(span.extent, block)).collect()),
+            Work::Digest(span) => {
+                Ended::Digests(blocks(span).map(|block| at.digest(span.extent, block)).collect())
+            }
             Work::List => Ended::List(at.held().collect()),
         })
     }
@@ -228,10 +230,15 @@ impl Store {
     #[must_use]
     pub fn visible(&self, volume: VolumeId) -> BTreeMap<(Extent, u16), Option<Block>> {
         let Some(at) = self.volumes.get(&volume) else { return BTreeMap::new() };
-        let all = at.extents.iter().flat_map(|(number, extent)| extent.blocks.iter().map(move |(block, at)| (number, block, at)));
+        let all = at
+            .extents
+            .iter()
+            .flat_map(|(number, extent)| extent.blocks.iter().map(move |(block, at)| (number, block, at)));
         let seen = all.filter_map(|(number, block, stored)| match stored.recorded {
             Record::Absent => None,
-            Record::Data(recorded) => Some(((*number, *block), (hash(&stored.content) == recorded).then_some(stored.content))),
+            Record::Data(recorded) => {
+                Some(((*number, *block), (hash(&stored.content) == recorded).then_some(stored.content)))
+            }
             Record::Lost => Some(((*number, *block), None)),
         });
         seen.filter(|(_, content)| *content != Some(ZEROS)).collect()
@@ -244,7 +251,11 @@ fn blocks(span: Span) -> impl Iterator<Item = u16> {
 
 impl VolumeAt {
     fn held(&self) -> impl Iterator<Item = Held> {
-        self.extents.iter().map(|(extent, at)| Held { extent: *extent, version: at.version, is_active: at.is_active })
+        self.extents.iter().map(|(extent, at)| Held {
+            extent: *extent,
+            version: at.version,
+            is_active: at.is_active,
+        })
     }
 
     fn remove(&mut self, version: Version, span: Span) -> Ended<Vec<Block>> {

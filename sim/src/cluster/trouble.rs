@@ -76,7 +76,14 @@ impl World {
             }
             Trouble::Flap => {
                 let Some(other) = self.troubles.random.pick(&others).copied() else { return };
-                self.network.flap(now_ns, &[Endpoint(node)], &[Endpoint(other)], Media::STREAMS, 50_000_000..500_000_000, 100_000_000..900_000_000);
+                self.network.flap(
+                    now_ns,
+                    &[Endpoint(node)],
+                    &[Endpoint(other)],
+                    Media::STREAMS,
+                    50_000_000..500_000_000,
+                    100_000_000..900_000_000,
+                );
                 vec![node, other]
             }
             Trouble::TakeOver => {
@@ -118,7 +125,9 @@ impl World {
         let now_ns = self.now_ns();
         self.note(|| format!("mended: {trouble:?} {nodes:?}"));
         // Another one of its kind may go on.
-        let goes_on = |node: usize| self.troubles.active.values().any(|(other, nodes)| *other == trouble && nodes.contains(&node));
+        let goes_on = |node: usize| {
+            self.troubles.active.values().any(|(other, nodes)| *other == trouble && nodes.contains(&node))
+        };
         match trouble {
             Trouble::Off | Trouble::PowerCut => {
                 for node in nodes {
