@@ -8,6 +8,7 @@
 //! | [`terms`] | generations, versions, epochs, members |
 //! | [`membership`] | who is in sync, what a change to that may be, and what holds while its outcome is unknown (I5) |
 //! | [`message`] | what head and replica say to each other |
+//! | [`wire`] | what the bytes of that are |
 //! | [`grants`] | whether a head may read and acknowledge now (I1) |
 //! | [`replica`] | what a replica accepts, and when it opens a generation (I4, I14) |
 //! | [`head`] | how requests of initiators become numbered writes and reads, who is ejected, made equal and taken in again (I5 to I9) |
@@ -21,3 +22,4 @@ pub mod membership;
 pub mod message;
 pub mod replica;
 pub mod terms;
+pub mod wire;
