@@ -180,7 +180,7 @@ enum Purport {
     EqualizeDigest { job: JobId, round: u32 },
     EqualizeRead { job: JobId, round: u32 },
     EqualizeWrite { job: JobId },
-    List,
+    List { learner: Member, candidacy: u64, from: Extent },
     Stable,
 }
 
@@ -456,8 +456,10 @@ impl<M: Memory> Head<M> {
             (Purport::Write { .. } | Purport::EqualizeWrite { .. }, Reply::Failed(fault)) => {
                 self.write_failed(from, purport, fault);
             }
-            (Purport::List, Reply::List(list)) => self.listed(from, list),
-            (Purport::List, _) => self.drop_learners_that_need(from),
+            (Purport::List { learner, candidacy, .. }, Reply::List { held, is_whole }) => {
+                self.listed(from, (learner, candidacy), held, is_whole, memory);
+            }
+            (Purport::List { learner, .. }, _) => self.drop_learner(learner),
             (_, Reply::Blocks(blocks)) => memory.release(blocks),
             _ => {}
         }
@@ -899,7 +901,7 @@ impl<M: Memory> Head<M> {
     ) -> Option<(Ask<M::Blocks>, Option<Extent>)> {
         let (ask, extent) = match purport {
             Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
-            Purport::List => return Some((Ask::List, None)),
+            Purport::List { from, .. } => return Some((Ask::List { from }, None)),
             Purport::Stable => return Some((Ask::Stable, None)),
             Purport::Read { op, reading } => {
                 let span = self.ops.get(&op)?.readings.get(reading)?.span;

@@ -122,8 +122,11 @@ pub enum Ask<B> {
         /// Where.
         span: Span,
     },
-    /// Say which extents of the volume there are.
-    List,
+    /// Say which extents of the volume there are, from this one on, as many as an answer holds.
+    List {
+        /// The first that is wanted.
+        from: Extent,
+    },
     /// Nothing but what [`Request::stable`] says.
     Stable,
 }
@@ -205,8 +208,13 @@ pub enum Reply<B> {
     Blocks(B),
     /// What the blocks are, one for each.
     Digests(Vec<Digest>),
-    /// What there is.
-    List(Vec<Held>),
+    /// What there is, by number.
+    List {
+        /// Extents.
+        held: Vec<Held>,
+        /// There are no more.
+        is_whole: bool,
+    },
     /// It could not be done.
     Failed(Fault),
     /// It was not done.

@@ -62,8 +62,8 @@ pub enum Work<B> {
     Salvage(Span),
     /// Say what blocks are.
     Digest(Span),
-    /// Say which extents there are.
-    List,
+    /// Say which extents there are, from this one on.
+    List(Extent),
 }
 
 /// What became of it.
@@ -83,7 +83,12 @@ pub enum Ended<B> {
     /// Of a digest.
     Digests(Vec<Digest>),
     /// Of a list.
-    List(Vec<Held>),
+    List {
+        /// Extents, by number.
+        held: Vec<Held>,
+        /// There are no more.
+        is_whole: bool,
+    },
     /// It failed.
     Failed(Fault),
 }
@@ -350,7 +355,7 @@ impl<B> Replicas<B> {
             Ask::Read { span } => Work::Read(span),
             Ask::Salvage { span } => Work::Salvage(span),
             Ask::Digest { span } => Work::Digest(span),
-            Ask::List => Work::List,
+            Ask::List { from } => Work::List(from),
             Ask::Stable => {
                 self.answer(from, key.0, key.1, request.generation, request.id, Reply::Done);
                 return;
@@ -527,7 +532,7 @@ fn reply<B>(ended: Ended<B>) -> Reply<B> {
         Ended::Survey { highest, active } => Reply::Opened { highest, active },
         Ended::Blocks(blocks) => Reply::Blocks(blocks),
         Ended::Digests(digests) => Reply::Digests(digests),
-        Ended::List(list) => Reply::List(list),
+        Ended::List { held, is_whole } => Reply::List { held, is_whole },
         Ended::Failed(fault) => Reply::Failed(fault),
     }
 }

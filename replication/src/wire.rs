@@ -29,7 +29,7 @@ use crate::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Span, Versi
 pub const HEADER_BYTES: usize = size_of::<RawHeader>();
 /// The version that is spoken.
 pub const VERSION: u16 = 1;
-/// Most bytes of a body: a list of all extents of a store of 64 TiB in pieces of this is for its asker to put together.
+/// Most bytes of a body: longer lists come in pieces.
 pub const BODY_MAX: usize = 1 << 20;
 /// Most blocks behind a body.
 pub const BLOCKS_MAX: usize = 256;
@@ -301,7 +301,7 @@ impl Header {
             ask::READ => Ask::Read { span },
             ask::SALVAGE => Ask::Salvage { span },
             ask::DIGEST => Ask::Digest { span },
-            ask::LIST => Ask::List,
+            ask::LIST => Ask::List { from: span.extent },
             ask::STABLE => Ask::Stable,
             _ => return Err(WireError::Value("what is asked")),
         };
@@ -329,7 +329,14 @@ impl Header {
             reply::DONE => Reply::Done,
             reply::BLOCKS => Reply::Blocks(self.crcs(rest)?),
             reply::DIGESTS => Reply::Digests(digests(rest, count)?),
-            reply::LIST => Reply::List(held(rest, count)?),
+            reply::LIST => {
+                let is_whole = match raw.detail {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(WireError::Value("the end of a list")),
+                };
+                Reply::List { held: held(rest, count)?, is_whole }
+            }
             reply::FAILED => Reply::Failed(match raw.detail {
                 1 => Fault::Corrupt,
                 2 => Fault::Lost,
@@ -454,7 +461,7 @@ fn encode_request(request: &Request<BlockCrcs>, out: &mut Vec<u8>) -> usize {
         Ask::Read { span } => (ask::READ, (*span, none.1)),
         Ask::Salvage { span } => (ask::SALVAGE, (*span, none.1)),
         Ask::Digest { span } => (ask::DIGEST, (*span, none.1)),
-        Ask::List => (ask::LIST, none),
+        Ask::List { from } => (ask::LIST, (Span { extent: *from, ..none.0 }, none.1)),
         Ask::Stable => (ask::STABLE, none),
     };
     let raw = RawRequest {
@@ -501,8 +508,8 @@ fn encode_answer(answer: &Answer<BlockCrcs>, out: &mut Vec<u8>) -> usize {
             items = digests.len();
             reply::DIGESTS
         }
-        Reply::List(list) => {
-            items = list.len();
+        Reply::List { held, is_whole } => {
+            (items, detail) = (held.len(), u8::from(*is_whole));
             reply::LIST
         }
         Reply::Failed(fault) => {
@@ -542,7 +549,7 @@ fn encode_answer(answer: &Answer<BlockCrcs>, out: &mut Vec<u8>) -> usize {
     };
     out.extend_from_slice(raw.as_bytes());
     match &answer.reply {
-        Reply::Opened { active: list, .. } | Reply::List(list) => {
+        Reply::Opened { active: list, .. } | Reply::List { held: list, .. } => {
             for held in list {
                 let flags = if held.is_active { IS_ACTIVE } else { 0 };
                 let (extent, version) = (held.extent.0.into(), held.version.0.into());
@@ -609,7 +616,7 @@ mod tests {
             spans().prop_map(|span| Ask::Read { span }),
             spans().prop_map(|span| Ask::Salvage { span }),
             spans().prop_map(|span| Ask::Digest { span }),
-            Just(Ask::List),
+            any::<u32>().prop_map(|from| Ask::List { from: Extent(from) }),
             Just(Ask::Stable),
         ]
     }
@@ -648,7 +655,7 @@ mod tests {
             Just(Reply::Done),
             vec(any::<u32>(), 0..256).prop_map(|crcs| Reply::Blocks(crcs.into())),
             vec(digest, 0..64).prop_map(Reply::Digests),
-            vec(held, 0..200).prop_map(Reply::List),
+            (vec(held, 0..200), any::<bool>()).prop_map(|(held, is_whole)| Reply::List { held, is_whole }),
             fault.prop_map(Reply::Failed),
             refusal.prop_map(Reply::Refused),
         ]

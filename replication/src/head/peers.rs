@@ -342,7 +342,7 @@ impl<M: Memory> Head<M> {
                     peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent: false });
                 }
             }
-            Purport::List => self.drop_learners_that_need(member),
+            Purport::List { learner, .. } => self.drop_learner(learner),
             Purport::Open | Purport::Stable => {}
         }
     }

@@ -19,13 +19,22 @@ use crate::terms::{Extent, Member, Span, Version};
 /// Extents of a learner that are made equal at a time.
 const EXTENTS_AT_ONCE: u32 = 2;
 
+/// What a party has said.
+#[derive(Debug, Default)]
+struct List {
+    held: Vec<Held>,
+    is_whole: bool,
+}
+
 /// A member that is being brought up to date.
 #[derive(Debug)]
 pub(super) struct Learner {
+    /// Tells it from an earlier one of the same member: what that one asked for counts no longer.
+    candidacy: u64,
     /// Everything up to here it has.
     mark: Version,
-    /// What each party has; `None` until it has said so. The learner is one of them.
-    lists: BTreeMap<Member, Option<Vec<Held>>>,
+    /// What each party has. The learner is one of them.
+    lists: BTreeMap<Member, List>,
     /// Extents with writes that were in progress when it began, and did not go to it.
     in_progress: BTreeSet<Extent>,
     /// What is to be made equal; `None` before all lists have come.
@@ -83,9 +92,11 @@ impl<M: Memory> Head<M> {
         let in_progress = in_progress.chain(self.jobs.values().map(|job| job.span.extent));
         let in_progress = in_progress.filter(|extent| self.membership.owns(member, *extent)).collect();
         let parties: Vec<Member> = sources.into_iter().chain([member]).collect();
+        let candidacy = self.take_id();
         let learner = Learner {
+            candidacy,
             mark,
-            lists: parties.iter().map(|party| (*party, None)).collect(),
+            lists: parties.iter().map(|party| (*party, List::default())).collect(),
             in_progress,
             work: None,
             running: 0,
@@ -95,28 +106,39 @@ impl<M: Memory> Head<M> {
             peer.learner = Some(learner);
         }
         for party in parties {
-            self.send(party, Purport::List, memory);
+            self.send(party, Purport::List { learner: member, candidacy, from: Extent(0) }, memory);
         }
     }
 
-    /// A member has said what it has: for every learner that asked.
-    pub(super) fn listed(&mut self, from: Member, list: Vec<Held>) {
-        let members: Vec<Member> = self.peers.keys().copied().collect();
-        for member in members {
-            let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) else {
-                continue;
-            };
-            if let Some(known) = learner.lists.get_mut(&from).filter(|known| known.is_none()) {
-                *known = Some(list.clone());
+    /// A party has said what it has, or a piece of it.
+    pub(super) fn listed(
+        &mut self,
+        from: Member,
+        (member, candidacy): (Member, u64),
+        held: Vec<Held>,
+        is_whole: bool,
+        memory: &mut M,
+    ) {
+        let learner = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut());
+        let learner = learner.filter(|learner| learner.candidacy == candidacy);
+        let Some(list) = learner.and_then(|learner| learner.lists.get_mut(&from)) else { return };
+        let last = held.last().map(|held| held.extent);
+        list.held.extend(held);
+        list.is_whole |= is_whole;
+        match last {
+            Some(last) if !is_whole => {
+                let from_extent = Extent(last.0.saturating_add(1));
+                self.send(from, Purport::List { learner: member, candidacy, from: from_extent }, memory);
             }
-            self.plan_learner(member);
+            None if !is_whole => self.drop_learner(member),
+            _ => self.plan_learner(member),
         }
     }
 
     /// Says which extents are to be made equal, once all lists are there.
     fn plan_learner(&mut self, member: Member) {
         let Some(learner) = self.peers.get(&member).and_then(|peer| peer.learner.as_ref()) else { return };
-        if learner.work.is_some() || learner.lists.values().any(Option::is_none) {
+        if learner.work.is_some() || !learner.lists.values().all(|list| list.is_whole) {
             return;
         }
         let is_its = |extent: Extent| self.membership.owns(member, extent);
@@ -124,7 +146,7 @@ impl<M: Memory> Head<M> {
         // Extents of the in-sync copies, and of it.
         let (mut there, mut here) = (BTreeSet::new(), BTreeSet::new());
         for (party, list) in &learner.lists {
-            for held in list.iter().flatten().filter(|held| is_its(held.extent)) {
+            for held in list.held.iter().filter(|held| is_its(held.extent)) {
                 if *party == member {
                     here.insert(held.extent);
                 } else if self.membership.owns(*party, held.extent) {

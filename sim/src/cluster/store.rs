@@ -15,6 +15,9 @@ use crate::random::Random;
 
 /// Sectors of a block.
 pub const SECTORS: usize = 8;
+/// Extents in an answer: few, so that lists come in pieces.
+const LIST_MAX: usize = 2;
+
 /// A block, by the value of each sector.
 pub type Block = [u64; SECTORS];
 
@@ -167,7 +170,12 @@ impl Store {
             Work::Digest(span) => {
                 Ended::Digests(blocks(span).map(|block| at.digest(span.extent, block)).collect())
             }
-            Work::List => Ended::List(at.held().collect()),
+            Work::List(from) => {
+                let mut held: Vec<Held> = at.held().filter(|held| held.extent >= from).collect();
+                let is_whole = held.len() <= LIST_MAX;
+                held.truncate(LIST_MAX);
+                Ended::List { held, is_whole }
+            }
         })
     }
 
