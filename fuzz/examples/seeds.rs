@@ -26,5 +26,8 @@ fn main() -> io::Result<()> {
     for (name, bytes) in torus_dataplane::store::extent::fuzzing::seeds() {
         write("store", name, &bytes)?;
     }
+    for (name, bytes) in torus_replication::wire::fuzzing::seeds() {
+        write("peer", name, &bytes)?;
+    }
     Ok(())
 }

@@ -39,8 +39,11 @@ pub struct Grants {
 }
 
 impl Grants {
-    /// That node has granted, as it says at `now_ns`, what was asked for at `asked_ns`.
+    /// That node has granted, as it says at `now_ns`, what was asked for at `asked_ns`. What was not asked for yet is no grant.
     pub fn received(&mut self, node: NodeId, asked_ns: u64, now_ns: u64) {
+        if asked_ns > now_ns {
+            return;
+        }
         let from = self.nodes.entry(node).or_default();
         from.index.0 += 1;
         // Not the latest of all: one that was decided before an opening must not reach beyond it.
@@ -100,5 +103,13 @@ mod tests {
         let opened = grants.index(NODE);
         grants.received(NODE, 100, 100);
         assert!(!grants.covers(NODE, opened, 100 + COUNTED_NS));
+    }
+
+    #[test]
+    fn what_was_not_asked_for_is_no_grant() {
+        let mut grants = Grants::default();
+        let opened = grants.index(NODE);
+        grants.received(NODE, u64::MAX, 500);
+        assert!(!grants.covers(NODE, opened, 500));
     }
 }

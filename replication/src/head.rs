@@ -621,6 +621,10 @@ impl<M: Memory> Head<M> {
             return;
         };
         match reply {
+            Reply::Blocks(blocks) if memory.count(&blocks) != usize::from(reading.span.count) => {
+                memory.release(blocks);
+                self.ask_another(at, index, from, memory);
+            }
             Reply::Blocks(blocks) if reading.got.is_none() => {
                 reading.got = Some(blocks);
                 reading.asked = None;

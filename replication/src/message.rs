@@ -15,6 +15,9 @@ pub trait Memory {
     /// Blocks of 4 KiB, in order, with what is known of their checksums. Dropping one may leak memory of the driver: they are released.
     type Blocks;
 
+    /// How many blocks.
+    fn count(&self, blocks: &Self::Blocks) -> usize;
+
     /// Another handle on some of the blocks.
     fn share(&mut self, blocks: &Self::Blocks, which: Range<usize>) -> Self::Blocks;
 

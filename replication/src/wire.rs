@@ -17,6 +17,9 @@
 //!
 //! Decoding is total: any bytes are a frame or an error, and never more memory is taken than the bytes that are there.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+
 use cluster_map::{NodeId, StoreId, VolumeId};
 use smallvec::SmallVec;
 use zerocopy::byteorder::little_endian::{U16, U32, U64, U128};
@@ -33,6 +36,9 @@ pub const VERSION: u16 = 1;
 pub const BODY_MAX: usize = 1 << 20;
 /// Most blocks behind a body.
 pub const BLOCKS_MAX: usize = 256;
+/// Behind the last version of a write, and the last partition: no number that is counted up from one of these ends its type.
+const VERSIONS_END: u64 = 1 << 62;
+const PARTITIONS_END: u32 = 1 << 16;
 const MAGIC: u32 = u32::from_le_bytes(*b"TRP1");
 
 /// CRC32C of each block that follows a body.
@@ -281,8 +287,11 @@ impl Header {
     fn decode_request(&self, body: &[u8]) -> Result<Request<BlockCrcs>, WireError> {
         let (raw, rest) = RawRequest::read_from_prefix(body).map_err(|_| WireError::Length)?;
         let span = Span { extent: Extent(raw.extent.get()), first: raw.first.get(), count: raw.count.get() };
-        let version = Version(raw.version.get());
+        let (version, stable) = (version(raw.version)?, version(raw.stable)?);
         let blocks = self.crcs(rest)?;
+        if raw.partition.get() >= PARTITIONS_END {
+            return Err(WireError::Value("a partition"));
+        }
         let has_span = matches!(raw.ask, ask::WRITE..=ask::DIGEST);
         if has_span && (span.count == 0 || u32::from(span.first) + u32::from(span.count) > EXTENT_BLOCKS) {
             return Err(WireError::Value("a span"));
@@ -312,7 +321,7 @@ impl Header {
             partition: raw.partition.get(),
             epoch: Epoch(raw.epoch.get()),
             id: raw.id.get(),
-            stable: Version(raw.stable.get()),
+            stable,
             ask,
         })
     }
@@ -325,7 +334,7 @@ impl Header {
         let count = u64::from(raw.items.get());
         let pair = Generation { takeover: raw.first.get(), start: raw.second.get() };
         let reply = match raw.reply {
-            reply::OPENED => Reply::Opened { highest: Version(raw.first.get()), active: held(rest, count)? },
+            reply::OPENED => Reply::Opened { highest: version(raw.first)?, active: held(rest, count)? },
             reply::DONE => Reply::Done,
             reply::BLOCKS => Reply::Blocks(self.crcs(rest)?),
             reply::DIGESTS => Reply::Digests(digests(rest, count)?),
@@ -374,11 +383,18 @@ fn items<T: FromBytes + KnownLayout + Immutable + Unaligned>(
     if all.len() as u64 == count { Ok(all) } else { Err(WireError::Length) }
 }
 
+fn version(raw: U64) -> Result<Version, WireError> {
+    Some(raw.get())
+        .filter(|version| *version < VERSIONS_END)
+        .map(Version)
+        .ok_or(WireError::Value("a version"))
+}
+
 fn held(bytes: &[u8], count: u64) -> Result<Vec<Held>, WireError> {
     let one = |raw: &RawHeld| match raw.flags.get() {
         flags @ (0 | IS_ACTIVE) => Ok(Held {
             extent: Extent(raw.extent.get()),
-            version: Version(raw.version.get()),
+            version: version(raw.version)?,
             is_active: flags == IS_ACTIVE,
         }),
         _ => Err(WireError::Value("an extent's flags")),
@@ -598,8 +614,12 @@ mod tests {
         })
     }
 
+    fn versions() -> impl Strategy<Value = Version> + Clone {
+        (0..VERSIONS_END).prop_map(Version)
+    }
+
     fn asks() -> impl Strategy<Value = Ask<BlockCrcs>> {
-        let version = any::<u64>().prop_map(Version);
+        let version = (0..VERSIONS_END).prop_map(Version);
         let write = (version.clone(), spans(), any::<bool>(), any::<u32>()).prop_map(
             |(version, span, is_sole, crc)| {
                 let blocks = (0..u32::from(span.count)).map(|block| crc.wrapping_add(block)).collect();
@@ -622,8 +642,10 @@ mod tests {
     }
 
     fn replies() -> impl Strategy<Value = Reply<BlockCrcs>> {
-        let held = (any::<u32>(), any::<u64>(), any::<bool>()).prop_map(|(extent, version, is_active)| {
-            Held { extent: Extent(extent), version: Version(version), is_active }
+        let held = (any::<u32>(), versions(), any::<bool>()).prop_map(|(extent, version, is_active)| Held {
+            extent: Extent(extent),
+            version,
+            is_active,
         });
         let digest = prop_oneof![
             Just(Digest::Absent),
@@ -650,8 +672,8 @@ mod tests {
             Just(Refusal::Stranger),
         ];
         prop_oneof![
-            (any::<u64>(), vec(held.clone(), 0..20))
-                .prop_map(|(highest, active)| Reply::Opened { highest: Version(highest), active }),
+            (versions(), vec(held.clone(), 0..20))
+                .prop_map(|(highest, active)| Reply::Opened { highest, active }),
             Just(Reply::Done),
             vec(any::<u32>(), 0..256).prop_map(|crcs| Reply::Blocks(crcs.into())),
             vec(digest, 0..64).prop_map(Reply::Digests),
@@ -664,7 +686,7 @@ mod tests {
     fn frames() -> impl Strategy<Value = Frame> {
         let numbers = any::<[u64; 6]>();
         let request =
-            (any::<[u8; 16]>(), any::<u32>(), numbers, asks()).prop_map(|(id, partition, n, ask)| {
+            (any::<[u8; 16]>(), 0..PARTITIONS_END, numbers, asks()).prop_map(|(id, partition, n, ask)| {
                 Frame::Request(Request {
                     to: Member { store: StoreId(id), incarnation: n[0] },
                     volume: VolumeId(id),
@@ -672,7 +694,7 @@ mod tests {
                     partition,
                     epoch: Epoch(n[3]),
                     id: n[4],
-                    stable: Version(n[5]),
+                    stable: Version(n[5] % VERSIONS_END),
                     ask,
                 })
             });
@@ -700,6 +722,25 @@ mod tests {
     fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
         let (header, body) = bytes.split_first_chunk().ok_or(WireError::Length)?;
         Header::decode(header)?.decode_body(body)
+    }
+
+    #[test]
+    fn a_peer_that_sends_changed_frames_is_survived() {
+        // Seeds with a few bytes changed come further than bytes by chance.
+        let seeds = fuzzing::seeds();
+        let mut state = 1_u64;
+        let mut next = |end: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(state >> 33).unwrap() % end
+        };
+        for _ in 0..100_000 {
+            let mut bytes = seeds[next(seeds.len())].1.clone();
+            for _ in 0..next(4) {
+                let at = next(bytes.len());
+                bytes[at] = u8::try_from(next(256)).unwrap();
+            }
+            fuzzing::read(&bytes);
+        }
     }
 
     proptest! {
@@ -739,6 +780,11 @@ mod tests {
                 frame.encode(&mut again);
                 prop_assert_eq!(decode(&again), Ok(frame));
             }
+        }
+
+        #[test]
+        fn any_peer_is_survived(bytes in vec(any::<u8>(), 0..2000)) {
+            fuzzing::read(&bytes);
         }
 
         #[test]

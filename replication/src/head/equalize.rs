@@ -316,10 +316,15 @@ impl<M: Memory> Head<M> {
             }
             return;
         };
+        let wanted = job.fix().map_or(0, |fix| usize::from(fix.span.count));
         match reply {
-            Reply::Blocks(blocks) => {
+            Reply::Blocks(blocks) if memory.count(&blocks) == wanted => {
                 job.copy = Some(blocks);
                 self.write_fix(at, memory);
+            }
+            Reply::Blocks(blocks) => {
+                memory.release(blocks);
+                self.restart_job(at, memory);
             }
             _ => self.restart_job(at, memory),
         }

@@ -250,7 +250,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn ask_another(&mut self, at: OpId, index: usize, but: Member, memory: &mut M) {
+    pub(super) fn ask_another(&mut self, at: OpId, index: usize, but: Member, memory: &mut M) {
         let Some(reading) = self.ops.get_mut(&at).and_then(|op| op.readings.get_mut(index)) else { return };
         if reading.got.is_some() || reading.asked.is_none_or(|(asked, _)| asked != but) {
             return;

@@ -36,6 +36,10 @@ pub(super) struct SimMemory;
 impl Memory for SimMemory {
     type Blocks = Vec<Block>;
 
+    fn count(&self, blocks: &Vec<Block>) -> usize {
+        blocks.len()
+    }
+
     fn share(&mut self, blocks: &Vec<Block>, which: std::ops::Range<usize>) -> Vec<Block> {
         blocks[which].to_vec()
     }
