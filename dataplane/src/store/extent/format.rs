@@ -471,7 +471,7 @@ impl Sum {
     /// That of these bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Sum {
-        Sum::of_crc(crc32c::crc32c(bytes))
+        Sum::of_crc(af_xdp::checksum::crc32c(bytes))
     }
 
     /// Whether the block has data.
