@@ -28,7 +28,7 @@ use rustix::time::{ClockId, clock_gettime};
 use torus_uring::{Ring, RingConfig, RingError};
 
 use self::changes::WaitingChanges;
-use self::devices::{InlineEnd, OwnDevice};
+use self::devices::{Inline, OwnDevice};
 use self::waiting::WaitingRequests;
 use crate::changes::ChangeQueue;
 use crate::clients::Clients;
@@ -168,7 +168,7 @@ pub struct Reactor {
     devices: Vec<Option<OwnDevice>>,
     /// Disk requests that the ring has no room for.
     waiting: WaitingRequests,
-    inline_ends: VecDeque<InlineEnd>,
+    inline: VecDeque<Inline>,
     received: Vec<RxFrame>,
     /// Always there, but while it is at work.
     discovery: Option<Discovery>,
@@ -226,7 +226,7 @@ impl Reactor {
             serving: Serving::new(LIMITS, Clients::new(CLIENTS_MAX, parts.clients)),
             devices: Vec::with_capacity(DEVICES_MAX),
             waiting: WaitingRequests::new(),
-            inline_ends: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
+            inline: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
             received: Vec::with_capacity(RX_BATCH),
             discovery: Some(Discovery::default()),
             advertise_on,

@@ -21,6 +21,8 @@ mod assembly;
 #[cfg(not(loom))]
 pub mod bpf;
 #[cfg(not(loom))]
+pub mod checksum;
+#[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
 pub mod frame;

@@ -680,7 +680,7 @@ impl Pool {
     ///
     /// As for [`Pool::copy_in`].
     pub fn copy_in_checksummed(&mut self, target: &mut Chunk, at: usize, source: &[u8], crc: u32) -> u32 {
-        let crc = crc32c::crc32c_append(crc, source);
+        let crc = crate::checksum::crc32c_append(crc, source);
         self.copy_in(target, at, source);
         crc
     }

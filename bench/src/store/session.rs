@@ -172,7 +172,7 @@ impl Session {
         }
         for slot in free {
             device.make_ready(layout.data_offset(slot), EXTENT_BYTES)?;
-            shared.give_back(FreeSlot::new(slot));
+            shared.add_free(FreeSlot::new(slot));
         }
         shared.set_no_more(true);
 

@@ -157,6 +157,7 @@ impl Stores {
             Arc::clone(opened.store.layout()),
             Arc::clone(&opened.shared),
             opened.free,
+            access.mapped.clone(),
         )?;
         self.slots[position] = Some(NodeStore {
             path: wish.path.clone(),

@@ -1,4 +1,4 @@
-//! Devices: disk requests by io_uring, or at once where the store is in memory, and the ends of both.
+//! Devices: disk requests by io_uring, or by the core itself where the store is in memory, and the ends of both.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,6 +30,22 @@ impl OwnDevice {
     }
 }
 
+/// A request of a memory store whose end is to be told.
+pub(super) struct Inline {
+    store: usize,
+    token: u64,
+    blocks: Blocks,
+    state: InlineState,
+}
+
+enum InlineState {
+    /// A read that is done only then.
+    ToRead {
+        offset_bytes: u64,
+    },
+    Ended(Result<(), IoError>),
+}
+
 /// A request of a memory store that has ended.
 pub(super) struct InlineEnd {
     store: usize,
@@ -43,7 +59,7 @@ pub(super) struct ReactorDevices<'r> {
     pub(super) ring: &'r mut Ring,
     pub(super) pool: &'r mut Pool,
     pub(super) waiting: &'r mut WaitingRequests,
-    pub(super) inline_ends: &'r mut VecDeque<InlineEnd>,
+    pub(super) inline: &'r mut VecDeque<Inline>,
     pub(super) devices: &'r [Option<OwnDevice>],
     pub(super) stats: &'r CoreStats,
 }
@@ -54,12 +70,12 @@ impl Devices for ReactorDevices<'_> {
     }
 
     fn device(&mut self, store: usize) -> impl Disk {
-        let own = self.devices[store].as_ref().expect("stores are open as long as their devices");
+        let own = own_device(self.devices, store);
         ReactorDisk {
             ring: self.ring,
             pool: self.pool,
             waiting: self.waiting,
-            inline_ends: self.inline_ends,
+            inline: self.inline,
             stats: self.stats,
             own,
             store,
@@ -72,7 +88,7 @@ struct ReactorDisk<'r> {
     ring: &'r mut Ring,
     pool: &'r mut Pool,
     waiting: &'r mut WaitingRequests,
-    inline_ends: &'r mut VecDeque<InlineEnd>,
+    inline: &'r mut VecDeque<Inline>,
     stats: &'r CoreStats,
     own: &'r OwnDevice,
     store: usize,
@@ -86,21 +102,45 @@ impl ReactorDisk<'_> {
     }
 
     fn ended(&mut self, token: u64, blocks: Blocks, result: Result<(), IoError>) {
-        self.inline_ends.push_back(InlineEnd { store: self.store, token, blocks, result });
+        let state = InlineState::Ended(result);
+        self.inline.push_back(Inline { store: self.store, token, blocks, state });
     }
 }
 
+impl ReactorDevices<'_> {
+    /// The oldest request of a memory store, ended. Reads are done here and not when they are asked for: until then the blocks of
+    /// all of a batch are on their way from memory.
+    fn next_inline_end(&mut self) -> Option<InlineEnd> {
+        let Inline { store, token, mut blocks, state } = self.inline.pop_front()?;
+        let result = match state {
+            InlineState::Ended(result) => result,
+            InlineState::ToRead { offset_bytes } => self.read_inline(store, offset_bytes, &mut blocks),
+        };
+        Some(InlineEnd { store, token, blocks, result })
+    }
+
+    fn read_inline(&mut self, store: usize, offset_bytes: u64, blocks: &mut Blocks) -> Result<(), IoError> {
+        let own = own_device(self.devices, store);
+        if own.mapped.as_ref().is_some_and(|mapped| mapped.read(offset_bytes, blocks, self.pool)) {
+            return Ok(());
+        }
+        read_inline(self.ring.file(own.file), offset_bytes, blocks, self.pool)
+    }
+}
+
+fn own_device(devices: &[Option<OwnDevice>], store: usize) -> &OwnDevice {
+    devices[store].as_ref().expect("stores are open as long as their devices")
+}
+
 impl Disk for ReactorDisk<'_> {
-    fn read(&mut self, offset_bytes: u64, mut blocks: Blocks, token: u64) {
+    fn read(&mut self, offset_bytes: u64, blocks: Blocks, token: u64) {
         self.stats.add(Counter::DiskReads, 1);
         if self.own.inline {
-            let mapped = self.own.mapped.as_ref();
-            let result = if mapped.is_some_and(|mapped| mapped.read(offset_bytes, &mut blocks, self.pool)) {
-                Ok(())
-            } else {
-                read_inline(self.ring.file(self.own.file), offset_bytes, &mut blocks, self.pool)
-            };
-            self.ended(token, blocks, result);
+            if let Some(mapped) = &self.own.mapped {
+                mapped.prefetch(offset_bytes, blocks.len());
+            }
+            let state = InlineState::ToRead { offset_bytes };
+            self.inline.push_back(Inline { store: self.store, token, blocks, state });
             return;
         }
         self.submit(token, Work::Read { offset_bytes, blocks });
@@ -138,7 +178,7 @@ impl Reactor {
             ring: &mut self.ring,
             pool: &mut self.pool,
             waiting: &mut self.waiting,
-            inline_ends: &mut self.inline_ends,
+            inline: &mut self.inline,
             devices: &self.devices,
             stats: &self.stats,
         };
@@ -171,7 +211,7 @@ impl Reactor {
                     self.send(answer.interface, &answer.head, answer.data);
                 }
             } else if serving.start_next(&mut around) {
-            } else if let Some(end) = around.devices.inline_ends.pop_front() {
+            } else if let Some(end) = around.devices.next_inline_end() {
                 serving.disk_ended(end.store, end.token, end.blocks, end.result, &mut around);
             } else if let Some(event) = self.ring.next_event() {
                 self.event(event);

@@ -139,13 +139,13 @@ mod tests {
             let mut pool = region.pool(0).unwrap();
             let file = ring.register_file(direct.as_fd()).unwrap();
             let devices = [Some(OwnDevice { file, dsync: true, inline: false, mapped: None })];
-            let (mut waiting, mut inline_ends) = (WaitingRequests::new(), VecDeque::new());
+            let (mut waiting, mut inline) = (WaitingRequests::new(), VecDeque::new());
             let before = stats.snapshot();
             let mut around = ReactorDevices {
                 ring: &mut ring,
                 pool: &mut pool,
                 waiting: &mut waiting,
-                inline_ends: &mut inline_ends,
+                inline: &mut inline,
                 devices: &devices,
                 stats: &stats,
             };

@@ -17,10 +17,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, compiler_fence};
 
 use af_xdp::region::Pool;
 
-use crate::{BLOCK_BYTES, Blocks};
+use crate::{BLOCK_BYTES, BLOCKS_MAX, Blocks};
 
 /// Mappings of a process: as many as a node has stores.
 const MAPPINGS_MAX: usize = 64;
+
+/// Bytes of a line of the processor's caches.
+#[cfg(target_arch = "x86_64")]
+const LINE_BYTES: usize = 64;
+
+/// Bytes of a large page.
+const LARGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A mapping, as the handler knows it.
 struct Entry {
@@ -64,19 +71,7 @@ impl MappedFile {
         handle_signal()?;
         let free = |entry: &Entry| !entry.is_taken.swap(true, Ordering::AcqRel);
         let entry = TABLE.iter().position(free)?;
-        // SAFETY: a new mapping at an address that the kernel chooses; nobody writes through it.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len_bytes,
-                libc::PROT_READ,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        let start = (start != libc::MAP_FAILED).then(|| NonNull::new(start.cast::<u8>())).flatten();
-        let Some(start) = start else {
+        let Some(start) = map_aligned(file, len_bytes) else {
             TABLE[entry].is_taken.store(false, Ordering::Release);
             return None;
         };
@@ -105,12 +100,43 @@ impl MappedFile {
             // would be, and its checksum tells. Pages that are gone are replaced by the handler.
             unsafe {
                 let from = self.start.as_ptr().add(offset + index * BLOCK_BYTES);
-                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), BLOCK_BYTES);
+                copy_block(from, bytes.as_mut_ptr());
             }
         }
         // The handler ran in this thread, between two instructions of the copy.
         compiler_fence(Ordering::SeqCst);
         !self.is_lost()
+    }
+
+    /// Asks the kernel to put those bytes, which the file must have, on large pages, and to map them as such: then a read has to look
+    /// for fewer pages. Copies what is there, so it takes its time, and reads of the same bytes wait. The kernel may refuse, or not know
+    /// how (before 6.1): then all stays as it is.
+    pub fn join_pages(&self, offset_bytes: u64, len_bytes: u64) {
+        let (Ok(offset), Ok(len_bytes)) = (usize::try_from(offset_bytes), usize::try_from(len_bytes)) else {
+            return;
+        };
+        if self.is_lost() || offset.checked_add(len_bytes).is_none_or(|end| end > self.len_bytes) {
+            return;
+        }
+        // SAFETY: a range of our own mapping; the advice changes neither what it holds nor who may do what with it.
+        let _refused_or_done =
+            unsafe { libc::madvise(self.start.as_ptr().add(offset).cast(), len_bytes, libc::MADV_COLLAPSE) };
+    }
+
+    /// Asks the processor to bring the first [`BLOCKS_MAX`] blocks of a [`MappedFile::read`] near, ahead of it. Into its second cache: the
+    /// first one holds a few of them only, and is filled by fewer lines at a time. Without effect where there are none.
+    pub fn prefetch(&self, offset_bytes: u64, count: usize) {
+        let Ok(offset) = usize::try_from(offset_bytes) else { return };
+        let len_bytes = count.min(BLOCKS_MAX) * BLOCK_BYTES;
+        if offset.checked_add(len_bytes).is_none_or(|end| end > self.len_bytes) {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        for line in (offset..offset + len_bytes).step_by(LINE_BYTES) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: the address lies in the mapping, and a prefetch raises no fault where its page is gone.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.start.as_ptr().add(line).cast()) };
+        }
     }
 
     fn is_lost(&self) -> bool {
@@ -125,6 +151,90 @@ impl Drop for MappedFile {
         let ended = unsafe { libc::munmap(self.start.as_ptr().cast(), self.len_bytes) };
         debug_assert_eq!(ended, 0, "a mapping of ours can be unmapped");
         TABLE[self.entry].is_taken.store(false, Ordering::Release);
+    }
+}
+
+/// Copies a block.
+///
+/// # Safety
+/// Both are of [`BLOCK_BYTES`] bytes, do not overlap, and the second is nobody else's.
+unsafe fn copy_block(from: *const u8, to: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx") {
+        // SAFETY: the processor can; the rest is passed on to the caller.
+        return unsafe { copy_block_by_vectors(from, to) };
+    }
+    // SAFETY: passed on to the caller.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, BLOCK_BYTES) };
+}
+
+/// As [`copy_block`]. The C library copies as much by the processor's string instruction, which is slower for bytes that a prefetch has
+/// brought near.
+///
+/// # Safety
+/// As for [`copy_block`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx")]
+unsafe fn copy_block_by_vectors(from: *const u8, to: *mut u8) {
+    use std::arch::x86_64::{__m256i, _mm256_loadu_si256, _mm256_storeu_si256};
+    const STEP_BYTES: usize = 4 * size_of::<__m256i>();
+    const _: () = assert!(BLOCK_BYTES.is_multiple_of(STEP_BYTES));
+    for at in (0..BLOCK_BYTES).step_by(STEP_BYTES) {
+        // SAFETY: inside both blocks; the instructions ask for no alignment.
+        unsafe {
+            let (from, to) = (from.add(at).cast::<__m256i>(), to.add(at).cast::<__m256i>());
+            let first = _mm256_loadu_si256(from);
+            let second = _mm256_loadu_si256(from.add(1));
+            let third = _mm256_loadu_si256(from.add(2));
+            let fourth = _mm256_loadu_si256(from.add(3));
+            _mm256_storeu_si256(to, first);
+            _mm256_storeu_si256(to.add(1), second);
+            _mm256_storeu_si256(to.add(2), third);
+            _mm256_storeu_si256(to.add(3), fourth);
+        }
+    }
+}
+
+/// Maps a file for reading at a multiple of a large page, so that those of the file can be mapped as such.
+fn map_aligned(file: BorrowedFd<'_>, len_bytes: usize) -> Option<NonNull<u8>> {
+    let slack_bytes = len_bytes.checked_next_multiple_of(BLOCK_BYTES)?.checked_add(LARGE_PAGE_BYTES)?;
+    // SAFETY: a new mapping at an address that the kernel chooses, which nobody touches.
+    let raw = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            slack_bytes,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if raw == libc::MAP_FAILED {
+        return None;
+    }
+    let raw = raw.cast::<u8>();
+    let lead_bytes = raw.align_offset(LARGE_PAGE_BYTES);
+    // SAFETY: a part of our own mapping is replaced, and what is left of it on both sides goes. Nobody writes through it.
+    unsafe {
+        let start = raw.add(lead_bytes);
+        let mapped = libc::mmap(
+            start.cast(),
+            len_bytes,
+            libc::PROT_READ,
+            libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            0,
+        );
+        if mapped == libc::MAP_FAILED {
+            libc::munmap(raw.cast(), slack_bytes);
+            return None;
+        }
+        if lead_bytes > 0 {
+            libc::munmap(raw.cast(), lead_bytes);
+        }
+        let end = lead_bytes + len_bytes.next_multiple_of(BLOCK_BYTES);
+        libc::munmap(raw.add(end).cast(), slack_bytes - end);
+        NonNull::new(start)
     }
 }
 
@@ -243,5 +353,47 @@ mod tests {
         let again = MappedFile::new(files[0].as_fd(), len).unwrap();
         assert!(again.read(0, &mut read, &mut pool));
         assert_eq!(pool.region().bytes(read.get(0)), [7; BLOCK_BYTES]);
+    }
+
+    #[test]
+    fn large_pages_change_nothing_but_the_pace() {
+        const MIB: u64 = 1 << 20;
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        let len = 8 * MIB;
+        let fill = |round: u8| {
+            for at in (0..len).step_by(BLOCK_BYTES) {
+                let block = u8::try_from(at / BLOCK_BYTES as u64 % 251).unwrap();
+                file.write_all_at(&[block ^ round; BLOCK_BYTES], at).unwrap();
+            }
+        };
+        fill(0);
+        let mapped = MappedFile::new(file.as_fd(), len).unwrap();
+        assert_eq!(mapped.start.as_ptr().addr() % LARGE_PAGE_BYTES, 0);
+        let mut pool = pool();
+        let mut read = blocks(&mut pool, 2);
+        for round in 0..3u8 {
+            for at in (0..len - 4096).step_by(37 * BLOCK_BYTES) {
+                mapped.prefetch(at, 2);
+                assert!(mapped.read(at, &mut read, &mut pool));
+                for (block, chunk) in (at / BLOCK_BYTES as u64..).zip(read.iter()) {
+                    let byte = u8::try_from(block % 251).unwrap() ^ round;
+                    assert_eq!(pool.region().bytes(chunk), [byte; BLOCK_BYTES]);
+                }
+            }
+            // Whether the kernel does it or not; the second time they are large already.
+            mapped.join_pages(0, len);
+            fill(round + 1);
+        }
+        mapped.join_pages(4 * MIB, 8 * MIB);
+        mapped.join_pages(u64::MAX - 5, 8);
+        mapped.prefetch(len - BLOCK_BYTES as u64, 2);
+        mapped.prefetch(u64::MAX - 5, 2);
+        // In the middle of a large page.
+        file.set_len(5 * MIB).unwrap();
+        mapped.prefetch(6 * MIB, 2);
+        assert!(mapped.read(5 * MIB - 2 * BLOCK_BYTES as u64, &mut read, &mut pool), "what is left is there");
+        assert!(!mapped.read(5 * MIB - BLOCK_BYTES as u64, &mut read, &mut pool), "its second block is gone");
+        assert!(!mapped.read(0, &mut read, &mut pool), "and it is not trusted again");
+        mapped.join_pages(0, len);
     }
 }

@@ -4,15 +4,20 @@
 //! no room. So a thread of the store's own keeps a few slots ready: reserved, and in a file on a disk written with zeros, since the
 //! first write to a block costs a file system several times one that overwrites.
 //!
+//! A store in memory gets its slots on large pages here, those that were written before it was opened too: that takes a copy of them,
+//! and is never worth a request's time.
+//!
 //! Invariants:
 //! * A slot is queued once it is ready. That there are no more is said only when the last one was queued, or the file system
 //!   refuses another: then a write that needs one fails, and overwriting goes on.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use torus_uring::MappedFile;
 
 use crate::device::{Device, DeviceError};
 use crate::store::EXTENT_BYTES;
@@ -42,7 +47,8 @@ pub(super) struct SlotFeeder {
 }
 
 impl SlotFeeder {
-    /// Makes the first slots ready, and starts the thread for the others. `free` are all slots that no extent has.
+    /// Makes the first slots ready, and starts the thread for the others. `free` are all slots that no extent has; `mapped` is by what
+    /// a store in memory is read.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -51,11 +57,12 @@ impl SlotFeeder {
         layout: Arc<Superblock>,
         shared: Arc<Shared>,
         free: Vec<u32>,
+        mapped: Option<Arc<MappedFile>>,
     ) -> Result<SlotFeeder, DeviceError> {
         let talk = Arc::new(Talk::default());
         let own = Arc::clone(&talk);
         let path = device.path().display().to_string();
-        let work = move || feed(&device, &layout, &shared, free.into(), &own);
+        let work = move || feed(&device, &layout, &shared, free.into(), mapped.as_deref(), &own);
         let thread = std::thread::Builder::new().name("slots".into()).spawn(work);
         let thread =
             thread.map_err(|source| DeviceError::Io { path, what: "start a thread for it", source })?;
@@ -80,12 +87,32 @@ impl Drop for SlotFeeder {
     }
 }
 
-fn feed(device: &Device, layout: &Superblock, shared: &Shared, mut free: VecDeque<u32>, talk: &Talk) {
+fn feed(
+    device: &Device,
+    layout: &Superblock,
+    shared: &Shared,
+    mut free: VecDeque<u32>,
+    mapped: Option<&MappedFile>,
+    talk: &Talk,
+) {
     shared.set_no_more(free.is_empty());
+    // What is still on small pages: at first what has data already. Without a mapping there is nothing to do for them.
+    let mut small = mapped.map_or_else(VecDeque::new, |_| {
+        let free: BTreeSet<u32> = free.iter().copied().collect();
+        (0..layout.slots()).filter(|slot| !free.contains(slot)).collect()
+    });
+    let join_pages = |slot| {
+        if let Some(mapped) = mapped {
+            mapped.join_pages(layout.data_offset(slot), EXTENT_BYTES);
+        }
+    };
     while !talk.stop.load(Ordering::Relaxed) {
         let wanted = shared.free.len() < READY;
         let Some(slot) = free.front().copied().filter(|_| wanted) else {
-            std::thread::park_timeout(LOOK);
+            match small.pop_front() {
+                Some(slot) => join_pages(slot),
+                None => std::thread::park_timeout(LOOK),
+            }
             continue;
         };
         // Its sum pages too: those of a store that has grown were not there at format.
@@ -95,6 +122,12 @@ fn feed(device: &Device, layout: &Superblock, shared: &Shared, mut free: VecDequ
         let error = made.as_ref().err().map(DeviceError::to_string).unwrap_or_default();
         *talk.error.lock().unwrap_or_else(PoisonError::into_inner) = error;
         if made.is_ok() {
+            // While slots are wanted urgently they come before their large pages.
+            if shared.free.len() < READY / 2 {
+                small.push_back(slot);
+            } else {
+                join_pages(slot);
+            }
             free.pop_front();
             shared.add_free(FreeSlot::new(slot));
             shared.set_no_more(free.is_empty());
@@ -126,8 +159,10 @@ mod tests {
 
     fn start(opened: &Opened) -> SlotFeeder {
         let device = opened.store.device().try_clone().unwrap();
+        let device_mapping = device.map_memory();
         let layout = Arc::clone(opened.store.layout());
-        SlotFeeder::start(device, layout, Arc::clone(&opened.shared), opened.free.clone()).unwrap()
+        SlotFeeder::start(device, layout, Arc::clone(&opened.shared), opened.free.clone(), device_mapping)
+            .unwrap()
     }
 
     fn wait(what: &str, done: impl Fn() -> bool) {

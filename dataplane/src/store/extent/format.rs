@@ -437,8 +437,9 @@ impl Superblock {
 /// The largest segment that fits between two bytes of a device; `None` where not one extent does.
 fn segment(begin: u64, end: u64) -> Option<Segment> {
     let pages_offset = begin.next_multiple_of(BLOCK);
-    // Extents begin at multiples of a MiB: no disk has a larger unit that matters.
-    const ALIGN: u64 = 1 << 20;
+    // Extents begin at multiples of 2 MiB: no disk has a larger unit that matters, and a file in memory can have them on large
+    // pages.
+    const ALIGN: u64 = 2 << 20;
     let room = end.checked_sub(pages_offset)?.checked_sub(ALIGN)?;
     let slots = u32::try_from(room / (EXTENT_BYTES + 2 * BLOCK)).unwrap_or(u32::MAX);
     let data_offset = (pages_offset + u64::from(slots) * 2 * BLOCK).next_multiple_of(ALIGN);
@@ -471,7 +472,7 @@ impl Sum {
     /// That of these bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Sum {
-        Sum::of_crc(crc32c::crc32c(bytes))
+        Sum::of_crc(af_xdp::checksum::crc32c(bytes))
     }
 
     /// Whether the block has data.

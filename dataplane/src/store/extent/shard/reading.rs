@@ -38,6 +38,11 @@ impl Op {
 
     /// All parts in order.
     pub(super) fn joined(&mut self) -> Blocks {
+        if self.more_parts.is_empty()
+            && let [only @ Some(_), None, None] = &mut self.parts
+        {
+            return only.take().map_or_else(Blocks::new, |(_, blocks)| blocks);
+        }
         let mut inline = std::mem::take(&mut self.parts);
         if self.more_parts.is_empty() {
             inline.sort_unstable_by_key(|part| part.as_ref().map_or(u32::MAX, |(position, _)| *position));
@@ -77,7 +82,8 @@ impl Shard {
         while position < count {
             let (len, source, place) =
                 self.run_at(object, first_block + u64::from(position), count - position);
-            let rest = blocks.split_off(len as usize);
+            // Most often all there is.
+            let rest = if len == count - position { Blocks::new() } else { blocks.split_off(len as usize) };
             let run = std::mem::replace(&mut blocks, rest);
             self.read_run(at, position, run, source, place, disk);
             position += len;
