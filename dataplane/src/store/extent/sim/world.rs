@@ -676,7 +676,7 @@ impl World {
                     };
                     known.check(&held, false).unwrap_or_else(|error| panic!("{what} read {block}: {error}"));
                     // A shard that failed does not know what its last writes have become.
-                    if !self.failed {
+                    if !self.failed && !self.shared.has_failed() {
                         known.settle(&held);
                     }
                 }
@@ -889,7 +889,8 @@ impl World {
         for shard in self.shards {
             shard.dissolve(&mut self.disk.pool);
         }
-        let failed = self.failed;
+        // A shard may not have told it yet.
+        let failed = self.failed || self.shared.has_failed();
         let (pool, mut media) = self.disk.dissolve();
         lab.pools.give(pool);
         if self.rng.one_in(2) {
