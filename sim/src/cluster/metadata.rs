@@ -4,9 +4,10 @@
 //! cannot be made any more, by a change of its own that changes nothing, and tells its head what the record is.
 
 use torus_replication::membership::{Change, Membership, Partition, Record};
+use torus_replication::mutants::{self, Mutant};
 use torus_replication::terms::Generation;
 
-use super::{Event, World, node_id, volume_id};
+use super::{Checker, Event, World, node_id, volume_id};
 use crate::random::Random;
 
 /// How often a control process looks whether it is wanted.
@@ -127,7 +128,10 @@ impl World {
         let now = self.metadata.records[volume].clone();
         let is_takeover = matches!(what, What::TakeOver { .. });
         let (is_sure, record) = match &what {
-            What::Change { revision, change } if now.revision == *revision => {
+            What::Change { revision, change }
+                if now.revision == *revision || mutants::is(Mutant::ChangeWithoutCompare) =>
+            {
+                self.check_change(volume, &now, change);
                 self.coverage.ejections += change.eject.len() as u64;
                 self.coverage.joins += change.join.len() as u64;
                 (true, self.metadata.replace(volume, change.applied(&now)))
@@ -164,6 +168,24 @@ impl World {
                 delay_ns,
                 Outcome { is_sure, is_takeover, record: Some(record) },
             );
+        }
+    }
+
+    /// No ejection leaves fewer members in sync than must be (I5).
+    fn check_change(&mut self, volume: usize, before: &Record, change: &Change) {
+        let after = change.applied(before);
+        let partitions = self.metadata.partitions[volume].clone();
+        for (at, partition) in partitions.iter().enumerate() {
+            let in_sync = |record: &Record| {
+                let owners = partition.owners.iter().filter(|owner| owner.is_complete);
+                owners.filter(|owner| !record.stale.contains_key(&owner.member)).count()
+            };
+            let (had, has) = (in_sync(before), in_sync(&after));
+            if has < had && has < partition.min_in_sync(after.min_copies) {
+                let what =
+                    format!("volume {volume} partition {at}: {has} in sync by {change:?} of {before:?}");
+                self.object(Checker::Record, what);
+            }
         }
     }
 
