@@ -266,7 +266,9 @@ impl<M: Memory> Head<M> {
 
     /// A replica could not write, or make room.
     pub(super) fn write_failed(&mut self, from: Member, purport: Purport, fault: Fault) {
-        if self.peers.get(&from).is_some_and(Peer::is_learner) {
+        // While it is asked to be in sync it may be so already: then nobody but it can answer for the write.
+        let may_be_in_sync = self.membership.doubt().is_some_and(|change| change.join.contains(&from));
+        if self.peers.get(&from).is_some_and(Peer::is_learner) && !may_be_in_sync {
             if mutants::is(Mutant::JoinAfterFailedWrite) {
                 self.leave(from);
                 return;

@@ -3,6 +3,8 @@
 //! A change is made if the record is still at the revision it was computed from. Its answer may get lost; then a node makes sure that it
 //! cannot be made any more, by a change of its own that changes nothing, and tells its head what the record is.
 
+use std::collections::BTreeSet;
+
 use torus_replication::membership::{Change, Membership, Partition, Record};
 use torus_replication::mutants::{self, Mutant};
 use torus_replication::terms::Generation;
@@ -60,6 +62,8 @@ pub(super) struct Metadata {
     random: Random,
     /// Nobody reaches it.
     pub(super) is_away: bool,
+    /// These nodes do not reach it.
+    pub(super) away_from: BTreeSet<usize>,
     /// Of a hundred answers, how many get lost.
     pub(super) lost_percent: u64,
 }
@@ -72,8 +76,13 @@ impl Metadata {
             partitions,
             random,
             is_away: false,
+            away_from: BTreeSet::new(),
             lost_percent: 0,
         }
+    }
+
+    fn is_away_from(&self, node: usize) -> bool {
+        self.is_away || self.away_from.contains(&node)
     }
 
     pub(super) fn record(&self, volume: usize) -> &Record {
@@ -109,7 +118,7 @@ impl World {
     pub(super) fn wish(&mut self, wish: Wish) {
         let Wish { node, life, volume, what } = wish;
         let is_late = self.metadata.random.below(100) < self.metadata.lost_percent / 4;
-        if self.metadata.is_away || is_late {
+        if self.metadata.is_away_from(node) || is_late {
             // It may still be carried out, long after its asker has given up.
             let delay_ns = self.metadata.random.range(100_000_000..3_000_000_000);
             let again = Wish { node, life, volume, what: what.clone() };
@@ -227,7 +236,7 @@ impl World {
         let now_ns = self.now_ns();
         if !self.nodes[node].is_up()
             || self.network.is_paused(crate::network::Endpoint(node))
-            || self.metadata.is_away
+            || self.metadata.is_away_from(node)
         {
             return;
         }

@@ -83,9 +83,11 @@ fn power_off(random: &mut Random) -> Power {
     if random.coin() { Power::Off } else { Power::NoProcess }
 }
 
-/// Parts: 0 the old head, 1 the replica that both can reach at some time, 2 the new head.
+/// Parts: 0 the old head, which has a copy and does not hear of the new one by the record, 1 the other copy, which both can reach at
+/// some time, 2 the new head.
 fn fence(random: &mut Random) -> Plan {
-    let mut script = Vec::new();
+    let mut script = vec![Step::TakeOver(1), wait(random, 1_300, 1_800), Step::Cast];
+    script.push(Step::NoMetadata(0));
     if random.coin() {
         script.push(Step::OnlyRead(true));
         script.push(wait(random, 50, 300));
@@ -123,8 +125,7 @@ fn fence(random: &mut Random) -> Plan {
     }
     script.push(Step::Join(1, 2));
     script.push(wait(random, 1_500, 2_500));
-    let copies = 2 + random.index(2);
-    Plan { is_flooded: true, ..scripted(random, 3, copies, script) }
+    Plan { is_flooded: true, ..scripted(random, 3, 2, script) }
 }
 
 /// Parts: 0 the head, 1 the member that goes and comes.

@@ -45,6 +45,8 @@ pub enum Step {
     TakeOver(Part),
     /// The metadata store is away or back.
     MetadataAway(bool),
+    /// One node does not reach it.
+    NoMetadata(Part),
     /// Of a hundred of its answers, so many get lost.
     AnswersLost(u64),
     /// A store takes that much longer at most.
@@ -134,7 +136,13 @@ impl World {
                     self.take_over(node(part), 0);
                 }
             }
-            Step::MetadataAway(is_away) => self.metadata.is_away = is_away,
+            Step::MetadataAway(is_away) => {
+                self.metadata.is_away = is_away;
+                self.metadata.away_from.clear();
+            }
+            Step::NoMetadata(part) => {
+                self.metadata.away_from.insert(node(part));
+            }
             Step::AnswersLost(percent) => self.metadata.lost_percent = percent,
             Step::SlowDisk(part, by_ns) => self.nodes[node(part)].slow_ns = by_ns,
             Step::BadDisk(part, percent) => self.nodes[node(part)].store.bad_percent = percent,

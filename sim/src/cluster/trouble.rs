@@ -94,8 +94,13 @@ impl World {
                 return;
             }
             Trouble::NoMetadata => {
-                self.metadata.is_away = true;
-                vec![]
+                if self.troubles.random.coin() {
+                    self.metadata.away_from.insert(node);
+                    vec![node]
+                } else {
+                    self.metadata.is_away = true;
+                    vec![]
+                }
             }
             Trouble::Unknown => {
                 self.metadata.lost_percent = 30;
@@ -161,7 +166,10 @@ impl World {
                 }
             }
             Trouble::Partition | Trouble::OneWay | Trouble::Flap => self.network.heal(now_ns),
-            Trouble::NoMetadata => self.metadata.is_away = false,
+            Trouble::NoMetadata => {
+                self.metadata.is_away = false;
+                self.metadata.away_from.clear();
+            }
             Trouble::Unknown => self.metadata.lost_percent = 0,
             Trouble::SlowDisk => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
@@ -192,6 +200,7 @@ impl World {
         self.network.set_stream_quality(crate::network::Quality::good());
         self.network.set_segment_quality(super::SEGMENT, crate::network::Quality::good());
         self.metadata.is_away = false;
+        self.metadata.away_from.clear();
         self.metadata.lost_percent = 0;
         for node in 0..self.plan.nodes {
             self.nodes[node].slow_ns = 0;
