@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 
 use cluster_map::NodeId;
 
+use crate::mutants::{self, Mutant};
+
 /// For how long a replica's node opens no higher generation after it has granted.
 pub const GRANT_NS: u64 = 1_000_000_000;
 /// How much of it the head's node counts.
@@ -47,7 +49,8 @@ impl Grants {
         let from = self.nodes.entry(node).or_default();
         from.index.0 += 1;
         // Not the latest of all: one that was decided before an opening must not reach beyond it.
-        from.until_ns = asked_ns + COUNTED_NS;
+        let counted_from_ns = if mutants::is(Mutant::GrantFromReply) { now_ns } else { asked_ns };
+        from.until_ns = counted_from_ns + COUNTED_NS;
         from.heard_ns = now_ns;
     }
 
@@ -66,7 +69,8 @@ impl Grants {
     /// Whether that node's grant covers, at `now_ns`, what was opened there when `opened` was its newest one.
     #[must_use]
     pub fn covers(&self, node: NodeId, opened: GrantIndex, now_ns: u64) -> bool {
-        self.nodes.get(&node).is_some_and(|from| from.index > opened && now_ns < from.until_ns)
+        mutants::is(Mutant::NoGrant)
+            || self.nodes.get(&node).is_some_and(|from| from.index > opened && now_ns < from.until_ns)
     }
 }
 

@@ -32,6 +32,7 @@ use self::peers::Peer;
 use crate::grants::Grants;
 use crate::membership::{Change, Membership, Record};
 use crate::message::{Answer, Ask, Fault, Memory, Refusal, Reply, Request};
+use crate::mutants::{self, Mutant};
 use crate::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Span, Version};
 
 /// Bytes of a block.
@@ -530,7 +531,8 @@ impl<M: Memory> Head<M> {
     /// Whether blocks are held by somebody else: a job, or a write that was answered and that not everybody has.
     fn is_held(&self, range: &Range<u64>, but: Option<OpId>) -> bool {
         let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
-        self.jobs.values().any(|job| overlaps(&job.range()))
+        let holds = |job: &Equalize<M::Blocks>| !(mutants::is(Mutant::CopyWithoutLock) && job.is_resync());
+        self.jobs.values().any(|job| holds(job) && overlaps(&job.range()))
             || self.ops.iter().any(|(at, op)| Some(*at) != but && op.token.is_none() && overlaps(&op.range))
     }
 
@@ -559,6 +561,11 @@ impl<M: Memory> Head<M> {
                 opened.is_some_and(|opened| grants.covers(owner.node, opened, self.now_ns))
             })
         })
+    }
+
+    /// Whether grants cover the blocks of a request still, or again.
+    fn may_answer(&self, range: &Range<u64>, grants: &Grants) -> bool {
+        self.is_covered(range, grants) || mutants::is(Mutant::GrantsUncheckedAtReply)
     }
 
     fn start(&mut self, at: OpId, memory: &mut M) {
@@ -595,7 +602,9 @@ impl<M: Memory> Head<M> {
             let is_out = failed.contains(member) || avoided == Some(*member);
             !is_out && self.peers.get(member).is_some_and(Peer::is_open)
         };
-        let owners = self.membership.sure(span.extent).filter(|owner| usable(&owner.member));
+        let owners = self.membership.partition(span.extent).owners.iter();
+        let owners = owners.filter(|owner| self.membership.is_sure(owner) || mutants::is(Mutant::StaleRead));
+        let owners = owners.filter(|owner| usable(&owner.member));
         let nearest = owners.min_by_key(|owner| owner.node != self.node).map(|owner| owner.member);
         let Some(member) = nearest else {
             let all_failed = self.membership.sure(span.extent).all(|owner| failed.contains(&owner.member));
@@ -700,7 +709,7 @@ impl<M: Memory> Head<M> {
 
     /// Ends a request of which nothing was sent to be written.
     fn end_unsent(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
-        if !self.is_covered(&self.op(at).range.clone(), grants) {
+        if !self.may_answer(&self.op(at).range.clone(), grants) {
             return;
         }
         let op = self.take_op(at);
@@ -716,7 +725,7 @@ impl<M: Memory> Head<M> {
 
     fn end_read(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
         // Checked again now: whoever came meanwhile may have written.
-        if !self.is_covered(&self.op(at).range.clone(), grants) {
+        if !self.may_answer(&self.op(at).range.clone(), grants) {
             return;
         }
         let op = self.take_op(at);
@@ -834,15 +843,19 @@ impl<M: Memory> Head<M> {
             .pieces
             .iter()
             .all(|piece| self.membership.needed(piece.span.extent).all(|owner| has(piece, owner.member)));
+        let is_written = is_written
+            || mutants::is(Mutant::AckAfterFirst)
+                && op.pieces.iter().all(|piece| piece.targets.iter().any(|target| target.is_done));
         if let Some(token) = op.token
             && (is_written || op.failure.is_some())
-            && self.is_covered(&op.range.clone(), grants)
+            && self.may_answer(&op.range, grants)
         {
             let result = self.op(at).failure.map_or(Ok(()), Err);
             self.op_mut(at).token = None;
             self.outputs.push_back(Output::Answer { token, result, blocks: None });
         }
-        if self.op(at).token.is_none() && self.is_answered(at) {
+        let is_everywhere = self.is_answered(at) || mutants::is(Mutant::UnlockedEarly);
+        if self.op(at).token.is_none() && is_everywhere {
             let op = self.take_op(at);
             if let Some(blocks) = op.payload {
                 memory.release(blocks);
@@ -885,6 +898,7 @@ impl<M: Memory> Head<M> {
             return Version(0);
         }
         let unequal = self.unequal.values().map(|(lowest, _)| *lowest);
+        let unequal = unequal.filter(|_| !mutants::is(Mutant::StableBeforeEqual));
         let writes = self.ops.values().filter(|op| op.stage == Stage::Sent).flat_map(|op| &op.pieces);
         let missing = writes.filter(|piece| {
             let has =
@@ -908,8 +922,11 @@ impl<M: Memory> Head<M> {
             Purport::List { from, .. } => return Some((Ask::List { from }, None)),
             Purport::Stable => return Some((Ask::Stable, None)),
             Purport::Read { op, reading } => {
-                let span = self.ops.get(&op)?.readings.get(reading)?.span;
-                (Ask::Read { span }, span.extent)
+                let op = self.ops.get(&op)?;
+                let span = op.readings.get(reading)?.span;
+                let is_unverified = mutants::is(Mutant::BadBlockMerged) && op.kind != Kind::Read;
+                let ask = if is_unverified { Ask::Salvage { span } } else { Ask::Read { span } };
+                (ask, span.extent)
             }
             Purport::Reserve { op, piece } => {
                 let extent = self.ops.get(&op)?.pieces.get(piece)?.span.extent;

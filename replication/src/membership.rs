@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use cluster_map::{NodeId, VolumeId};
 
+use crate::mutants::{self, Mutant};
 use crate::terms::{Epoch, Extent, Member, Version};
 
 /// An owner of a partition.
@@ -181,8 +182,12 @@ impl Membership {
     /// Whether some outcome has this owner in sync: nothing is acknowledged without it.
     #[must_use]
     pub fn is_needed(&self, owner: &Owner) -> bool {
-        let joined = self.doubt.as_ref().is_some_and(|change| change.join.contains(&owner.member));
-        owner.is_complete && (joined || !self.record.stale.contains_key(&owner.member))
+        let doubt = self.doubt.as_ref();
+        let joined = doubt.is_some_and(|change| change.join.contains(&owner.member))
+            && !mutants::is(Mutant::JoinInDoubtUndone);
+        let ejected = mutants::is(Mutant::EjectionInDoubtDone)
+            && doubt.is_some_and(|change| change.eject.contains_key(&owner.member));
+        owner.is_complete && !ejected && (joined || !self.record.stale.contains_key(&owner.member))
     }
 
     /// The owners of an extent that may be read.
@@ -204,8 +209,19 @@ impl Membership {
             for owner in in_sync {
                 *(if members.contains_key(&owner.member) { &mut going } else { &mut staying }) += 1;
             }
-            going == 0 || staying >= partition.min_in_sync(self.record.min_copies)
+            let enough = if mutants::is(Mutant::EjectBelowMin) {
+                1
+            } else {
+                partition.min_in_sync(self.record.min_copies)
+            };
+            going == 0 || staying >= enough
         })
+    }
+
+    /// A member's mark is that, until the record is learned anew.
+    #[cfg(mutants)]
+    pub(crate) fn raise_mark(&mut self, member: Member, mark: Version) {
+        self.record.stale.entry(member).and_modify(|known| *known = mark);
     }
 
     /// A change is asked for. Its outcome is unknown from now on.

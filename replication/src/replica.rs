@@ -17,6 +17,7 @@ use cluster_map::{NodeId, VolumeId};
 
 use crate::grants::GRANT_NS;
 use crate::message::{Answer, Ask, Digest, Fault, GrantAnswer, GrantRequest, Held, Refusal, Reply, Request};
+use crate::mutants::{self, Mutant};
 use crate::terms::{Epoch, Extent, Generation, Member, Span, Version};
 
 /// What a store keeps durably of a volume's replica.
@@ -240,7 +241,9 @@ impl<B> Replicas<B> {
     pub fn grant(&mut self, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
         let is_replaced = |volume: &Volume<B>| {
-            volume.durable.head == request.from && volume.seen > volume.durable.generation
+            volume.durable.head == request.from
+                && volume.seen > volume.durable.generation
+                && !mutants::is(Mutant::RenewAfterOpen)
         };
         let replaced = self.volumes.iter().filter(|(_, volume)| is_replaced(volume));
         let excluded = replaced.map(|((_, id), volume)| (*id, volume.seen)).collect();
@@ -322,6 +325,9 @@ impl<B> Replicas<B> {
 
     fn check(&self, key: (Member, VolumeId), request: &Request<B>) -> Result<(), Refusal> {
         let volume = self.volumes.get(&key).ok_or(Refusal::NotOpen)?;
+        if mutants::is(Mutant::GenerationUnchecked) {
+            return Ok(());
+        }
         if request.generation < volume.seen {
             return Err(Refusal::Replaced(volume.seen));
         }
@@ -365,6 +371,9 @@ impl<B> Replicas<B> {
         if let Some(volume) = self.volumes.get_mut(&key) {
             volume.running += 1;
         }
+        if mutants::is(Mutant::AckBeforeDurable) && matches!(work, Work::Write { .. }) {
+            self.answer(from, key.0, key.1, request.generation, request.id, Reply::Done);
+        }
         self.start(key, work, What::Request(from, request.id, request.generation));
     }
 
@@ -406,12 +415,14 @@ impl<B> Replicas<B> {
         let was_open = former.generation > Generation::default();
         let is_restart =
             wanted.generation.takeover == former.generation.takeover && wanted.from == former.head;
-        let until_ns = if is_restart || volume.is_handed_back || !was_open {
-            0
-        } else {
-            let granted = self.granted_ns.get(&former.head).map_or(0, |granted| granted + GRANT_NS);
-            granted.max(self.started_ns + GRANT_NS)
-        };
+        let until_ns =
+            if is_restart || volume.is_handed_back || !was_open || mutants::is(Mutant::FenceSkipped) {
+                0
+            } else {
+                let granted = self.granted_ns.get(&former.head).map_or(0, |granted| granted + GRANT_NS);
+                let forgotten = self.started_ns + GRANT_NS;
+                if mutants::is(Mutant::RestartWithoutQuarantine) { granted } else { granted.max(forgotten) }
+            };
         volume.opening = Some(Opening { wanted, stage: Stage::Fence { until_ns } });
         self.advance_opening(key);
     }
@@ -424,7 +435,8 @@ impl<B> Replicas<B> {
         {
             opening.stage = Stage::Drain;
         }
-        if opening.stage != Stage::Drain || volume.running > 0 || volume.is_persisting {
+        let is_drained = volume.running == 0 || mutants::is(Mutant::OpenWithoutDrain);
+        if opening.stage != Stage::Drain || !is_drained || volume.is_persisting {
             return;
         }
         opening.stage = Stage::Persist;

@@ -5,6 +5,8 @@
 //! * [`store`] – the store under a replica.
 //! * `metadata` – the volume's record and who changes it.
 //! * `client` – an initiator's workload, and the checker that sees all of it.
+//! * `script` – troubles in a fixed order, with the times between them drawn.
+//! * `scenarios` – plans: the general one, and one for each kind of interleaving that is known to be dangerous.
 //! * `trouble` – what breaks, and when all of it is whole again.
 //!
 //! A run has a time of trouble and a time of peace. In peace everything must come to its end: every request, and every copy in sync
@@ -14,6 +16,8 @@
 mod client;
 mod metadata;
 mod node;
+pub mod scenarios;
+pub mod script;
 pub mod store;
 mod trouble;
 
@@ -24,13 +28,14 @@ use cluster_map::{NodeId, StoreId, VolumeId};
 use torus_replication::membership::{Owner, Partition, Record};
 use torus_replication::message::{Answer, GrantAnswer, GrantRequest, Request};
 use torus_replication::replica::WorkId;
-use torus_replication::terms::{Epoch, Member};
+use torus_replication::terms::{Epoch, Extent, Generation, Member};
 
 use self::client::{Client, ClientReply, ClientRequest};
 use self::metadata::{Metadata, Outcome, Wish};
 use self::node::Node;
+use self::script::Step;
 use self::store::Block;
-use crate::checker::history::History;
+use crate::checker::history::{History, VolumeId as HistoryVolume};
 use crate::checker::trace::Trace;
 use crate::network::{self, Endpoint, Network, Quality, SegmentId, Setup};
 use crate::random::Random;
@@ -66,6 +71,10 @@ pub struct Plan {
     pub network: Quality,
     /// Extents that a store has room for.
     pub extents_max: usize,
+    /// The switch knows no address: whatever an initiator sends comes to every node.
+    pub is_flooded: bool,
+    /// What happens in order, besides.
+    pub script: Vec<Step>,
 }
 
 /// A kind of trouble.
@@ -95,11 +104,17 @@ pub enum Trouble {
     SlowDisk,
     /// A block rots, on one copy.
     Rot,
+    /// What one node sends to another takes long.
+    SlowLink,
+    /// A connection breaks, and nothing else.
+    Reset,
+    /// A store fails writes.
+    BadDisk,
 }
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 12] = [
+    pub const ALL: [Trouble; 15] = [
         Trouble::Restart,
         Trouble::Off,
         Trouble::PowerCut,
@@ -112,6 +127,9 @@ impl Trouble {
         Trouble::Unknown,
         Trouble::SlowDisk,
         Trouble::Rot,
+        Trouble::SlowLink,
+        Trouble::Reset,
+        Trouble::BadDisk,
     ];
 }
 
@@ -147,6 +165,8 @@ enum Event {
     Break,
     /// A trouble of that number is over.
     Mend(u64),
+    /// The script goes on.
+    Script,
 }
 
 /// What a report tells.
@@ -225,15 +245,67 @@ pub struct World {
     trace: Trace<Note>,
     coverage: Coverage,
     is_peace: bool,
+    /// The highest generation that has answered an initiator, of each partition of each volume.
+    answered: BTreeMap<(usize, u64), Generation>,
+    wrong: Option<Wrong>,
+    steps: u64,
+    /// Steps of the script that were done, and the nodes that they name.
+    script_at: usize,
+    cast: Vec<usize>,
     /// What happens is kept.
     is_told: bool,
     events: u64,
+}
+
+/// Who finds what is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checker {
+    /// What initiators were told is not what one disk could have answered.
+    History,
+    /// An initiator was told of an error.
+    Errors,
+    /// A head has answered after a later one had.
+    Generations,
+    /// The record has too few members in sync.
+    Record,
+    /// Copies in sync differ at rest.
+    Copies,
+    /// Not everything has come to its end.
+    Rest,
+}
+
+impl fmt::Display for Checker {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Checker::History => "history",
+            Checker::Errors => "errors",
+            Checker::Generations => "generations",
+            Checker::Record => "record",
+            Checker::Copies => "copies",
+            Checker::Rest => "rest",
+        })
+    }
+}
+
+/// Something that is wrong.
+#[derive(Debug, Clone)]
+struct Wrong {
+    checker: Checker,
+    what: String,
+}
+
+impl Wrong {
+    fn new(checker: Checker, what: String) -> Wrong {
+        Wrong { checker, what }
+    }
 }
 
 /// What a run found wrong.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{what}\n{log}")]
 pub struct Failure {
+    /// Who found it.
+    pub checker: Checker,
     /// What.
     pub what: String,
     /// What happened before.
@@ -276,6 +348,7 @@ impl Plan {
         let mut troubles = Trouble::ALL.to_vec();
         random.shuffle(&mut troubles);
         troubles.truncate(1 + random.index(5));
+        let is_good = random.coin();
         Plan {
             nodes,
             volumes: 1 + random.index(2),
@@ -286,14 +359,25 @@ impl Plan {
             troubles,
             window: 1 + random.index(8),
             blocks: [8, 64, 3000][random.index(3)],
-            network: if random.coin() { Quality::good() } else { Quality::drawn(random) },
+            network: if is_good { Quality::good() } else { Quality::drawn(random) },
             extents_max: 64,
+            // Copies of a write that take two ways of different length are not what a head can put in order.
+            is_flooded: is_good && random.coin(),
+            script: Vec::new(),
         }
+    }
+
+    /// Whether that may break in it.
+    fn may(&self, trouble: Trouble) -> bool {
+        self.troubles.contains(&trouble) || self.script.iter().any(|step| step.is(trouble))
     }
 }
 
 /// Events that are told of a run that failed; all that are kept with `TORUS_SIM_LOG=all`.
 const EVENTS_TOLD: usize = 60;
+
+/// Steps of a run: what takes more goes round in a circle.
+const STEPS_MAX: u64 = 20_000_000;
 
 /// Runs a seed to its end.
 ///
@@ -306,8 +390,9 @@ pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<(Coverag
     if world.run().is_err() {
         // Once more, and what happens is kept.
         let mut world = World::new(plan, random, true);
-        let what = world.run().err().unwrap_or_else(|| "two runs of one seed differ".into());
-        return Err(Failure { what: format!("{what}\n{:?}", world.plan), log: world.log() });
+        let differ = || Wrong::new(Checker::Rest, "two runs of one seed differ".into());
+        let Wrong { checker, what } = world.run().err().unwrap_or_else(differ);
+        return Err(Failure { checker, what: format!("{what}\n{:?}", world.plan), log: world.log() });
     }
     world.coverage.simulated_ns = world.schedule.now_ns();
     world.coverage.events = world.events;
@@ -367,7 +452,12 @@ impl World {
         for client in 0..plan.volumes {
             schedule.at(1000, Event::Client { client });
         }
-        schedule.at(plan.pause_ns, Event::Break);
+        if !plan.troubles.is_empty() {
+            schedule.at(plan.pause_ns, Event::Break);
+        }
+        if !plan.script.is_empty() {
+            schedule.at(script::BEGIN_NS, Event::Script);
+        }
         let troubles = trouble::Troubles::new(random.named("trouble", 0));
         let metadata = Metadata::new(records, partitions, random.named("metadata", 0));
         let mut world = World {
@@ -381,6 +471,11 @@ impl World {
             trace: Trace::new(200_000),
             coverage: Coverage::default(),
             is_peace: false,
+            answered: BTreeMap::new(),
+            wrong: None,
+            steps: 0,
+            script_at: 0,
+            cast: Vec::new(),
             is_told,
             events: 0,
             plan,
@@ -410,12 +505,19 @@ impl World {
         }
     }
 
-    fn run(&mut self) -> Result<(), String> {
+    /// Something is wrong: the run ends.
+    fn object(&mut self, checker: Checker, what: String) {
+        self.wrong.get_or_insert(Wrong { checker, what });
+    }
+
+    fn run(&mut self) -> Result<(), Wrong> {
         let peace_ns = self.plan.trouble_ns;
         let limit_ns = peace_ns + 60_000_000_000;
         loop {
             let next = self.schedule.next_ns().into_iter().chain(self.network.next_ns()).min();
-            let Some(next_ns) = next else { return Err("nothing happens any more".into()) };
+            let Some(next_ns) = next else {
+                return Err(Wrong::new(Checker::Rest, "nothing happens any more".into()));
+            };
             if !self.is_peace && next_ns >= peace_ns {
                 self.make_peace();
                 continue;
@@ -425,17 +527,22 @@ impl World {
                     client.stop();
                 }
                 if self.is_at_rest() {
-                    return self.compare_copies();
+                    return self.compare_copies().and_then(|()| self.read_copies());
                 }
             }
-            if next_ns > limit_ns {
-                return Err(format!("it does not come to rest: {}", self.what_is_open()));
+            if next_ns > limit_ns || self.steps > STEPS_MAX {
+                let what = format!("it does not come to rest: {}", self.what_is_open());
+                return Err(Wrong::new(Checker::Rest, what));
             }
+            self.steps += 1;
             self.step(next_ns)?;
+            if let Some(wrong) = self.wrong.take() {
+                return Err(wrong);
+            }
         }
     }
 
-    fn step(&mut self, next_ns: u64) -> Result<(), String> {
+    fn step(&mut self, next_ns: u64) -> Result<(), Wrong> {
         if self.network.next_ns().is_some_and(|at_ns| at_ns <= next_ns) {
             if let Some((at_ns, event)) = self.network.pop(next_ns) {
                 self.schedule.advance(at_ns);
@@ -454,11 +561,12 @@ impl World {
             Event::Client { client } => self.client_turn(client),
             Event::Break => self.break_something(),
             Event::Mend(number) => self.mend(number),
+            Event::Script => self.script_goes_on(),
         }
         Ok(())
     }
 
-    fn network_event(&mut self, event: network::Event<Message>) -> Result<(), String> {
+    fn network_event(&mut self, event: network::Event<Message>) -> Result<(), Wrong> {
         let at = event.at().0;
         if at >= self.plan.nodes {
             if let network::Event::Frame { payload: Message::Reply(reply), .. } = event {
@@ -490,8 +598,36 @@ impl World {
         text
     }
 
+    /// At rest, what a copy holds is what a read would be given.
+    fn read_copies(&mut self) -> Result<(), Wrong> {
+        let now_ns = self.now_ns();
+        for volume in 0..self.plan.volumes {
+            let partitions = self.metadata.partitions(volume).to_vec();
+            let stores: Vec<_> = partitions
+                .iter()
+                .map(|partition| {
+                    self.nodes[node_of(partition.owners[0].node)].store.visible(volume_id(volume))
+                })
+                .collect();
+            for block in self.clients[volume].blocks() {
+                let extent = Extent::of_block(block);
+                let at = (extent, (block - extent.first_block()) as u16);
+                let content = match stores[extent.0 as usize % stores.len()].get(&at) {
+                    None => store::ZEROS,
+                    Some(Some(content)) => *content,
+                    Some(None) => continue,
+                };
+                for (lba, value) in (block * store::SECTORS as u64..).zip(content) {
+                    let seen = self.history.observe(now_ns, HistoryVolume(volume as u64), lba, value);
+                    seen.map_err(|violation| Wrong::new(Checker::Copies, violation.to_string()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// In peace all copies of a volume are the same.
-    fn compare_copies(&self) -> Result<(), String> {
+    fn compare_copies(&self) -> Result<(), Wrong> {
         for volume in 0..self.plan.volumes {
             let id = volume_id(volume);
             let partitions = self.metadata.partitions(volume);
@@ -509,11 +645,12 @@ impl World {
                     let (first_node, first) = first.get_or_insert_with(|| (node, mine.clone()));
                     if !has_damage && *first != mine && !first.iter().any(|(_, content)| content.is_none()) {
                         let differing = first.iter().zip(&mine).find(|(a, b)| a != b);
-                        return Err(format!(
+                        let what = format!(
                             "volume {volume} partition {at}: nodes {first_node} and {node} differ: {} and {} blocks, {differing:?}",
                             first.len(),
                             mine.len()
-                        ));
+                        );
+                        return Err(Wrong::new(Checker::Copies, what));
                     }
                 }
             }

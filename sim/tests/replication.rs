@@ -1,14 +1,27 @@
 //! Clusters of real heads and replicas, by seed: every promise is kept through whatever breaks.
 
-use torus_sim::cluster::{Coverage, Plan, run};
+use torus_sim::cluster::scenarios::Scenario;
+use torus_sim::cluster::{Coverage, run};
 use torus_sim::exploration::{Exploration, Ran};
+
+/// Every other seed is any run, and the scenarios share the rest.
+fn scenario(seed: u64) -> Scenario {
+    let directed = &Scenario::ALL[1..];
+    if seed.is_multiple_of(2) {
+        Scenario::Any
+    } else {
+        directed[usize::try_from(seed / 2 % directed.len() as u64).expect("a small number")]
+    }
+}
 
 #[test]
 fn clusters_keep_every_promise() {
     let command = "cargo test -p torus-sim --test replication";
     let mut all = Coverage::default();
     let explored = Exploration::from_environment(command, 200).run(|seed| {
-        let (coverage, digest) = run(seed, Plan::drawn).map_err(|failure| failure.to_string())?;
+        let scenario = scenario(seed);
+        let (coverage, digest) = run(seed, |random| scenario.plan(random))
+            .map_err(|failure| format!("{scenario:?}, found by {}: {failure}", failure.checker))?;
         all.add(&coverage);
         Ok(Ran { simulated_ns: coverage.simulated_ns, events: coverage.events, digest })
     });

@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use super::{Head, JobId, Output, Peer, Purport, RETRY_NS};
 use crate::message::{Digest, Memory, Reply};
+use crate::mutants::{self, Mutant};
 use crate::terms::{EXTENT_BLOCKS, Extent, Member, Span, Version};
 
 /// Blocks that are compared at once.
@@ -99,6 +100,11 @@ impl<B> Equalize<B> {
         self.fixes.front().copied()
     }
 
+    /// Whether it brings a member up to date.
+    pub(super) fn is_resync(&self) -> bool {
+        matches!(self.purpose, Purpose::Resync(_))
+    }
+
     /// A member has left.
     pub(super) fn leave(&mut self, member: Member) {
         self.missing.retain(|missing| *missing != member);
@@ -175,7 +181,9 @@ impl<M: Memory> Head<M> {
                     });
                     let is_early = matches!(job.purpose, Purpose::Resync(_))
                         && self.unequal.contains_key(&job.span.extent);
-                    if is_other || is_early || self.is_in_use(&range) || !self.compare(at, memory) {
+                    let is_locked =
+                        self.is_in_use(&range) && !(mutants::is(Mutant::CopyWithoutLock) && job.is_resync());
+                    if is_other || is_early || is_locked || !self.compare(at, memory) {
                         return;
                     }
                 }
@@ -266,10 +274,23 @@ impl<M: Memory> Head<M> {
         }
     }
 
+    /// Whether a member that is brought up to date is copied instead: never.
+    fn is_turned(&self, job: &Equalize<M::Blocks>) -> bool {
+        let Purpose::Resync(member) = job.purpose else { return false };
+        let learner = || self.peers.get(&member).and_then(|peer| peer.learner.as_ref());
+        mutants::is(Mutant::ResyncBackwards)
+            || mutants::is(Mutant::HigherVersionWins)
+                && learner().is_some_and(|learner| learner.order(member, job.span.extent).is_lt())
+    }
+
     /// Says what is to be done, from all digests.
     fn decide(&mut self, at: JobId) {
+        let is_turned = self.is_turned(&self.jobs[&at]);
         let job = self.job_mut(at);
         let learner = match job.purpose {
+            Purpose::Resync(_) if is_turned => {
+                job.digests.keys().copied().find(|party| job.purpose != Purpose::Resync(*party))
+            }
             Purpose::Resync(learner) => Some(learner),
             Purpose::Reconcile | Purpose::Repair => None,
         };
@@ -332,9 +353,10 @@ impl<M: Memory> Head<M> {
 
     fn write_fix(&mut self, at: JobId, memory: &mut M) {
         let extent = self.jobs[&at].span.extent;
+        let is_turned = self.is_turned(&self.jobs[&at]);
         let members: Vec<Member> = match self.jobs[&at].purpose {
-            Purpose::Resync(learner) => vec![learner],
-            Purpose::Reconcile | Purpose::Repair => {
+            Purpose::Resync(learner) if !is_turned => vec![learner],
+            Purpose::Resync(_) | Purpose::Reconcile | Purpose::Repair => {
                 self.targets(extent).iter().map(|target| target.member).collect()
             }
         };
@@ -392,6 +414,7 @@ fn remedy(copies: &[(Member, Digest)], learner: Option<Member>) -> Option<Remedy
         let (from, source) = *copies.iter().find(|(member, _)| *member != learner)?;
         return match source {
             Digest::Absent if target == Digest::Absent => None,
+            Digest::Absent if mutants::is(Mutant::AbsentKept) => None,
             Digest::Absent => Some(Remedy::Unmap),
             Digest::Data(_) if source == target => None,
             Digest::Data(_) => Some(Remedy::Copy { from, is_suspect: false }),

@@ -16,6 +16,7 @@ use super::{Failure, Head, OpId, Output, Purport, RETRY_NS, SILENCE_NS, Stage};
 use crate::grants::{GrantIndex, Grants};
 use crate::membership::Change;
 use crate::message::{Fault, Held, Memory};
+use crate::mutants::{self, Mutant};
 use crate::terms::{Extent, Member, Version};
 
 /// For how long a replica may take to open a generation: grants of the former one run out meanwhile.
@@ -170,9 +171,12 @@ impl<M: Memory> Head<M> {
         let Some(peer) = self.peers.get_mut(&from) else { return };
         peer.opened = Some(grants.index(peer.node));
         if !std::mem::replace(&mut peer.was_opened, true) {
-            self.next_version = self.next_version.max(highest.next());
+            if !mutants::is(Mutant::SequenceRestarts) {
+                self.next_version = self.next_version.max(highest.next());
+            }
             // Who is stale is made equal by what it missed, and by what only it has.
-            for held in active.iter().filter(|_| is_in_sync) {
+            let is_unequal = is_in_sync && !mutants::is(Mutant::ReconcileSkipped);
+            for held in active.iter().filter(|_| is_unequal) {
                 let lowest = &mut self.unequal.entry(held.extent).or_insert((held.version, false)).0;
                 *lowest = held.version.min(*lowest);
             }
@@ -262,7 +266,13 @@ impl<M: Memory> Head<M> {
 
     /// A replica could not write, or make room.
     pub(super) fn write_failed(&mut self, from: Member, purport: Purport, fault: Fault) {
-        if self.peers.get(&from).is_some_and(Peer::is_learner) {
+        // While it is asked to be in sync it may be so already: then nobody but it can answer for the write.
+        let may_be_in_sync = self.membership.doubt().is_some_and(|change| change.join.contains(&from));
+        if self.peers.get(&from).is_some_and(Peer::is_learner) && !may_be_in_sync {
+            if mutants::is(Mutant::JoinAfterFailedWrite) {
+                self.leave(from);
+                return;
+            }
             self.drop_learner(from);
             return;
         }
@@ -417,7 +427,8 @@ impl<M: Memory> Head<M> {
         let unequal = unequal.map(|(_, (lowest, _))| *lowest);
         let writes = self.ops.values().filter(|op| op.stage == Stage::Sent).flat_map(|op| &op.pieces);
         let is_missing = |piece: &&super::Piece| {
-            piece.targets.iter().any(|target| target.member == member && !target.is_done)
+            !mutants::is(Mutant::MarkAboveWrites)
+                && piece.targets.iter().any(|target| target.member == member && !target.is_done)
         };
         let writes = writes.filter(is_missing).map(|piece| piece.version);
         let copies = self.jobs.values().filter_map(Equalize::version);

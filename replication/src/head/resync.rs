@@ -14,6 +14,7 @@ use super::equalize::Purpose;
 use super::{Head, JobId, Peer, Purport, Stage};
 use crate::membership::Change;
 use crate::message::{Held, Memory};
+use crate::mutants::{self, Mutant};
 use crate::terms::{Extent, Member, Span, Version};
 
 /// Extents of a learner that are made equal at a time.
@@ -45,6 +46,16 @@ pub(super) struct Learner {
 }
 
 impl Learner {
+    /// How the versions of an extent compare, of the in-sync copies and of the learner: it says nothing about who is right.
+    pub(super) fn order(&self, member: Member, extent: Extent) -> std::cmp::Ordering {
+        let of = |is_learner: bool| {
+            let lists = self.lists.iter().filter(|(party, _)| (**party == member) == is_learner);
+            let held = lists.flat_map(|(_, list)| &list.held).filter(|held| held.extent == extent);
+            held.map(|held| held.version).max()
+        };
+        of(false).cmp(&of(true))
+    }
+
     /// The record was not changed: it is asked again when it is still up to date.
     pub(super) fn was_refused(&mut self) {
         self.is_proposed = false;
@@ -147,7 +158,9 @@ impl<M: Memory> Head<M> {
         let (mut there, mut here) = (BTreeSet::new(), BTreeSet::new());
         for (party, list) in &learner.lists {
             for held in list.held.iter().filter(|held| is_its(held.extent)) {
-                if *party == member {
+                if *party == member && mutants::is(Mutant::ResyncSourceOnly) {
+                    continue;
+                } else if *party == member {
                     here.insert(held.extent);
                 } else if self.membership.owns(*party, held.extent) {
                     there.insert(held.extent);
@@ -160,6 +173,9 @@ impl<M: Memory> Head<M> {
             }
         }
         work.extend(there.symmetric_difference(&here));
+        if mutants::is(Mutant::EqualVersionSkipped) {
+            work.retain(|extent| learner.order(member, *extent).is_ne());
+        }
         let work = work.into_iter().collect();
         if let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) {
             learner.work = Some(work);
@@ -214,6 +230,10 @@ impl<M: Memory> Head<M> {
         let in_doubt = self.membership.doubt().is_some_and(|change| change.join.contains(&member));
         if let Some(peer) = self.peers.get_mut(&member) {
             peer.learner = None;
+        }
+        #[cfg(mutants)]
+        if mutants::is(Mutant::MarkRaised) {
+            self.membership.raise_mark(member, self.next_version.before());
         }
         let of_it = self.jobs.iter().filter(|(_, job)| job.purpose == Purpose::Resync(member));
         let jobs: Vec<JobId> = of_it.map(|(at, _)| *at).collect();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use torus_replication::head::Failure;
 
 use super::store::{Block, SECTORS};
-use super::{Event, Message, Plan, SEGMENT, World};
+use super::{Checker, Event, Message, Plan, SEGMENT, Trouble, World, Wrong};
 use crate::checker::history::{Action, OpId, Outcome, VolumeId};
 use crate::network::{Endpoint, Mac};
 use crate::random::Random;
@@ -51,12 +51,20 @@ pub(super) struct Client {
     window: usize,
     blocks: u64,
     is_stopped: bool,
+    /// It only reads for a while.
+    pub(super) is_reading: bool,
     /// Where the first extent ends in what it uses, so that requests cross it.
     first_block: u64,
 }
 
 pub(super) fn mac_of_volume(volume: usize) -> Mac {
     Mac(0x0200_0000_0000 + volume as u64)
+}
+
+/// An address of which the switch does not know where it is: a frame to it goes everywhere. Whoever gets it takes it as one to
+/// the volume's own.
+fn unlearned_mac_of_volume(volume: usize) -> Mac {
+    Mac(0x0a00_0000_0000 + volume as u64)
 }
 
 fn mac_of_client(volume: usize) -> Mac {
@@ -75,6 +83,7 @@ impl Client {
             window: plan.window,
             blocks: plan.blocks,
             is_stopped: false,
+            is_reading: false,
             first_block: 1024 - plan.blocks.min(1024) / 2,
         }
     }
@@ -85,6 +94,11 @@ impl Client {
 
     pub(super) fn is_idle(&self) -> bool {
         self.is_stopped && self.doing.is_empty()
+    }
+
+    /// What it uses.
+    pub(super) fn blocks(&self) -> std::ops::Range<u64> {
+        self.first_block..self.first_block + self.blocks
     }
 
     pub(super) fn describe(&self) -> String {
@@ -114,7 +128,8 @@ impl Client {
         if overlaps {
             return None;
         }
-        let values = self.random.coin().then(|| {
+        let is_write = self.random.coin() && !self.is_reading;
+        let values = is_write.then(|| {
             let first = self.next_value;
             self.next_value += count as u64;
             (first..).take(count).map(|value| value << 8 | self.volume as u64).collect()
@@ -152,14 +167,15 @@ impl World {
             send.push(request);
         }
         let pause_ns = if client.is_stopped { 50_000_000 } else { client.random.range(200_000..8_000_000) };
-        let (endpoint, source, destination) = (client.endpoint, mac_of_client(at), mac_of_volume(at));
+        let (endpoint, source) = (client.endpoint, mac_of_client(at));
+        let destination = if self.plan.is_flooded { unlearned_mac_of_volume(at) } else { mac_of_volume(at) };
         for request in send {
             self.network.transmit(now_ns, endpoint, SEGMENT, source, destination, &Message::Client(request));
         }
         self.schedule.after(pause_ns, Event::Client { client: at });
     }
 
-    pub(super) fn client_reply(&mut self, at: usize, reply: ClientReply) -> Result<(), String> {
+    pub(super) fn client_reply(&mut self, at: usize, reply: ClientReply) -> Result<(), Wrong> {
         let now_ns = self.now_ns();
         let client = &mut self.clients[at];
         let Some(_) = client.doing.remove(&reply.op) else { return Ok(()) };
@@ -169,16 +185,23 @@ impl World {
             Ok(None) => Outcome::Written,
             Err(failure) => {
                 self.coverage.failed += 1;
-                // Of all troubles only rot takes the last good copy.
-                if failure != Failure::Unreadable || !self.plan.troubles.contains(&super::Trouble::Rot) {
-                    return Err(format!("initiator {at} is told: {failure}"));
+                // Only rot takes the last good copy, and only a device that fails keeps the sole copy from being written.
+                let excuse = match failure {
+                    Failure::Unreadable => Some(Trouble::Rot),
+                    Failure::Unwritable => Some(Trouble::BadDisk),
+                    Failure::NoSpace => None,
+                };
+                if excuse.is_none_or(|excuse| !self.plan.may(excuse)) {
+                    return Err(Wrong::new(Checker::Errors, format!("initiator {at} is told: {failure}")));
                 }
                 Outcome::Failed
             }
         };
         let op = reply.op;
         self.note(|| format!("initiator {at} op {op} {outcome:?}"));
-        self.history.end(now_ns, OpId(op), &outcome).map_err(|violation| violation.to_string())
+        self.history
+            .end(now_ns, OpId(op), &outcome)
+            .map_err(|violation| Wrong::new(Checker::History, violation.to_string()))
     }
 
     /// A head answers an initiator.

@@ -3,10 +3,13 @@
 //! A change is made if the record is still at the revision it was computed from. Its answer may get lost; then a node makes sure that it
 //! cannot be made any more, by a change of its own that changes nothing, and tells its head what the record is.
 
+use std::collections::BTreeSet;
+
 use torus_replication::membership::{Change, Membership, Partition, Record};
+use torus_replication::mutants::{self, Mutant};
 use torus_replication::terms::Generation;
 
-use super::{Event, World, node_id, volume_id};
+use super::{Checker, Event, World, node_id, volume_id};
 use crate::random::Random;
 
 /// How often a control process looks whether it is wanted.
@@ -59,6 +62,8 @@ pub(super) struct Metadata {
     random: Random,
     /// Nobody reaches it.
     pub(super) is_away: bool,
+    /// These nodes do not reach it.
+    pub(super) away_from: BTreeSet<usize>,
     /// Of a hundred answers, how many get lost.
     pub(super) lost_percent: u64,
 }
@@ -71,8 +76,13 @@ impl Metadata {
             partitions,
             random,
             is_away: false,
+            away_from: BTreeSet::new(),
             lost_percent: 0,
         }
+    }
+
+    fn is_away_from(&self, node: usize) -> bool {
+        self.is_away || self.away_from.contains(&node)
     }
 
     pub(super) fn record(&self, volume: usize) -> &Record {
@@ -108,7 +118,7 @@ impl World {
     pub(super) fn wish(&mut self, wish: Wish) {
         let Wish { node, life, volume, what } = wish;
         let is_late = self.metadata.random.below(100) < self.metadata.lost_percent / 4;
-        if self.metadata.is_away || is_late {
+        if self.metadata.is_away_from(node) || is_late {
             // It may still be carried out, long after its asker has given up.
             let delay_ns = self.metadata.random.range(100_000_000..3_000_000_000);
             let again = Wish { node, life, volume, what: what.clone() };
@@ -127,7 +137,10 @@ impl World {
         let now = self.metadata.records[volume].clone();
         let is_takeover = matches!(what, What::TakeOver { .. });
         let (is_sure, record) = match &what {
-            What::Change { revision, change } if now.revision == *revision => {
+            What::Change { revision, change }
+                if now.revision == *revision || mutants::is(Mutant::ChangeWithoutCompare) =>
+            {
+                self.check_change(volume, &now, change);
                 self.coverage.ejections += change.eject.len() as u64;
                 self.coverage.joins += change.join.len() as u64;
                 (true, self.metadata.replace(volume, change.applied(&now)))
@@ -164,6 +177,24 @@ impl World {
                 delay_ns,
                 Outcome { is_sure, is_takeover, record: Some(record) },
             );
+        }
+    }
+
+    /// No ejection leaves fewer members in sync than must be (I5).
+    fn check_change(&mut self, volume: usize, before: &Record, change: &Change) {
+        let after = change.applied(before);
+        let partitions = self.metadata.partitions[volume].clone();
+        for (at, partition) in partitions.iter().enumerate() {
+            let in_sync = |record: &Record| {
+                let owners = partition.owners.iter().filter(|owner| owner.is_complete);
+                owners.filter(|owner| !record.stale.contains_key(&owner.member)).count()
+            };
+            let (had, has) = (in_sync(before), in_sync(&after));
+            if has < had && has < partition.min_in_sync(after.min_copies) {
+                let what =
+                    format!("volume {volume} partition {at}: {has} in sync by {change:?} of {before:?}");
+                self.object(Checker::Record, what);
+            }
         }
     }
 
@@ -205,7 +236,7 @@ impl World {
         let now_ns = self.now_ns();
         if !self.nodes[node].is_up()
             || self.network.is_paused(crate::network::Endpoint(node))
-            || self.metadata.is_away
+            || self.metadata.is_away_from(node)
         {
             return;
         }

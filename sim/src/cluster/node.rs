@@ -10,12 +10,13 @@ use torus_replication::grants::{Grants, RENEW_NS};
 use torus_replication::head::{self, Head, Token};
 use torus_replication::membership::{Membership, Record};
 use torus_replication::message::{Answer, GrantRequest, Memory, Reply, Request};
+use torus_replication::mutants::{self, Mutant};
 use torus_replication::replica::{self, Replicas, WorkId};
-use torus_replication::terms::Generation;
+use torus_replication::terms::{EXTENT_BLOCKS, Generation};
 
 use super::client::{ClientReply, ClientRequest, from_blocks, to_blocks};
 use super::store::{Block, SECTORS, Store};
-use super::{Event, Message, Plan, TICK_NS, World, member_of, node_id, node_of, volume_of};
+use super::{Checker, Event, Message, Plan, TICK_NS, World, member_of, node_id, node_of, volume_of};
 use crate::network::{self, ConnectionId, Endpoint, Power};
 use crate::random::Random;
 use crate::schedule::Clock;
@@ -413,7 +414,8 @@ impl World {
                 continue;
             }
             if !peer.is_served {
-                if !process.replicas.has_ended_all_of(node_id(other)) {
+                let has_ended = process.replicas.has_ended_all_of(node_id(other));
+                if !has_ended && !mutants::is(Mutant::ConnectionServedEarly) {
                     continue;
                 }
                 peer.is_served = true;
@@ -559,6 +561,8 @@ impl World {
                 let Some(at) = heads.get_mut(&volume) else { return };
                 let id = RequestId(u32::try_from(token.0).expect("as it was given"));
                 let Some(request) = at.doing.remove(&id) else { return };
+                let generation = at.head.generation();
+                let (range, ..) = to_blocks(&request);
                 let values = blocks.map(|blocks| from_blocks(&request, &blocks));
                 let result = result.map(|()| values);
                 let mut granted = Vec::new();
@@ -567,6 +571,7 @@ impl World {
                 for next in granted {
                     at.begin(next, grants, memory, boot_ns);
                 }
+                self.check_order(node, volume, &range, generation);
                 self.reply(node, volume, ClientReply { op: request.op, result });
             }
             head::Output::Change { revision, change } => {
@@ -587,6 +592,33 @@ impl World {
                 self.nodes[node].is_asking[volume] = false;
             }
             head::Output::Refresh | head::Output::Release(_) => {}
+        }
+    }
+
+    /// Whoever answers an initiator is head at that moment: nobody answers when a later one has (I1).
+    fn check_order(&mut self, node: usize, volume: usize, range: &std::ops::Range<u64>, now: Generation) {
+        let spread = self.plan.spread as u64;
+        for extent in range.start / u64::from(EXTENT_BLOCKS)..=(range.end - 1) / u64::from(EXTENT_BLOCKS) {
+            let highest = self.answered.entry((volume, extent % spread)).or_default();
+            if now < *highest {
+                let what = format!(
+                    "node {node} answers for volume {volume} under generation {now}, after {highest} has answered"
+                );
+                self.object(Checker::Generations, what);
+                return;
+            }
+            *highest = now;
+        }
+    }
+
+    /// Closes a node's connection to another one, as something in between may.
+    pub(super) fn reset(&mut self, node: usize, other: usize) {
+        let now_ns = self.now_ns();
+        let peers = self.nodes[node].process.as_ref().map(|process| &process.peers);
+        if let Some(connection) = peers.and_then(|peers| peers[other].out) {
+            self.network.close(now_ns, Endpoint(node), connection);
+            self.lost_out(node, other);
+            self.pump(node);
         }
     }
 

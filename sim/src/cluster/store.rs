@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_map::VolumeId;
 use torus_replication::message::{Digest, Fault, Held};
+use torus_replication::mutants::{self, Mutant};
 use torus_replication::replica::{Durable, Ended, Work, WorkId};
 use torus_replication::terms::{Extent, Member, Span, Version};
 
@@ -41,8 +42,8 @@ enum Record {
 struct ExtentAt {
     version: Version,
     is_active: bool,
-    /// It was in the activity log when the store was opened after a crash.
-    is_suspect: bool,
+    /// Blocks that did not match their records when the store was opened after a crash, with the extent in the activity log.
+    suspects: BTreeSet<u16>,
     writes_in_flight: u32,
     blocks: BTreeMap<u16, Stored>,
 }
@@ -70,6 +71,8 @@ pub struct Store {
     running: BTreeMap<WorkId, Running>,
     /// Extents that there is room for.
     pub extents_max: usize,
+    /// Of a hundred writes, how many the device fails.
+    pub bad_percent: u64,
 }
 
 /// What stands for 128 bits of a hash.
@@ -83,14 +86,16 @@ pub fn hash(block: &Block) -> u128 {
 }
 
 fn crc(hash: u128) -> u32 {
-    (hash >> 17) as u32
+    // All of the hash: a product's low bits know nothing of what differs in high ones only.
+    let halves = (hash >> 64) as u64 ^ hash as u64;
+    (halves >> 32) as u32 ^ halves as u32
 }
 
 impl Store {
     /// An empty one.
     #[must_use]
     pub fn new(member: Member, extents_max: usize) -> Store {
-        Store { member, volumes: BTreeMap::new(), running: BTreeMap::new(), extents_max }
+        Store { member, volumes: BTreeMap::new(), running: BTreeMap::new(), extents_max, bad_percent: 0 }
     }
 
     /// What it has kept of each volume, for a process that opens it.
@@ -117,7 +122,7 @@ impl Store {
         at.stable = at.stable.max(stable);
         let stable = at.stable;
         for extent in at.extents.values_mut() {
-            if extent.version <= stable && extent.writes_in_flight == 0 && !extent.is_suspect {
+            if extent.version <= stable && extent.writes_in_flight == 0 && extent.suspects.is_empty() {
                 extent.is_active = false;
             }
         }
@@ -128,7 +133,14 @@ impl Store {
         let Running { volume, work } = self.running.remove(&id)?;
         let used: usize = self.volumes.values().map(|volume| volume.extents.len()).sum();
         let at = self.volumes.entry(volume).or_default();
-        let _ = random;
+        if self.bad_percent > 0
+            && let Work::Write { span, .. } = &work
+            && random.below(100) < self.bad_percent
+        {
+            let extent = at.extents.entry(span.extent).or_default();
+            extent.writes_in_flight -= 1;
+            return Some(Ended::Failed(Fault::Device));
+        }
         Some(match work {
             Work::Persist(durable) => {
                 at.durable = durable;
@@ -152,6 +164,10 @@ impl Store {
                 for (block, content) in (span.first..).zip(blocks) {
                     let recorded = Record::Data(hash(&content));
                     extent.blocks.insert(block, Stored { content, recorded });
+                    extent.suspects.remove(&block);
+                }
+                if mutants::is(Mutant::LogReleasedLocally) && extent.writes_in_flight == 0 {
+                    extent.is_active = false;
                 }
                 Ended::Done
             }
@@ -162,6 +178,7 @@ impl Store {
                 extent.version = extent.version.max(version);
                 for block in blocks(span) {
                     extent.blocks.insert(block, Stored { content: ZEROS, recorded: Record::Lost });
+                    extent.suspects.remove(&block);
                 }
                 Ended::Done
             }
@@ -218,7 +235,14 @@ impl Store {
         }
         for extent in self.volumes.values_mut().flat_map(|volume| volume.extents.values_mut()) {
             extent.writes_in_flight = 0;
-            extent.is_suspect |= extent.is_active;
+            if extent.is_active {
+                let is_good = |at: &Stored| match at.recorded {
+                    Record::Data(recorded) => recorded == hash(&at.content),
+                    Record::Absent | Record::Lost => true,
+                };
+                let suspects = extent.blocks.iter().filter(|(_, at)| !is_good(at));
+                extent.suspects.extend(suspects.map(|(block, _)| *block));
+            }
         }
     }
 
@@ -272,6 +296,7 @@ impl VolumeAt {
         extent.version = extent.version.max(version);
         for block in blocks(span) {
             extent.blocks.remove(&block);
+            extent.suspects.remove(&block);
         }
         Ended::Done
     }
@@ -279,10 +304,13 @@ impl VolumeAt {
     fn read(&self, span: Span, is_salvage: bool) -> Ended<Vec<Block>> {
         let mut all = Vec::with_capacity(span.count.into());
         for block in blocks(span) {
-            let stored = self.extents.get(&span.extent).and_then(|extent| extent.blocks.get(&block));
+            let extent = self.extents.get(&span.extent);
+            let stored = extent.and_then(|extent| extent.blocks.get(&block));
+            let is_blessed = mutants::is(Mutant::SuspectGood)
+                && extent.is_some_and(|extent| extent.suspects.contains(&block));
             match stored {
                 None => all.push(ZEROS),
-                Some(stored) if is_salvage => all.push(stored.content),
+                Some(stored) if is_salvage || is_blessed => all.push(stored.content),
                 Some(stored) => match stored.recorded {
                     Record::Data(recorded) if recorded == hash(&stored.content) => all.push(stored.content),
                     Record::Absent => all.push(ZEROS),
@@ -302,7 +330,10 @@ impl VolumeAt {
             Record::Lost => Digest::Lost,
             Record::Absent => Digest::Absent,
             Record::Data(recorded) if recorded == found => Digest::Data(found),
-            Record::Data(recorded) if at.is_suspect => {
+            Record::Data(_) if at.suspects.contains(&block) && mutants::is(Mutant::SuspectGood) => {
+                Digest::Data(found)
+            }
+            Record::Data(recorded) if at.suspects.contains(&block) => {
                 Digest::Suspect { found, recorded_crc: crc(recorded), found_crc: crc(found) }
             }
             Record::Data(_) => Digest::Bad,

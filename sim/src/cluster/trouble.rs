@@ -94,8 +94,13 @@ impl World {
                 return;
             }
             Trouble::NoMetadata => {
-                self.metadata.is_away = true;
-                vec![]
+                if self.troubles.random.coin() {
+                    self.metadata.away_from.insert(node);
+                    vec![node]
+                } else {
+                    self.metadata.is_away = true;
+                    vec![]
+                }
             }
             Trouble::Unknown => {
                 self.metadata.lost_percent = 30;
@@ -103,6 +108,22 @@ impl World {
             }
             Trouble::SlowDisk => {
                 self.nodes[node].slow_ns = self.troubles.random.magnitude(1_000_000..6_000_000_000);
+                vec![node]
+            }
+            Trouble::SlowLink => {
+                let Some(other) = self.troubles.random.pick(&others).copied() else { return };
+                let by_ns = self.troubles.random.magnitude(1_000_000..1_500_000_000);
+                self.network.slow(now_ns, &[Endpoint(node)], &[Endpoint(other)], by_ns, lasts_ns);
+                return;
+            }
+            Trouble::Reset => {
+                if let Some(other) = self.troubles.random.pick(&others).copied() {
+                    self.reset(node, other);
+                }
+                return;
+            }
+            Trouble::BadDisk => {
+                self.nodes[node].store.bad_percent = self.troubles.random.range(5..60);
                 vec![node]
             }
             Trouble::Rot => {
@@ -145,20 +166,31 @@ impl World {
                 }
             }
             Trouble::Partition | Trouble::OneWay | Trouble::Flap => self.network.heal(now_ns),
-            Trouble::NoMetadata => self.metadata.is_away = false,
+            Trouble::NoMetadata => {
+                self.metadata.is_away = false;
+                self.metadata.away_from.clear();
+            }
             Trouble::Unknown => self.metadata.lost_percent = 0,
             Trouble::SlowDisk => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
                     self.nodes[node].slow_ns = 0;
                 }
             }
-            Trouble::Restart | Trouble::TakeOver | Trouble::Rot => {}
+            Trouble::BadDisk => {
+                for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
+                    self.nodes[node].store.bad_percent = 0;
+                }
+            }
+            Trouble::Restart | Trouble::TakeOver | Trouble::Rot | Trouble::SlowLink | Trouble::Reset => {}
         }
     }
 
     /// Everything is whole from now on.
     pub(super) fn make_peace(&mut self) {
         self.is_peace = true;
+        for client in &mut self.clients {
+            client.is_reading = false;
+        }
         let numbers: Vec<u64> = self.troubles.active.keys().copied().collect();
         for number in numbers {
             self.mend(number);
@@ -168,9 +200,11 @@ impl World {
         self.network.set_stream_quality(crate::network::Quality::good());
         self.network.set_segment_quality(super::SEGMENT, crate::network::Quality::good());
         self.metadata.is_away = false;
+        self.metadata.away_from.clear();
         self.metadata.lost_percent = 0;
         for node in 0..self.plan.nodes {
             self.nodes[node].slow_ns = 0;
+            self.nodes[node].store.bad_percent = 0;
             self.network.resume(now_ns, Endpoint(node));
             if !self.nodes[node].is_up() {
                 self.boot(node);

@@ -1,0 +1,144 @@
+//! Deliberate bugs, each at the place where its rule is kept: what a simulator is worth shows by how many of them it finds.
+//!
+//! Without `--cfg mutants` there is none: [`is`] is the constant `false`, and nothing is left of what asks it. With it one at a time is
+//! active on a thread, chosen by its test.
+
+/// A rule that is not kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    /// A learner that begins anew is taken to have everything up to then.
+    MarkRaised,
+    /// A mark is not below the writes that the member has not answered.
+    MarkAboveWrites,
+    /// What only a returned member has is not looked at.
+    ResyncSourceOnly,
+    /// Extents of the same version are taken to be equal.
+    EqualVersionSkipped,
+    /// Of a returned member and its source, that one is copied which has the higher version.
+    HigherVersionWins,
+    /// A source is made equal to the member that missed writes.
+    ResyncBackwards,
+    /// What is absent at the source stays at a returned member.
+    AbsentKept,
+    /// A member is taken in again though it failed a write since it returned.
+    JoinAfterFailedWrite,
+    /// Blocks are copied while requests use them.
+    CopyWithoutLock,
+    /// A write's blocks are free when it is answered, though somebody may have it to do yet.
+    UnlockedEarly,
+    /// A region leaves the activity log when it is durable on this store.
+    LogReleasedLocally,
+    /// The stable mark passes regions that are not equal yet.
+    StableBeforeEqual,
+    /// A new head takes all copies to be equal.
+    ReconcileSkipped,
+    /// A write that was cut short is taken for what was to be written.
+    SuspectGood,
+    /// A generation is opened while work of a lower one is in progress.
+    OpenWithoutDrain,
+    /// A generation is opened while grants of a lower one count.
+    FenceSkipped,
+    /// A replica that has started takes it that it has granted nothing.
+    RestartWithoutQuarantine,
+    /// Grants cover a volume of which a higher generation has been asked for.
+    RenewAfterOpen,
+    /// A grant counts from when it came.
+    GrantFromReply,
+    /// No grant is needed.
+    NoGrant,
+    /// Grants are not looked at again when a request is answered.
+    GrantsUncheckedAtReply,
+    /// A replica does whatever generation's work.
+    GenerationUnchecked,
+    /// A new connection is served while work of the one before is in progress.
+    ConnectionServedEarly,
+    /// Versions begin at one again with each head.
+    SequenceRestarts,
+    /// A join of unknown outcome is taken not to have been made.
+    JoinInDoubtUndone,
+    /// An ejection of unknown outcome is taken to have been made.
+    EjectionInDoubtDone,
+    /// A change is made whatever the record has become since.
+    ChangeWithoutCompare,
+    /// Ejections leave one member in sync where two must be.
+    EjectBelowMin,
+    /// Members are read that are not in sync.
+    StaleRead,
+    /// A block that does not match its checksum is written in part, and gets a new checksum.
+    BadBlockMerged,
+    /// A replica answers a write when it begins.
+    AckBeforeDurable,
+    /// A write is acknowledged when the first replica has it.
+    AckAfterFirst,
+}
+
+impl Mutant {
+    /// All of them.
+    pub const ALL: [Mutant; 32] = [
+        Mutant::MarkRaised,
+        Mutant::MarkAboveWrites,
+        Mutant::ResyncSourceOnly,
+        Mutant::EqualVersionSkipped,
+        Mutant::HigherVersionWins,
+        Mutant::ResyncBackwards,
+        Mutant::AbsentKept,
+        Mutant::JoinAfterFailedWrite,
+        Mutant::CopyWithoutLock,
+        Mutant::UnlockedEarly,
+        Mutant::LogReleasedLocally,
+        Mutant::StableBeforeEqual,
+        Mutant::ReconcileSkipped,
+        Mutant::SuspectGood,
+        Mutant::OpenWithoutDrain,
+        Mutant::FenceSkipped,
+        Mutant::RestartWithoutQuarantine,
+        Mutant::RenewAfterOpen,
+        Mutant::GrantFromReply,
+        Mutant::NoGrant,
+        Mutant::GrantsUncheckedAtReply,
+        Mutant::GenerationUnchecked,
+        Mutant::ConnectionServedEarly,
+        Mutant::SequenceRestarts,
+        Mutant::JoinInDoubtUndone,
+        Mutant::EjectionInDoubtDone,
+        Mutant::ChangeWithoutCompare,
+        Mutant::EjectBelowMin,
+        Mutant::StaleRead,
+        Mutant::BadBlockMerged,
+        Mutant::AckBeforeDurable,
+        Mutant::AckAfterFirst,
+    ];
+}
+
+#[cfg(mutants)]
+mod active {
+    use std::cell::Cell;
+
+    use super::Mutant;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+    }
+
+    /// Makes one active on this thread, or none.
+    pub fn activate(mutant: Option<Mutant>) {
+        ACTIVE.set(mutant);
+    }
+
+    /// Whether that one is active.
+    #[must_use]
+    pub fn is(mutant: Mutant) -> bool {
+        ACTIVE.get() == Some(mutant)
+    }
+}
+
+#[cfg(mutants)]
+pub use active::{activate, is};
+
+/// Whether that one is active: none is.
+#[cfg(not(mutants))]
+#[must_use]
+#[inline(always)]
+pub const fn is(_: Mutant) -> bool {
+    false
+}

@@ -1,0 +1,279 @@
+//! Plans. [`Plan::drawn`] is anything at all; the others here bring about what chance alone seldom does.
+
+use super::script::Step;
+use super::{Plan, Trouble};
+use crate::network::{Power, Quality};
+use crate::random::Random;
+
+const MS: u64 = 1_000_000;
+
+/// A kind of run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scenario {
+    /// Anything.
+    Any,
+    /// A head is replaced while it still has grants, or believes it has: a replica restarts inside a grant, answers come late, links
+    /// break one way, requests go to all nodes.
+    Fence,
+    /// A member leaves, misses writes, comes back, and is disturbed while it is made equal.
+    Return,
+    /// Outcomes of changes are unknown, and processes end before they are known.
+    Doubt,
+    /// Work stands at a device while its connection, its head or its generation goes.
+    Stall,
+    /// A head ends with writes on some replicas only, again and again.
+    Logs,
+    /// All lose power, with blocks cut short and blocks rotten.
+    Power,
+}
+
+impl Scenario {
+    /// All of them.
+    pub const ALL: [Scenario; 7] = [
+        Scenario::Any,
+        Scenario::Fence,
+        Scenario::Return,
+        Scenario::Doubt,
+        Scenario::Stall,
+        Scenario::Logs,
+        Scenario::Power,
+    ];
+
+    /// One of its runs.
+    #[must_use]
+    pub fn plan(self, random: &mut Random) -> Plan {
+        match self {
+            Scenario::Any => Plan::drawn(random),
+            Scenario::Fence => fence(random),
+            Scenario::Return => return_of_a_member(random),
+            Scenario::Doubt => doubt(random),
+            Scenario::Stall => stall(random),
+            Scenario::Logs => logs(random),
+            Scenario::Power => power(random),
+        }
+    }
+}
+
+/// A small cluster where something is always in progress on every block, and nothing breaks but by the script.
+fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>) -> Plan {
+    let lasts_ns: u64 =
+        script.iter().map(|step| if let Step::Wait(wait_ns) = step { *wait_ns } else { 0 }).sum();
+    Plan {
+        nodes,
+        volumes: 1,
+        copies,
+        spread: 1,
+        trouble_ns: super::script::BEGIN_NS + lasts_ns + 100 * MS,
+        pause_ns: 1_000 * MS,
+        troubles: Vec::new(),
+        window: 2 + random.index(7),
+        blocks: [4, 8, 64][random.index(3)],
+        network: Quality::good(),
+        extents_max: 64,
+        is_flooded: random.coin(),
+        script,
+    }
+}
+
+fn wait(random: &mut Random, from_ms: u64, to_ms: u64) -> Step {
+    Step::Wait(random.range(from_ms * MS..to_ms * MS))
+}
+
+fn power_off(random: &mut Random) -> Power {
+    if random.coin() { Power::Off } else { Power::NoProcess }
+}
+
+/// Parts: 0 the old head, which has a copy and does not hear of the new one by the record, 1 the other copy, which both can reach at
+/// some time, 2 the new head.
+fn fence(random: &mut Random) -> Plan {
+    let mut script = vec![Step::TakeOver(1), wait(random, 1_300, 1_800), Step::Cast];
+    script.push(Step::NoMetadata(0));
+    if random.coin() {
+        script.push(Step::OnlyRead(true));
+        script.push(wait(random, 50, 300));
+    }
+    if random.one_in(3) {
+        script.push(Step::SlowDisk(0, random.magnitude(100 * MS..3_000 * MS)));
+    }
+    if random.one_in(3) {
+        let by_ns = random.range(100 * MS..800 * MS);
+        script.push(if random.coin() { Step::SlowLink(1, 0, by_ns) } else { Step::SlowLink(0, 1, by_ns) });
+        script.push(wait(random, 300, 1_000));
+    }
+    script.push(Step::Part(0, 2));
+    // Whether the replica hears of the new head at once, or when the new head has lost patience with the old one.
+    let is_late = random.coin();
+    if is_late {
+        script.push(Step::Part(1, 2));
+    }
+    script.push(Step::TakeOver(2));
+    let of_old_head = |random: &mut Random| match random.index(4) {
+        0 => Step::Cut(0, 1),
+        1 => Step::Cut(1, 0),
+        2 => Step::Part(0, 1),
+        _ => Step::Wait(0),
+    };
+    if random.coin() {
+        script.push(of_old_head(random));
+    }
+    if is_late {
+        script.push(wait(random, 900, 1_400));
+        script.push(of_old_head(random));
+    }
+    if random.coin() {
+        script.push(Step::Restart(1));
+    }
+    script.push(Step::Join(1, 2));
+    script.push(wait(random, 1_500, 2_500));
+    Plan { is_flooded: true, ..scripted(random, 3, 2, script) }
+}
+
+/// Parts: 0 the head, 1 the member that goes and comes.
+fn return_of_a_member(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..1 + random.index(3) {
+        match random.index(3) {
+            0 => script.extend([Step::Kill(1, power_off(random)), wait(random, 1_100, 2_600)]),
+            1 => script.extend([Step::Part(0, 1), wait(random, 1_100, 2_600)]),
+            // What it is asked reaches it, and nobody learns of it.
+            _ => script.extend([Step::Cut(1, 0), wait(random, 1_100, 2_600)]),
+        }
+        if random.one_in(3) {
+            script.extend([Step::TakeOver(2), wait(random, 200, 2_000)]);
+        }
+        if random.coin() {
+            script.push(Step::SlowDisk(1, random.magnitude(MS..200 * MS)));
+        }
+        if random.one_in(3) {
+            script.push(Step::BadDisk(1, random.range(5..40)));
+        }
+        script.extend([Step::Boot(1), Step::Join(0, 1), wait(random, 20, 1_500)]);
+        for _ in 0..random.index(4) {
+            script.push(match random.index(6) {
+                0 => Step::Reset(0, 1),
+                1 => Step::Restart(1),
+                2 => Step::Restart(0),
+                3 => Step::TakeOver(2),
+                4 => Step::SlowDisk(1, random.magnitude(MS..2_000 * MS)),
+                _ => Step::BadDisk(1, random.range(0..40)),
+            });
+            script.push(wait(random, 5, 600));
+        }
+        script.extend([Step::SlowDisk(1, 0), Step::BadDisk(1, 0), wait(random, 100, 1_500), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    let plan = scripted(random, 3, copies, script);
+    Plan { blocks: [4, 64, 2_000][random.index(3)], ..plan }
+}
+
+/// Parts: 0 the head, 1 the member whose state is in doubt, 2 another.
+fn doubt(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    let doubt = |random: &mut Random| {
+        if random.coin() { Step::AnswersLost(100) } else { Step::MetadataAway(true) }
+    };
+    let is_join = random.coin();
+    if is_join {
+        script.extend([Step::Kill(1, power_off(random)), wait(random, 1_500, 2_600)]);
+        if random.coin() {
+            script.push(Step::SlowDisk(1, random.magnitude(MS..20 * MS)));
+        }
+        script.extend([Step::Boot(1), wait(random, 5, 400), doubt(random), wait(random, 20, 800)]);
+        script.extend([Step::Kill(1, power_off(random)), wait(random, 100, 2_500)]);
+    } else {
+        script.extend([doubt(random), Step::Kill(1, power_off(random)), wait(random, 900, 3_000)]);
+    }
+    let whole = [Step::AnswersLost(0), Step::MetadataAway(false)];
+    match random.index(3) {
+        // The head ends with it, and the member may be the next one.
+        0 => {
+            script.extend([Step::Kill(0, power_off(random)), Step::Boot(1)]);
+            script.extend(whole);
+            script.extend([wait(random, 500, 2_500), Step::Boot(0)]);
+        }
+        // Another takes over while the wish is under way.
+        1 => {
+            script.extend(whole);
+            script.extend([Step::TakeOver(2), wait(random, 100, 3_000), Step::Boot(1)]);
+        }
+        _ => {
+            script.push(Step::Restart(0));
+            script.extend(whole);
+            script.extend([wait(random, 100, 2_500), Step::Boot(1)]);
+        }
+    }
+    script.push(wait(random, 500, 2_500));
+    let copies = 2 + random.index(2);
+    scripted(random, 3, copies, script)
+}
+
+/// Parts: 0 the head, 1 the replica whose device stalls, 2 the next head.
+fn stall(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..1 + random.index(3) {
+        let who = random.index(2);
+        script.push(Step::SlowDisk(who, random.range(200 * MS..3_000 * MS)));
+        script.push(wait(random, 20, 500));
+        for _ in 0..1 + random.index(2) {
+            match random.index(6) {
+                0 => script.push(Step::TakeOver(2)),
+                1 => script.push(Step::TakeOver(1)),
+                2 => script.push(Step::Restart(0)),
+                3 => script.extend([Step::Kill(0, Power::NoProcess), Step::TakeOver(1)]),
+                _ => script.push(Step::Reset(0, 1)),
+            }
+            script.push(wait(random, 50, 400));
+            if random.coin() {
+                script.push(Step::SlowDisk(who, 0));
+            }
+        }
+        script.extend([wait(random, 200, 2_500), Step::SlowDisk(0, 0), Step::SlowDisk(1, 0), Step::Boot(0)]);
+        script.extend([wait(random, 100, 1_000), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    scripted(random, 3, copies, script)
+}
+
+/// Parts: 0 the head, 1 a replica that does not get everything.
+fn logs(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..2 + random.index(3) {
+        match random.index(4) {
+            0 => script.push(Step::Cut(0, 1)),
+            1 => script.push(Step::Pause(1)),
+            2 => script.push(Step::SlowLink(0, 1, random.range(50 * MS..500 * MS))),
+            _ => script.push(Step::SlowDisk(1, random.range(50 * MS..900 * MS))),
+        }
+        script.push(wait(random, 20, 800));
+        match random.index(4) {
+            0 => script.extend([Step::Kill(0, power_off(random)), wait(random, 5, 1_500), Step::Boot(0)]),
+            1 => script.push(Step::TakeOver(2)),
+            2 => script.push(Step::TakeOver(1)),
+            _ => script.push(Step::Restart(0)),
+        }
+        script.extend([Step::Resume(1), Step::Join(0, 1), Step::SlowDisk(1, 0)]);
+        // Once more, while what the former one left is made equal.
+        for _ in 0..random.index(3) {
+            script.extend([wait(random, 1, 60), Step::Restart(0)]);
+        }
+        script.extend([wait(random, 50, 1_500), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    scripted(random, 3, copies, script)
+}
+
+fn power(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..3 + random.index(5) {
+        script.push(match random.index(4) {
+            0 => Step::Restart(random.index(3)),
+            1 => Step::TakeOver(random.index(3)),
+            _ => Step::PowerCut,
+        });
+        script.push(wait(random, 5, 1_500));
+    }
+    let copies = 1 + random.index(3);
+    let plan = scripted(random, 3, copies, script);
+    let troubles = if random.coin() { vec![Trouble::Rot] } else { Vec::new() };
+    Plan { troubles, pause_ns: random.range(50 * MS..500 * MS), ..plan }
+}

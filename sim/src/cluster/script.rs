@@ -1,0 +1,156 @@
+//! Troubles in a fixed order: the interleavings that are known to be dangerous, with the times between their events drawn.
+//!
+//! A step names nodes by their parts: 0 is the head of volume 0 when the script begins, then come the other owners of its first
+//! partition, then everybody else.
+
+use super::{Event, Trouble, World, node_of};
+use crate::network::{Endpoint, Media, Power};
+
+/// When a script begins: heads have come by then.
+pub(super) const BEGIN_NS: u64 = 1_500_000_000;
+
+/// A node, by its part.
+pub type Part = usize;
+
+/// What happens next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// So many nanoseconds pass.
+    Wait(u64),
+    /// The parts are given anew.
+    Cast,
+    /// A process ends, or the machine with it, until it is started.
+    Kill(Part, Power),
+    /// It is started.
+    Boot(Part),
+    /// A process ends and starts at once.
+    Restart(Part),
+    /// All nodes lose power, and come back.
+    PowerCut,
+    /// What the one sends does not reach the other.
+    Cut(Part, Part),
+    /// Neither hears the other.
+    Part(Part, Part),
+    /// Both hear each other again.
+    Join(Part, Part),
+    /// What the one sends to the other takes that much longer, for ten seconds.
+    SlowLink(Part, Part, u64),
+    /// The connection of the one to the other breaks.
+    Reset(Part, Part),
+    /// A process stands still.
+    Pause(Part),
+    /// It goes on.
+    Resume(Part),
+    /// A node takes the volume over.
+    TakeOver(Part),
+    /// The metadata store is away or back.
+    MetadataAway(bool),
+    /// One node does not reach it.
+    NoMetadata(Part),
+    /// Of a hundred of its answers, so many get lost.
+    AnswersLost(u64),
+    /// A store takes that much longer at most.
+    SlowDisk(Part, u64),
+    /// A store fails so many of a hundred writes.
+    BadDisk(Part, u64),
+    /// Initiators only read, or write again.
+    OnlyRead(bool),
+}
+
+impl Step {
+    /// Whether it brings that trouble, as far as that is an excuse for anything.
+    pub(super) fn is(&self, trouble: Trouble) -> bool {
+        matches!((self, trouble), (Step::BadDisk(..), Trouble::BadDisk))
+    }
+}
+
+impl World {
+    fn give_parts(&mut self) {
+        let head = self.metadata.record(0).head.map(node_of);
+        let owners = self.metadata.partitions(0)[0].owners.iter().map(|owner| node_of(owner.node));
+        let mut cast: Vec<usize> = Vec::new();
+        for node in head.into_iter().chain(owners).chain(0..self.plan.nodes) {
+            if !cast.contains(&node) {
+                cast.push(node);
+            }
+        }
+        self.cast = cast;
+    }
+
+    pub(super) fn script_goes_on(&mut self) {
+        if self.cast.is_empty() {
+            self.give_parts();
+        }
+        while let Some(step) = self.plan.script.get(self.script_at).copied().filter(|_| !self.is_peace) {
+            self.script_at += 1;
+            self.note(|| format!("script: {step:?}"));
+            if let Step::Wait(wait_ns) = step {
+                self.schedule.after(wait_ns, Event::Script);
+                return;
+            }
+            self.do_step(step);
+        }
+    }
+
+    fn do_step(&mut self, step: Step) {
+        let now_ns = self.now_ns();
+        let cast = self.cast.clone();
+        // In a cluster without such a part somebody has two.
+        let node = |part: Part| cast[part % cast.len()];
+        let at = |part: Part| [Endpoint(node(part))];
+        match step {
+            Step::Wait(_) => {}
+            Step::Cast => self.give_parts(),
+            Step::Kill(part, power) => self.kill(node(part), power),
+            Step::Boot(part) => {
+                if !self.nodes[node(part)].is_up() {
+                    self.boot(node(part));
+                }
+            }
+            Step::Restart(part) => {
+                self.kill(node(part), Power::NoProcess);
+                self.boot(node(part));
+            }
+            Step::PowerCut => {
+                for node in 0..self.plan.nodes {
+                    self.kill(node, Power::Off);
+                }
+                for node in 0..self.plan.nodes {
+                    self.boot(node);
+                }
+            }
+            Step::Cut(from, to) => self.network.cut(now_ns, &at(from), &at(to), Media::STREAMS),
+            Step::Part(one, other) => self.network.partition(now_ns, &at(one), &at(other), Media::STREAMS),
+            Step::Join(one, other) => {
+                self.network.mend(now_ns, &at(one), &at(other), Media::STREAMS);
+                self.network.mend(now_ns, &at(other), &at(one), Media::STREAMS);
+            }
+            Step::SlowLink(from, to, by_ns) => {
+                self.network.slow(now_ns, &at(from), &at(to), by_ns, 10_000_000_000);
+            }
+            Step::Reset(from, to) => self.reset(node(from), node(to)),
+            Step::Pause(part) => self.network.pause(Endpoint(node(part))),
+            Step::Resume(part) => self.network.resume(now_ns, Endpoint(node(part))),
+            Step::TakeOver(part) => {
+                if self.nodes[node(part)].is_up() && !self.nodes[node(part)].is_asking[0] {
+                    self.take_over(node(part), 0);
+                }
+            }
+            Step::MetadataAway(is_away) => {
+                self.metadata.is_away = is_away;
+                self.metadata.away_from.clear();
+            }
+            Step::NoMetadata(part) => {
+                self.metadata.away_from.insert(node(part));
+            }
+            Step::AnswersLost(percent) => self.metadata.lost_percent = percent,
+            Step::SlowDisk(part, by_ns) => self.nodes[node(part)].slow_ns = by_ns,
+            Step::BadDisk(part, percent) => self.nodes[node(part)].store.bad_percent = percent,
+            Step::OnlyRead(is_reading) => {
+                for client in &mut self.clients {
+                    client.is_reading = is_reading;
+                }
+            }
+        }
+    }
+}
