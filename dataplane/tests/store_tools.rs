@@ -108,7 +108,7 @@ fn open(path: &Path) -> Opened {
     };
     let opened = opening::open(path, 0, identity).unwrap();
     for slot in &opened.free {
-        opened.shared.give_back(FreeSlot::new(*slot));
+        opened.shared.add_free(FreeSlot::new(*slot));
     }
     opened.shared.set_no_more(true);
     opened
