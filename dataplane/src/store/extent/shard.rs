@@ -5,6 +5,7 @@
 //!
 //! * this file – what a shard consists of, and how ended disk requests find their way.
 //! * `reading` – reads, with their checksums verified; and the old blocks of partial writes.
+//! * `inventory` – which extents there are.
 //! * `writing` – writes and unmaps, up to the batch that makes them durable.
 //! * `batch` – group commit: one batch in flight, and what becomes true when it has ended.
 //! * `placing` – data from the journal to their place, and the syncs that make that durable.
@@ -22,6 +23,7 @@
 
 mod batch;
 mod checkpoint;
+mod inventory;
 mod placing;
 mod reading;
 mod scrub;

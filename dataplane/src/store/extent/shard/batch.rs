@@ -433,9 +433,7 @@ impl Shard {
     fn apply(&mut self, change: Applied, lsn: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         match change {
             Applied::Set { op, extent: id, block, sum, version, chunk } => {
-                let extent = self.extents.get_mut(id);
-                extent.sums[usize::from(block)] = sum;
-                extent.version = extent.version.max(version);
+                self.extents.wrote(id, version).sums[usize::from(block)] = sum;
                 self.mark_dirty(id);
                 if let Some(chunk) = chunk {
                     self.make_pending(id, block, lsn, chunk, disk);
@@ -458,9 +456,8 @@ impl Shard {
                 extent.active = false;
             }
             Applied::Cleared { op, extent: id, block, count, version } => {
-                let extent = self.extents.get_mut(id);
+                let extent = self.extents.wrote(id, version);
                 extent.sums[usize::from(block)..][..usize::from(count)].fill(Sum::ABSENT);
-                extent.version = extent.version.max(version);
                 self.mark_dirty(id);
                 self.ops[op as usize].committed += 1;
                 self.end_if_committed(op, disk, outcomes);

@@ -17,7 +17,7 @@ use crate::store::extent::shared::{ShardEvent, Shared};
 use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
 
 use super::disk::{Faults, Media, Rng, SECTOR, SimDisk, Still};
-use super::model::{Held, Key, Model, SECTORS, Values, fill, values_of};
+use super::model::{Held, Key, Model, Presences, SECTORS, Values, fill, values_of};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -57,6 +57,11 @@ pub(super) struct Coverage {
     pub(super) faults: u64,
     pub(super) named_errors: u64,
     pub(super) refused_opens: u64,
+    pub(super) lists: u64,
+    pub(super) listed: u64,
+    pub(super) list_pieces: u64,
+    pub(super) surveyed_active: u64,
+    pub(super) inventories_after_crash: u64,
 }
 
 /// What a history is like.
@@ -300,6 +305,7 @@ pub(super) struct World {
     shards: Vec<Shard>,
     pub(super) disk: SimDisk,
     pub(super) model: Model,
+    presences: Presences,
     ops: Vec<Op>,
     outcomes: Vec<Outcome>,
     rng: Rng,
@@ -350,6 +356,9 @@ impl World {
             shared.add_free(FreeSlot::new(slot));
         }
         shared.set_no_more(held_back.is_empty());
+        let mut presences = Presences::default();
+        let extents = opened.images.iter().flat_map(|image| image.recovered.extents.iter());
+        presences.settle(extents.map(|(_, extent)| extent));
         let layout = Arc::new(layout);
         let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks));
         disk.faults = plan.faults;
@@ -381,6 +390,7 @@ impl World {
             shards,
             disk,
             model,
+            presences,
             ops: Vec::new(),
             outcomes: Vec::new(),
             now_ns: 1_000_000 * rng.below(1000),
@@ -427,6 +437,10 @@ impl World {
     fn step(&mut self, lab: &mut Lab) {
         match self.rng.below(16) {
             0..5 if self.ops.len() < self.plan.concurrent => self.begin_op(lab),
+            0..8 if self.rng.one_in(16) => {
+                let object = self.rng.below(self.plan.objects.into()) as u32;
+                self.take_inventory(object, lab);
+            }
             0..8 => self.turn(),
             8 if !self.held_back.is_empty() && self.rng.one_in(4) => {
                 let waits = |op: &&Op| matches!(op.doing, Doing::Write { .. });
@@ -438,6 +452,46 @@ impl World {
             _ => self.end_request(),
         }
         self.collect(lab);
+    }
+
+    /// Asks for all extents of a layer, in pieces.
+    fn take_inventory(&mut self, object: u32, lab: &mut Lab) {
+        let shard = &self.shards[self.shard_of(object)];
+        let (mut held, mut from, max) = (Vec::new(), 0, 1 + self.rng.index(4));
+        loop {
+            let before = held.len();
+            let is_whole = shard.list(object, from, max, &mut held);
+            assert!(held.len() - before <= max && (is_whole || held.len() - before == max));
+            assert!(held[before..].iter().all(|extent| extent.number >= from), "{held:?}");
+            lab.coverage.list_pieces += 1;
+            if is_whole {
+                break;
+            }
+            from = held[held.len() - 1].number + 1;
+        }
+        assert!(held.is_sorted_by(|one, next| one.number < next.number), "{held:?}");
+        self.presences.check(object, &held).unwrap();
+        let mut active = Vec::new();
+        let highest = shard.survey(object, &mut active);
+        active.sort_unstable_by_key(|extent| extent.number);
+        assert!(active.iter().eq(held.iter().filter(|extent| extent.active)), "{active:?} of {held:?}");
+        assert!(held.iter().all(|extent| extent.version <= highest), "{highest} of {held:?}");
+        lab.coverage.lists += 1;
+        lab.coverage.listed += held.len() as u64;
+        lab.coverage.surveyed_active += active.len() as u64;
+    }
+
+    /// What was found when the store was opened again must be all that is there.
+    fn check_presences(&self, images: &[Image], lab: &mut Lab) {
+        for object in 0..self.plan.objects {
+            let extents = images.iter().flat_map(|image| image.recovered.extents.iter());
+            let held: Vec<_> = extents
+                .filter(|(_, extent)| extent.object == object)
+                .map(|(_, extent)| extent.held())
+                .collect();
+            self.presences.check(object, &held).unwrap_or_else(|error| panic!("after a crash: {error}"));
+            lab.coverage.inventories_after_crash += 1;
+        }
     }
 
     fn prepare_slots(&mut self) {
@@ -471,6 +525,11 @@ impl World {
             self.now_ns += 10_000;
             self.shards[shard].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
         }
+    }
+
+    /// The version that the store is told: without copies it numbers writes itself.
+    fn told(&self, version: u64) -> u64 {
+        if self.plan.replicated > 0 { version } else { 0 }
     }
 
     /// Writes with a version up to this are on all copies.
@@ -576,6 +635,7 @@ impl World {
         let in_place = replicated && self.plan.atomic;
         lab.coverage.in_place += u64::from(in_place);
         lab.coverage.long += u64::from(count > 3);
+        self.presences.begin(object, &(first..first + count), self.told(version));
         let doing = Doing::Write { masks, values, in_place, version };
         self.ops.push(Op { token, object, first, count, doing });
         let terms = WriteTerms {
@@ -583,7 +643,7 @@ impl World {
             keep_tail_bytes: (tail as usize * SECTOR) as u16,
             copies,
             crcs: Crcs::default(),
-            version: if self.plan.replicated > 0 { version } else { 0 },
+            version: self.told(version),
         };
         let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
         self.shards[shard].write(request, object, first, blocks, terms, disk, outcomes);
@@ -597,6 +657,7 @@ impl World {
             known.begin(u8::MAX, [0; SECTORS]);
         }
         lab.coverage.unmaps += 1;
+        self.presences.begin_removal(object, &(first..u64::MAX));
         self.ops.push(Op { token: u32::MAX, object, first, count: u64::MAX - first, doing: Doing::Unmap });
         let shard = self.shard_of(object);
         self.shards[shard].unmap(object, first);
@@ -617,6 +678,7 @@ impl World {
             known.begin(u8::MAX, [0; SECTORS]);
         }
         lab.coverage.trims += 1;
+        self.presences.begin_removal(object, &gone);
         let token = self.next_token;
         self.next_token += 1;
         self.ops.push(Op { token, object, first, count, doing: Doing::Trim });
@@ -646,6 +708,7 @@ impl World {
                     };
                     let at = self.ops.iter().position(is_it).expect("an unmap that was asked for");
                     self.ops.swap_remove(at);
+                    self.presences.removed(object, &(first..u64::MAX));
                     for (_, known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first)
                     {
                         known.acknowledge(u8::MAX, &[0; SECTORS]);
@@ -685,8 +748,10 @@ impl World {
                 assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
-            (Doing::Write { masks, values, .. }, Ok(())) => {
+            (Doing::Write { masks, values, version, .. }, Ok(())) => {
                 lab.coverage.acknowledged += 1;
+                let version = self.told(version);
+                self.presences.done(op.object, &(op.first..op.first + op.count), version);
                 for ((block, mask), values) in (op.first..).zip(masks).zip(&values) {
                     let known = self.model.get_mut(&(op.object, block)).unwrap();
                     // A write of the whole block that ended with an error may have made it good all the same.
@@ -703,6 +768,7 @@ impl World {
             }
             (Doing::Trim, Ok(())) => {
                 let gone = op.first..op.first + op.count;
+                self.presences.removed(op.object, &gone);
                 let model = self.model.iter_mut();
                 for (_, known) in model.filter(|((o, b), _)| *o == op.object && gone.contains(b)) {
                     known.acknowledge(u8::MAX, &[0; SECTORS]);
@@ -796,6 +862,9 @@ impl World {
                 panic!("crash at depth {} (power {power}): {error}\nin progress: {:?}", self.depth, self.ops)
             }
         };
+        if !self.excused() {
+            self.check_presences(&opened.images, lab);
+        }
         for (shard, image) in opened.images.iter().enumerate() {
             for (_, extent) in image.recovered.extents.iter() {
                 let before = self.owners.insert(extent.slot, shard);
@@ -918,6 +987,9 @@ impl World {
         plan.faults = Faults::default();
         let mut again = World::on(&plan, layout, opened, self.model, self.rng, self.depth, excused_bad, lab);
         again.read_all(lab);
+        for object in 0..again.plan.objects {
+            again.take_inventory(object, lab);
+        }
         again.abandon(lab);
     }
 

@@ -1,0 +1,31 @@
+//! What a shard has of a layer, for who compares copies: which extents, their versions, and which are in the activity log.
+
+use super::Shard;
+use crate::store::extent::extents::HeldExtent;
+
+impl Shard {
+    /// Appends the extents of a layer from number `from_extent` on, at most `max` of them, in order. Whether there are no more.
+    ///
+    /// An extent counts from when a batch is given its allocation until its end is durable.
+    pub fn list(&self, object: u32, from_extent: u32, max: usize, held: &mut Vec<HeldExtent>) -> bool {
+        let mut next = Some(from_extent);
+        let mut found = 0;
+        while let Some((_, extent)) = next.and_then(|next| self.extents.first_from(object, next)) {
+            if found == max {
+                return false;
+            }
+            found += 1;
+            held.push(extent.held());
+            next = extent.number.checked_add(1);
+        }
+        true
+    }
+
+    /// Appends the extents of a layer that are in the activity log, in no order. Gives the highest version written to the
+    /// layer: to an extent that is there, or has gone since the shard was opened; 0 for none.
+    pub fn survey(&self, object: u32, active: &mut Vec<HeldExtent>) -> u64 {
+        let log = self.active.iter().map(|id| self.extents.get(*id));
+        active.extend(log.filter(|extent| extent.object == object).map(|extent| extent.held()));
+        self.extents.highest_version(object)
+    }
+}
