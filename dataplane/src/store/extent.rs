@@ -115,6 +115,11 @@ impl ExtentStore {
         self.shard(object.shard).write(request, object.number, first_block, blocks, terms, disk, outcomes);
     }
 
+    /// Begins to give an extent of a layer its slot, durably, before anything is written to it; the outcome has no blocks.
+    pub fn reserve(&mut self, request: RequestToken, object: Object, extent: u32) {
+        self.shard(object.shard).reserve(request, object.number, extent);
+    }
+
     /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.
     pub fn unmap(&mut self, object: Object, from_block: u64) {
         self.shard(object.shard).unmap(object.number, from_block);

@@ -176,6 +176,8 @@ enum What {
         copies: Copies,
         version: u64,
     },
+    /// The extent of its one block is to have a slot.
+    Reserve,
     /// The blocks to go, and how many extents have been looked at: of those of the range by number where it ends, else of all in the
     /// table; `u32::MAX` when it has all.
     Unmap {
@@ -242,7 +244,7 @@ pub struct Shard {
     journal: JournalState,
     ops: Slab<Op>,
     reads: Slab<ReadPart>,
-    /// Writes and unmaps that wait for a batch.
+    /// Writes and other changes that wait for a batch.
     ready: VecDeque<u32>,
     /// Those that the batch in the making leaves to a later one; empty between two calls.
     later: VecDeque<u32>,

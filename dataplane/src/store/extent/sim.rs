@@ -98,6 +98,10 @@ fn a_sole_copy_survives_every_crash() {
         ("scrubs that go on", lab.coverage.resumed_scrubs, 1),
         ("acknowledged writes", lab.coverage.acknowledged, 3000),
         ("reads", lab.coverage.reads, 8000),
+        ("reserved extents", lab.coverage.reserved, 300),
+        ("extents reserved again", lab.coverage.reserved_again, 700),
+        ("reserves of full stores", lab.coverage.refused_reserves, 150),
+        ("reserves that wait for a slot", lab.coverage.starved_reserves, 40),
     ]);
 }
 

@@ -35,6 +35,8 @@ pub(super) enum Applied {
     },
     Allocated {
         extent: ExtentId,
+        /// The reservation that asked for it, if one did.
+        op: Option<u32>,
     },
     Activated {
         extent: ExtentId,
@@ -441,9 +443,13 @@ impl Shard {
                 self.count_committed(op);
                 self.end_if_committed(op, disk, outcomes);
             }
-            Applied::Allocated { extent: id } => {
+            Applied::Allocated { extent: id, op } => {
                 self.mark_dirty(id);
                 self.shared.counters.allocated.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                if let Some(op) = op {
+                    self.count_committed(op);
+                    self.end_if_committed(op, disk, outcomes);
+                }
             }
             Applied::Activated { extent: id } => {
                 let extent = self.extents.get_mut(id);
@@ -598,7 +604,9 @@ impl Shard {
         for change in applied.drain(..) {
             let (op, chunk) = match change {
                 Applied::Set { op, chunk, .. } => (op, chunk),
-                Applied::Freed { op, .. } | Applied::Cleared { op, .. } => (op, None),
+                Applied::Freed { op, .. }
+                | Applied::Cleared { op, .. }
+                | Applied::Allocated { op: Some(op), .. } => (op, None),
                 _ => continue,
             };
             if let Some(chunk) = chunk {

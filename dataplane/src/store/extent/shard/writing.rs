@@ -1,4 +1,4 @@
-//! Writes and unmaps, until a batch has taken all of them.
+//! Writes, unmaps and reservations, until a batch has taken all of them.
 //!
 //! A write that covers a block in part waits for the block's old content, and becomes a write of whole blocks. What waits for
 //! a batch waits in order of arrival; what needs a slot and finds none waits by itself, unless the store is full.
@@ -99,6 +99,16 @@ impl Shard {
         self.ready.push_back(at);
     }
 
+    /// Begins to give an extent of a layer its slot, before anything is written to it. It is done at once where it has one.
+    pub fn reserve(&mut self, request: RequestToken, object: u32, extent: u32) {
+        let first_block = u64::from(extent) * u64::from(EXTENT_BLOCKS);
+        let mut op = Op::new(Some(request), What::Reserve, object, first_block, 1);
+        op.failure = self.failed;
+        let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
+        // After a failure the next turn ends it.
+        self.ready.push_back(at);
+    }
+
     /// Reads the blocks that a write covers only in part.
     fn read_before_write(&mut self, at: u32, disk: &mut impl Disk) {
         let op = &self.ops[at as usize];
@@ -152,6 +162,7 @@ impl Shard {
         match self.ops[at as usize].what {
             What::Write { copies, version, .. } => self.take_write(at, copies, version, data_max, disk),
             What::Unmap { from_block, to_block, next } => self.take_unmap(at, from_block..to_block, next),
+            What::Reserve => self.take_reserve(at),
             What::Read => unreachable!("reads need no batch"),
         }
     }
@@ -183,7 +194,7 @@ impl Shard {
             let object = op.object;
             let id = match self.extents.find(object, number) {
                 Some(id) => id,
-                None => match self.allocate(object, number) {
+                None => match self.allocate(object, number, None) {
                     Some(id) => id,
                     None if self.shared.is_full() => {
                         return self.refuse(at, StoreError::NoSpace);
@@ -256,13 +267,41 @@ impl Shard {
         if op.queued == op.committed { Taken::Failed } else { Taken::Whole }
     }
 
+    fn take_reserve(&mut self, at: u32) -> Taken {
+        let op = &self.ops[at as usize];
+        let object = op.object;
+        let Some((number, _)) = locate(op.first_block) else {
+            return self.refuse(at, StoreError::OutOfRange);
+        };
+        if let Some(id) = self.extents.find(object, number) {
+            let extent = self.extents.get(id);
+            // Its allocation, or its end, is in a batch that has not ended.
+            if extent.ending || extent.allocated_lsn > self.journal.lsn {
+                return Taken::Later;
+            }
+            self.ops[at as usize].count = 0;
+            return Taken::Whole;
+        }
+        if !self.next.has_room_for(1) {
+            return Taken::Part;
+        }
+        match self.allocate(object, number, Some(at)) {
+            Some(_) => {
+                self.ops[at as usize].queued = 1;
+                Taken::Whole
+            }
+            None if self.shared.is_full() => self.refuse(at, StoreError::NoSpace),
+            None => Taken::Starved,
+        }
+    }
+
     /// Takes a slot for an extent, if one is free.
-    fn allocate(&mut self, object: u32, number: u32) -> Option<ExtentId> {
+    fn allocate(&mut self, object: u32, number: u32, op: Option<u32>) -> Option<ExtentId> {
         let free = self.shared.free.pop()?;
         let slot = free.slot;
         let id = self.extents.insert(Extent::allocated(object, number, free, self.next_lsn()));
         self.next
-            .record(Record::Allocate { slot, object, extent: number }, Applied::Allocated { extent: id });
+            .record(Record::Allocate { slot, object, extent: number }, Applied::Allocated { extent: id, op });
         Some(id)
     }
 

@@ -130,6 +130,11 @@ impl Presences {
         }
     }
 
+    /// Whether an extent is there for certain.
+    pub(super) fn has(&self, object: u32, number: u32) -> bool {
+        self.0.get(&(object, number)).is_some_and(|known| known.must)
+    }
+
     /// It was acknowledged.
     pub(super) fn done(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
         for number in extents_of(blocks) {

@@ -62,6 +62,11 @@ pub(super) struct Coverage {
     pub(super) list_pieces: u64,
     pub(super) surveyed_active: u64,
     pub(super) inventories_after_crash: u64,
+    pub(super) reserves: u64,
+    pub(super) reserved: u64,
+    pub(super) reserved_again: u64,
+    pub(super) refused_reserves: u64,
+    pub(super) starved_reserves: u64,
 }
 
 /// What a history is like.
@@ -157,6 +162,7 @@ impl Lab {
 enum Doing {
     Read,
     Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
+    Reserve { is_there: bool },
     Trim,
     Unmap,
 }
@@ -446,6 +452,8 @@ impl World {
                 let waits = |op: &&Op| matches!(op.doing, Doing::Write { .. });
                 if self.shared.free.is_empty() {
                     lab.coverage.starved += self.ops.iter().filter(waits).count() as u64;
+                    let reserves = |op: &&Op| matches!(op.doing, Doing::Reserve { is_there: false });
+                    lab.coverage.starved_reserves += self.ops.iter().filter(reserves).count() as u64;
                 }
                 self.prepare_slots();
             }
@@ -571,6 +579,11 @@ impl World {
                 _ => self.begin_trim(object, from, lab),
             };
         }
+        if self.rng.one_in(12) {
+            // Behind the last extent of the others too: there it is the first to come.
+            let extent = extent + self.rng.below(2);
+            return self.begin_reserve(object, extent as u32, lab);
+        }
         if self.rng.one_in(3)
             && let Some(((of, block), _)) = self.model.iter().find(|(_, known)| known.bad)
         {
@@ -649,8 +662,35 @@ impl World {
         self.shards[shard].write(request, object, first, blocks, terms, disk, outcomes);
     }
 
+    /// Has an extent made room for; writes of it may be under way, and ends of it may not.
+    fn begin_reserve(&mut self, object: u32, extent: u32, lab: &mut Lab) {
+        let (first, count) = (u64::from(extent) * u64::from(EXTENT_BLOCKS), u64::from(EXTENT_BLOCKS));
+        let takes = |op: &Op| matches!(op.doing, Doing::Unmap | Doing::Trim);
+        let overlaps =
+            |op: &Op| op.object == object && op.first < first + count && first < op.first + op.count;
+        if self.ops.iter().any(|op| takes(op) && overlaps(op)) {
+            return;
+        }
+        lab.coverage.reserves += 1;
+        let is_there = self.presences.has(object, extent);
+        lab.coverage.reserved_again += u64::from(is_there);
+        self.presences.begin(object, &(first..first + count), 1);
+        let token = self.next_token;
+        self.next_token += 1;
+        self.ops.push(Op { token, object, first, count, doing: Doing::Reserve { is_there } });
+        let shard = self.shard_of(object);
+        self.shards[shard].reserve(RequestToken(token), object, extent);
+    }
+
+    fn reserves(&self, object: u32, first: u64, count: u64) -> bool {
+        let reserves = |op: &&Op| matches!(op.doing, Doing::Reserve { .. });
+        let overlaps =
+            |op: &Op| op.object == object && op.first < first + count && first < op.first + op.count;
+        self.ops.iter().filter(reserves).any(overlaps)
+    }
+
     fn begin_unmap(&mut self, object: u32, first: u64, lab: &mut Lab) {
-        if self.conflicts(object, first, u64::MAX - first) {
+        if self.conflicts(object, first, u64::MAX - first) || self.reserves(object, first, u64::MAX - first) {
             return;
         }
         for ((_, _), known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first) {
@@ -670,7 +710,7 @@ impl World {
             1 => u64::from(EXTENT_BLOCKS) * (1 + self.rng.below(2)),
             _ => 1 + self.rng.below(2 * u64::from(EXTENT_BLOCKS)),
         };
-        if self.conflicts(object, first, count) {
+        if self.conflicts(object, first, count) || self.reserves(object, first, count) {
             return;
         }
         let gone = first..first + count;
@@ -687,8 +727,10 @@ impl World {
     }
 
     fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
+        let needs_order = |op: &&Op| !matches!(op.doing, Doing::Reserve { .. });
         self.ops
             .iter()
+            .filter(needs_order)
             .any(|op| op.object == object && op.first < first + count && first < op.first + op.count)
     }
 
@@ -766,6 +808,15 @@ impl World {
             (Doing::Write { .. }, Err(error)) => {
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
+            (Doing::Reserve { is_there }, Ok(())) => {
+                lab.coverage.reserved += u64::from(!is_there);
+                self.presences.done(op.object, &(op.first..op.first + op.count), 0);
+            }
+            (Doing::Reserve { is_there }, Err(error)) => {
+                lab.coverage.refused_reserves += u64::from(error == StoreError::NoSpace);
+                assert!(!is_there || error != StoreError::NoSpace, "{what}: {error:?}, and it has its slot");
+                self.check_error(&what, op.object, op.first..op.first, error, lab);
+            }
             (Doing::Trim, Ok(())) => {
                 let gone = op.first..op.first + op.count;
                 self.presences.removed(op.object, &gone);
@@ -792,7 +843,7 @@ impl World {
         lab.coverage.named_errors += 1;
         let bad =
             || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
-        let is_write = what.contains("Write") || what.contains("Trim");
+        let is_write = ["Write", "Trim", "Reserve"].iter().any(|doing| what.contains(doing));
         let fine = match error {
             StoreError::Corrupt { suspect } => {
                 lab.coverage.refused_merges += u64::from(is_write);
