@@ -26,11 +26,13 @@ pub mod shared;
 #[cfg(test)]
 mod sim;
 
+use std::ops::Range;
+
 use af_xdp::region::Pool;
 use torus_uring::{Blocks, IoError};
 
 use self::extents::HeldExtent;
-use self::shard::{Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
+use self::shard::{Copies, Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
 use super::{Disk, Operation, Outcome, RequestToken, Store};
 
 /// One core's part of an extent store.
@@ -118,6 +120,18 @@ impl ExtentStore {
     /// Begins to give an extent of a layer its slot, durably, before anything is written to it; the outcome has no blocks.
     pub fn reserve(&mut self, request: RequestToken, object: Object, extent: u32) {
         self.shard(object.shard).reserve(request, object.number, extent);
+    }
+
+    /// Begins to remember, durably, of blocks that no good copy is left; the outcome has no blocks. The caller orders it as a write.
+    pub fn lose(
+        &mut self,
+        request: RequestToken,
+        object: Object,
+        blocks: Range<u64>,
+        copies: Copies,
+        version: u64,
+    ) {
+        self.shard(object.shard).lose(request, object.number, blocks, copies, version);
     }
 
     /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.

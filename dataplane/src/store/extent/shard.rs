@@ -178,6 +178,12 @@ enum What {
     },
     /// The extent of its one block is to have a slot.
     Reserve,
+    /// Up to this block no good copy is left. What is counted are the extents that have some of them.
+    Lose {
+        to_block: u64,
+        copies: Copies,
+        version: u64,
+    },
     /// The blocks to go, and how many extents have been looked at: of those of the range by number where it ends, else of all in the
     /// table; `u32::MAX` when it has all.
     Unmap {

@@ -53,6 +53,7 @@ pub(super) enum Applied {
         extent: ExtentId,
         block: u16,
         count: u16,
+        state: Sum,
         version: u64,
     },
 }
@@ -127,9 +128,11 @@ impl Batch {
         self.packing.units() + records <= RECORDS_MAX
     }
 
-    /// Whether a write of that extent is in it.
+    /// Whether a change of that extent's blocks is in it.
     fn concerns(&self, id: ExtentId) -> bool {
-        self.applied.iter().any(|applied| matches!(applied, Applied::Set { extent, .. } if *extent == id))
+        self.applied.iter().any(|applied| {
+            matches!(applied, Applied::Set { extent, .. } | Applied::Cleared { extent, .. } if *extent == id)
+        })
     }
 
     fn has(&self, id: ExtentId, block: u16) -> bool {
@@ -179,7 +182,7 @@ impl Shard {
         self.journal.lsn + 1 + u64::from(self.batch.in_flight)
     }
 
-    /// Whether a write of that extent has no durable record yet.
+    /// Whether a change of that extent's blocks has no durable record yet.
     pub(super) fn batches_concern(&self, id: ExtentId) -> bool {
         self.batch.concerns(id) || self.next.concerns(id)
     }
@@ -461,11 +464,16 @@ impl Shard {
                 extent.deactivating = false;
                 extent.active = false;
             }
-            Applied::Cleared { op, extent: id, block, count, version } => {
+            Applied::Cleared { op, extent: id, block, count, state, version } => {
                 let extent = self.extents.wrote(id, version);
-                extent.sums[usize::from(block)..][..usize::from(count)].fill(Sum::ABSENT);
+                let sums = &mut extent.sums[usize::from(block)..][..usize::from(count)];
+                if state == Sum::LOST {
+                    let fresh = sums.iter().filter(|sum| **sum != Sum::LOST).count();
+                    Counters::add(&self.shared.counters.lost_blocks, fresh as u64);
+                }
+                sums.fill(state);
                 self.mark_dirty(id);
-                self.ops[op as usize].committed += 1;
+                self.count_committed(op);
                 self.end_if_committed(op, disk, outcomes);
             }
             Applied::Freed { op, extent: id } => {

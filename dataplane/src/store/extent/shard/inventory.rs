@@ -21,6 +21,14 @@ impl Shard {
         true
     }
 
+    /// Whether a block's newest data are not known to be in place.
+    #[cfg(test)]
+    pub fn is_pending(&self, object: u32, block: u64) -> bool {
+        let place = super::reading::locate(block);
+        let place = place.and_then(|(number, block)| Some((self.extents.find(object, number)?.0, block)));
+        place.is_some_and(|place| self.pending.contains_key(&place))
+    }
+
     /// Appends the extents of a layer that are in the activity log, in no order. Gives the highest version written to the
     /// layer: to an extent that is there, or has gone since the shard was opened; 0 for none.
     pub fn survey(&self, object: u32, active: &mut Vec<HeldExtent>) -> u64 {

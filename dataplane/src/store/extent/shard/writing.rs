@@ -1,4 +1,4 @@
-//! Writes, unmaps and reservations, until a batch has taken all of them.
+//! Writes, unmaps, losses and reservations, until a batch has taken all of them.
 //!
 //! A write that covers a block in part waits for the block's old content, and becomes a write of whole blocks. What waits for
 //! a batch waits in order of arrival; what needs a slot and finds none waits by itself, unless the store is full.
@@ -36,6 +36,9 @@ const UNMAP_RECORDS_MAX: u32 = 32;
 
 /// Regions that leave the activity log for one that comes: where the log is longer than it should be it becomes shorter.
 const EVICTED_MAX: usize = 2;
+
+/// What a change of a block may take: allocation, regions out of the log and another one in, and the block itself.
+const RECORDS_NEEDED: usize = 3 + EVICTED_MAX;
 
 /// How far a batch came with a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -93,6 +96,28 @@ impl Shard {
     pub fn unmap_range(&mut self, request: RequestToken, object: u32, blocks: Range<u64>) {
         let what = What::Unmap { from_block: blocks.start, to_block: blocks.end, next: 0 };
         let mut op = Op::new(Some(request), what, object, blocks.start, 0);
+        op.failure = self.failed;
+        let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
+        // After a failure the next turn ends it.
+        self.ready.push_back(at);
+    }
+
+    /// Begins to remember of blocks that no good copy is left: they cannot be read, nor merged into, until they are wholly written.
+    /// The caller orders it as a write of them.
+    pub fn lose(
+        &mut self,
+        request: RequestToken,
+        object: u32,
+        blocks: Range<u64>,
+        copies: Copies,
+        version: u64,
+    ) {
+        let extents = extents_of(&blocks);
+        let count = if blocks.is_empty() { 0 } else { extents.end - extents.start };
+        // Numbers of extents end before that many are behind them.
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let what = What::Lose { to_block: blocks.end, copies, version };
+        let mut op = Op::new(Some(request), what, object, blocks.start, count);
         op.failure = self.failed;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
         // After a failure the next turn ends it.
@@ -163,6 +188,7 @@ impl Shard {
             What::Write { copies, version, .. } => self.take_write(at, copies, version, data_max, disk),
             What::Unmap { from_block, to_block, next } => self.take_unmap(at, from_block..to_block, next),
             What::Reserve => self.take_reserve(at),
+            What::Lose { to_block, copies, version } => self.take_lose(at, to_block, copies, version),
             What::Read => unreachable!("reads need no batch"),
         }
     }
@@ -175,8 +201,6 @@ impl Shard {
         data_max: usize,
         disk: &mut impl Disk,
     ) -> Taken {
-        // Allocation, regions out of the log and another one in, and the block itself.
-        const RECORDS_NEEDED: usize = 3 + EVICTED_MAX;
         if let Copies::Others { stable_version } = copies {
             self.set_stable(self.ops[at as usize].object, stable_version);
         }
@@ -265,6 +289,49 @@ impl Shard {
         op.failure.get_or_insert(why);
         op.count = op.queued;
         if op.queued == op.committed { Taken::Failed } else { Taken::Whole }
+    }
+
+    fn take_lose(&mut self, at: u32, to_block: u64, copies: Copies, version: u64) -> Taken {
+        let op = &self.ops[at as usize];
+        let (object, blocks) = (op.object, op.first_block..to_block);
+        let replicated = matches!(copies, Copies::Others { .. });
+        if let Copies::Others { stable_version } = copies {
+            self.set_stable(object, stable_version);
+        }
+        loop {
+            let op = &self.ops[at as usize];
+            if op.queued == op.count {
+                return Taken::Whole;
+            }
+            if !self.next.has_room_for(RECORDS_NEEDED) {
+                return Taken::Part;
+            }
+            let Ok(number) = u32::try_from(extents_of(&blocks).start + u64::from(op.queued)) else {
+                return self.refuse(at, StoreError::OutOfRange);
+            };
+            let id = match self.extents.find(object, number) {
+                Some(id) => id,
+                None => match self.allocate(object, number, None) {
+                    Some(id) => id,
+                    None if self.shared.is_full() => return self.refuse(at, StoreError::NoSpace),
+                    None => return Taken::Starved,
+                },
+            };
+            let part = part_of_extent(number, &blocks);
+            if self.extents.get(id).deactivating || self.is_pending_in(id, &part) {
+                return Taken::Later;
+            }
+            if replicated && !self.extents.get(id).active {
+                self.activate(id);
+            }
+            let version = if version == 0 { self.next_lsn() } else { version };
+            let extent = self.extents.get_mut(id);
+            extent.touched = true;
+            let (slot, block, count, state) = (extent.slot, part.start, part.end - part.start, Sum::LOST);
+            let record = Record::Clear { slot, block, count, state, version };
+            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, state, version });
+            self.ops[at as usize].queued += 1;
+        }
     }
 
     fn take_reserve(&mut self, at: u32) -> Taken {
@@ -416,8 +483,9 @@ impl Shard {
             .any(|sum| *sum != Sum::ABSENT)
         {
             let (block, count) = (blocks.start, blocks.end - blocks.start);
-            let record = Record::Clear { slot, block, count, state: Sum::ABSENT, version };
-            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, version });
+            let state = Sum::ABSENT;
+            let record = Record::Clear { slot, block, count, state, version };
+            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, state, version });
         } else {
             return;
         }
@@ -455,6 +523,11 @@ impl Shard {
         }
         self.drop_gathered(disk, outcomes);
     }
+}
+
+/// The extents that have some of a layer's blocks, by number.
+fn extents_of(blocks: &Range<u64>) -> Range<u64> {
+    blocks.start / u64::from(EXTENT_BLOCKS)..blocks.end.div_ceil(u64::from(EXTENT_BLOCKS))
 }
 
 /// Which blocks of an extent are among those of a layer.

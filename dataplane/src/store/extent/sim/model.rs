@@ -36,6 +36,10 @@ pub(super) struct Known {
     pub(super) maybe: Vec<(u8, Values)>,
     /// No good content is here until the block is wholly written.
     pub(super) bad: bool,
+    /// That was said to the store, and it remembers.
+    pub(super) lost: bool,
+    /// It is being said.
+    pub(super) maybe_lost: bool,
 }
 
 impl Known {
@@ -55,7 +59,8 @@ impl Known {
                     }
                 }
             }
-            Held::Bad | Held::Lost if excused || self.bad => Ok(()),
+            Held::Bad if excused || self.bad && !self.lost => Ok(()),
+            Held::Lost if excused || self.lost || self.maybe_lost => Ok(()),
             _ => Err(format!("{held:?} without a reason, known is {self:x?}")),
         }
     }
@@ -63,6 +68,7 @@ impl Known {
     /// It was found to hold this: so it stays.
     pub(super) fn settle(&mut self, held: &Held) {
         self.maybe.clear();
+        (self.lost, self.maybe_lost) = (*held == Held::Lost, false);
         match held {
             Held::Values(values) => {
                 self.values = *values;
@@ -90,8 +96,13 @@ impl Known {
         }
         self.maybe.retain(|(mask, _)| *mask != 0);
         if mask == u8::MAX {
-            self.bad = false;
+            (self.bad, self.lost, self.maybe_lost) = (false, false, false);
         }
+    }
+
+    /// It was acknowledged that no good content is left.
+    pub(super) fn lose(&mut self) {
+        self.settle(&Held::Lost);
     }
 }
 

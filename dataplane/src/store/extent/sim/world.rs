@@ -67,6 +67,13 @@ pub(super) struct Coverage {
     pub(super) reserved_again: u64,
     pub(super) refused_reserves: u64,
     pub(super) starved_reserves: u64,
+    pub(super) loses: u64,
+    pub(super) loses_of_pending: u64,
+    pub(super) lost: u64,
+    pub(super) found_lost: u64,
+    pub(super) refused_lost_reads: u64,
+    pub(super) refused_lost_merges: u64,
+    pub(super) lost_made_whole: u64,
 }
 
 /// What a history is like.
@@ -163,6 +170,7 @@ enum Doing {
     Read,
     Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
     Reserve { is_there: bool },
+    Lose { version: u64 },
     Trim,
     Unmap,
 }
@@ -233,6 +241,7 @@ pub(super) fn open(
         lab.coverage.grown_logs += u64::from(active > layout.active_max as usize);
     }
     let found = examine(layout, &images, &media, model, excused)?;
+    lab.coverage.found_lost += found.iter().filter(|(_, held)| *held == Held::Lost).count() as u64;
     lab.coverage.suspect_blocks += found.iter().filter(|(_, held)| *held == Held::Bad).count() as u64;
     Ok(Ok(Opened { images, media, found }))
 }
@@ -543,7 +552,7 @@ impl World {
     /// Writes with a version up to this are on all copies.
     fn stable_version(&self) -> u64 {
         let versions = self.ops.iter().filter_map(|op| match op.doing {
-            Doing::Write { version, .. } => Some(version),
+            Doing::Write { version, .. } | Doing::Lose { version } => Some(version),
             _ => None,
         });
         versions.min().unwrap_or(self.version + 1) - 1
@@ -595,6 +604,9 @@ impl World {
         };
         if self.conflicts(object, first, count) {
             return;
+        }
+        if self.rng.one_in(12) {
+            return self.begin_lose(object, first, lab);
         }
         let mut blocks = Blocks::with_capacity(count as usize);
         for _ in 0..count {
@@ -680,6 +692,35 @@ impl World {
         self.ops.push(Op { token, object, first, count, doing: Doing::Reserve { is_there } });
         let shard = self.shard_of(object);
         self.shards[shard].reserve(RequestToken(token), object, extent);
+    }
+
+    /// Says that no good copy is left of blocks.
+    fn begin_lose(&mut self, object: u32, first: u64, lab: &mut Lab) {
+        let count = match self.rng.below(8) {
+            0 => 1 + self.rng.below(u64::from(EXTENT_BLOCKS)),
+            _ => 1 + self.rng.below(4),
+        };
+        if self.conflicts(object, first, count) {
+            return;
+        }
+        let shard = self.shard_of(object);
+        for block in first..first + count {
+            self.model.entry((object, block)).or_default().maybe_lost = true;
+            lab.coverage.loses_of_pending += u64::from(self.shards[shard].is_pending(object, block));
+        }
+        let replicated = self.rng.below(8) < self.plan.replicated;
+        let stable_version = self.stable_version();
+        self.version += 1;
+        let version = self.version;
+        let copies = if replicated { Copies::Others { stable_version } } else { Copies::Sole };
+        let blocks = first..first + count;
+        self.presences.begin(object, &blocks, self.told(version));
+        lab.coverage.loses += 1;
+        let token = self.next_token;
+        self.next_token += 1;
+        self.ops.push(Op { token, object, first, count, doing: Doing::Lose { version } });
+        let version = self.told(version);
+        self.shards[shard].lose(RequestToken(token), object, blocks, copies, version);
     }
 
     fn reserves(&self, object: u32, first: u64, count: u64) -> bool {
@@ -802,6 +843,7 @@ impl World {
                         may_be_good || mask == u8::MAX,
                         "{what}: a bad block was merged into: {known:x?}"
                     );
+                    lab.coverage.lost_made_whole += u64::from(known.lost);
                     known.acknowledge(mask, values);
                 }
             }
@@ -816,6 +858,15 @@ impl World {
                 lab.coverage.refused_reserves += u64::from(error == StoreError::NoSpace);
                 assert!(!is_there || error != StoreError::NoSpace, "{what}: {error:?}, and it has its slot");
                 self.check_error(&what, op.object, op.first..op.first, error, lab);
+            }
+            (Doing::Lose { version }, Ok(())) => {
+                let (blocks, version) = (op.first..op.first + op.count, self.told(version));
+                self.presences.done(op.object, &blocks, version);
+                lab.coverage.lost += op.count;
+                blocks.for_each(|block| self.model.get_mut(&(op.object, block)).unwrap().lose());
+            }
+            (Doing::Lose { .. }, Err(error)) => {
+                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
             (Doing::Trim, Ok(())) => {
                 let gone = op.first..op.first + op.count;
@@ -843,7 +894,7 @@ impl World {
         lab.coverage.named_errors += 1;
         let bad =
             || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
-        let is_write = ["Write", "Trim", "Reserve"].iter().any(|doing| what.contains(doing));
+        let is_write = ["Write", "Trim", "Reserve", "Lose"].iter().any(|doing| what.contains(doing));
         let fine = match error {
             StoreError::Corrupt { suspect } => {
                 lab.coverage.refused_merges += u64::from(is_write);
@@ -859,7 +910,17 @@ impl World {
                 true
             }
             StoreError::Unwritable(_) => is_write && self.excused(),
-            StoreError::Unreadable(_) | StoreError::Lost => self.excused(),
+            StoreError::Unreadable(_) => self.excused(),
+            StoreError::Lost => {
+                let which = if is_write {
+                    &mut lab.coverage.refused_lost_merges
+                } else {
+                    &mut lab.coverage.refused_lost_reads
+                };
+                *which += 1;
+                let mut known = blocks.clone().filter_map(|block| self.model.get(&(object, block)));
+                known.any(|known| known.lost || known.maybe_lost) || self.excused()
+            }
             StoreError::OutOfRange => false,
         };
         assert!(fine, "{what}: {error:?} without a reason");
