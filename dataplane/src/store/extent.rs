@@ -26,10 +26,13 @@ pub mod shared;
 #[cfg(test)]
 mod sim;
 
+use std::ops::Range;
+
 use af_xdp::region::Pool;
 use torus_uring::{Blocks, IoError};
 
-use self::shard::{Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
+use self::extents::HeldExtent;
+use self::shard::{Copies, Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
 use super::{Disk, Operation, Outcome, RequestToken, Store};
 
 /// One core's part of an extent store.
@@ -75,6 +78,12 @@ impl ExtentStore {
         self.shards.get(usize::from(shard)).is_some_and(Option::is_some)
     }
 
+    /// The shard of a layer.
+    fn of(&self, object: Object) -> &Shard {
+        let shard = self.shards.get(usize::from(object.shard)).and_then(Option::as_ref);
+        shard.expect("a request goes to its shard's core")
+    }
+
     /// A shard that needs no turn for what it is given.
     fn untouched(&mut self, number: u16) -> &mut Shard {
         self.shards
@@ -108,9 +117,39 @@ impl ExtentStore {
         self.shard(object.shard).write(request, object.number, first_block, blocks, terms, disk, outcomes);
     }
 
+    /// Begins to give an extent of a layer its slot, durably, before anything is written to it; the outcome has no blocks.
+    pub fn reserve(&mut self, request: RequestToken, object: Object, extent: u32) {
+        self.shard(object.shard).reserve(request, object.number, extent);
+    }
+
+    /// Begins to remember, durably, of blocks that no good copy is left; the outcome has no blocks. The caller orders it as a write.
+    pub fn lose(
+        &mut self,
+        request: RequestToken,
+        object: Object,
+        blocks: Range<u64>,
+        copies: Copies,
+        version: u64,
+    ) {
+        self.shard(object.shard).lose(request, object.number, blocks, copies, version);
+    }
+
     /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.
     pub fn unmap(&mut self, object: Object, from_block: u64) {
         self.shard(object.shard).unmap(object.number, from_block);
+    }
+
+    /// Appends the extents of a layer from number `from_extent` on, at most `max` of them, in order. Whether there are no more.
+    #[must_use]
+    pub fn list(&self, object: Object, from_extent: u32, max: usize, held: &mut Vec<HeldExtent>) -> bool {
+        self.of(object).list(object.number, from_extent, max, held)
+    }
+
+    /// Appends the extents of a layer that are in the activity log, in no order. Gives the highest version written to the
+    /// layer: to an extent that is there, or has gone since the store was opened; 0 for none.
+    #[must_use]
+    pub fn survey(&self, object: Object, active: &mut Vec<HeldExtent>) -> u64 {
+        self.of(object).survey(object.number, active)
     }
 
     /// Says which scrub is wanted.

@@ -6,10 +6,14 @@
 //! * A slot belongs to one extent. It is given to another only when its former extent's end is durable and none of its
 //!   writes is in flight.
 //! * An extent's place in the table ([`ExtentId`]) does not change while it lives.
+//! * The highest version of a layer is none below that of any extent that it has or had since the shard was opened.
+
+mod order;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use self::order::Order;
 use super::format::{EXTENT_BLOCKS, Sum, SumPage};
 
 /// Place of an extent in its shard's table.
@@ -48,8 +52,10 @@ pub struct Extent {
     pub number: u32,
     /// Where it lies.
     pub slot: u32,
-    /// The highest version written.
+    /// The highest version written; changed by [`Extents::wrote`].
     pub version: u64,
+    /// Its layer's place among the layers.
+    layer: u32,
     /// Its blocks.
     pub sums: Box<SumPage>,
     /// The batch that allocated it; 0 where a checkpoint has it.
@@ -107,14 +113,39 @@ impl Hasher for FoldHasher {
 /// A map that hashes by [`FoldHasher`].
 pub type FoldMap<K, V> = HashMap<K, V, BuildHasherDefault<FoldHasher>>;
 
+/// What an extent is, to who asks which there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldExtent {
+    /// Which of its layer's extents.
+    pub number: u32,
+    /// The highest version written to it.
+    pub version: u64,
+    /// Its region is in the activity log or on the way there, and not on the way out of it: then every copy has all of it.
+    pub active: bool,
+}
+
+/// What the extents of a layer have in common.
+#[derive(Debug)]
+struct Layer {
+    /// The highest version written to any of them.
+    highest: u64,
+}
+
 /// All extents of a shard.
 #[derive(Debug)]
 pub struct Extents {
     places: Vec<Option<Extent>>,
     free: Vec<u32>,
     by_key: FoldMap<(u32, u32), u32>,
+    order: Order,
+    layers: Vec<Layer>,
+    /// Places of layers by their number in the catalog.
+    layer_of: FoldMap<u32, u32>,
     count: u32,
 }
+
+/// Layers that there is room for from the start; more are made as they come.
+const LAYERS_EXPECTED: usize = 256;
 
 impl Extents {
     /// None yet, with room for `entries_max` without another allocation.
@@ -124,6 +155,9 @@ impl Extents {
             places: Vec::with_capacity(entries_max as usize),
             free: Vec::with_capacity(entries_max as usize),
             by_key: FoldMap::with_capacity_and_hasher(entries_max as usize, BuildHasherDefault::default()),
+            order: Order::new(entries_max),
+            layers: Vec::with_capacity(LAYERS_EXPECTED),
+            layer_of: FoldMap::with_capacity_and_hasher(LAYERS_EXPECTED, BuildHasherDefault::default()),
             count: 0,
         }
     }
@@ -179,14 +213,18 @@ impl Extents {
     ///
     /// # Panics
     /// If the layer has that extent already.
-    pub fn insert(&mut self, extent: Extent) -> ExtentId {
+    pub fn insert(&mut self, mut extent: Extent) -> ExtentId {
         let key = (extent.object, extent.number);
+        extent.layer = self.layer(extent.object);
+        let highest = &mut self.layers[extent.layer as usize].highest;
+        *highest = extent.version.max(*highest);
         let place = self.free.pop().unwrap_or_else(|| {
             self.places.push(None);
             self.places() - 1
         });
         let before = self.by_key.insert(key, place);
         assert!(before.is_none(), "a layer has each extent once");
+        self.order.insert(key, place);
         self.places[place as usize] = Some(extent);
         self.count += 1;
         ExtentId(place)
@@ -200,6 +238,7 @@ impl Extents {
         let key = (extent.object, extent.number);
         let found = self.by_key.remove(&key);
         assert_eq!(found, Some(id.0), "an extent is found by its key");
+        self.order.remove(key);
         self.count -= 1;
     }
 
@@ -214,6 +253,36 @@ impl Extents {
         extent
     }
 
+    /// The place of a layer among the layers.
+    fn layer(&mut self, object: u32) -> u32 {
+        *self.layer_of.entry(object).or_insert_with(|| {
+            self.layers.push(Layer { highest: 0 });
+            u32::try_from(self.layers.len() - 1).expect("layers are numbered by 32 bits")
+        })
+    }
+
+    /// A write of that version is durable, or is found to have been.
+    pub fn wrote(&mut self, id: ExtentId, version: u64) -> &mut Extent {
+        let extent = self.places[id.0 as usize].as_mut().expect("an extent of this shard");
+        let highest = &mut self.layers[extent.layer as usize].highest;
+        *highest = version.max(*highest);
+        extent.version = version.max(extent.version);
+        extent
+    }
+
+    /// The highest version written to a layer; 0 for none.
+    #[must_use]
+    pub fn highest_version(&self, object: u32) -> u64 {
+        self.layer_of.get(&object).map_or(0, |layer| self.layers[*layer as usize].highest)
+    }
+
+    /// A layer's first extent from a number on.
+    #[must_use]
+    pub fn first_from(&self, object: u32, number: u32) -> Option<(ExtentId, &Extent)> {
+        let ((found, _), place) = self.order.first_from((object, number))?;
+        if found == object { self.at(place) } else { None }
+    }
+
     /// All that have not ended.
     pub fn iter(&self) -> impl Iterator<Item = (ExtentId, &Extent)> {
         (0..self.places()).filter_map(|place| self.at(place)).filter(|(_, extent)| !extent.ended)
@@ -221,6 +290,13 @@ impl Extents {
 }
 
 impl Extent {
+    /// What it is to who asks which there are.
+    #[must_use]
+    pub fn held(&self) -> HeldExtent {
+        let active = (self.active && !self.deactivating) || self.activating;
+        HeldExtent { number: self.number, version: self.version, active }
+    }
+
     /// An extent that a slot was just given to.
     #[must_use]
     pub fn allocated(object: u32, number: u32, free: FreeSlot, lsn: u64) -> Extent {
@@ -229,6 +305,7 @@ impl Extent {
             number,
             slot: free.slot,
             version: 0,
+            layer: 0,
             sums: free.sums,
             allocated_lsn: lsn,
             which: 0,

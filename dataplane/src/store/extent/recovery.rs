@@ -498,11 +498,10 @@ impl<'m, M: Medium> Reader<'m, M> {
                 data += u32::from(is_journaled(record));
                 let concerns = hands.get(&slot).is_none_or(|left| *left == 0);
                 let Some(id) = by_slot.get(&slot).filter(|_| concerns) else { continue };
-                let extent = extents.get_mut(*id);
                 match *record {
                     Record::Set { block, sum, version, in_journal, .. } => {
+                        let extent = extents.wrote(*id, version);
                         extent.sums[usize::from(block)] = sum;
-                        extent.version = extent.version.max(version);
                         extent.dirty = true;
                         let position = (batch.header.position + data) % self.layout.journal_blocks;
                         if in_journal && lsn > placed_lsn {
@@ -512,15 +511,15 @@ impl<'m, M: Medium> Reader<'m, M> {
                         }
                     }
                     Record::Clear { block, count, state, version, .. } => {
+                        let extent = extents.wrote(*id, version);
                         for block in block..block + count {
                             extent.sums[usize::from(block)] = state;
                             unplaced.remove(&(slot, block));
                         }
-                        extent.version = extent.version.max(version);
                         extent.dirty = true;
                     }
-                    Record::Activate { .. } => extent.active = true,
-                    Record::Deactivate { .. } => extent.active = false,
+                    Record::Activate { .. } => extents.get_mut(*id).active = true,
+                    Record::Deactivate { .. } => extents.get_mut(*id).active = false,
                     Record::Free { .. } | Record::Allocate { .. } => {}
                 }
             }

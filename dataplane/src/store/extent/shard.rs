@@ -5,6 +5,7 @@
 //!
 //! * this file – what a shard consists of, and how ended disk requests find their way.
 //! * `reading` – reads, with their checksums verified; and the old blocks of partial writes.
+//! * `inventory` – which extents there are.
 //! * `writing` – writes and unmaps, up to the batch that makes them durable.
 //! * `batch` – group commit: one batch in flight, and what becomes true when it has ended.
 //! * `placing` – data from the journal to their place, and the syncs that make that durable.
@@ -22,6 +23,7 @@
 
 mod batch;
 mod checkpoint;
+mod inventory;
 mod placing;
 mod reading;
 mod scrub;
@@ -174,6 +176,14 @@ enum What {
         copies: Copies,
         version: u64,
     },
+    /// The extent of its one block is to have a slot.
+    Reserve,
+    /// Up to this block no good copy is left. What is counted are the extents that have some of them.
+    Lose {
+        to_block: u64,
+        copies: Copies,
+        version: u64,
+    },
     /// The blocks to go, and how many extents have been looked at: of those of the range by number where it ends, else of all in the
     /// table; `u32::MAX` when it has all.
     Unmap {
@@ -240,7 +250,7 @@ pub struct Shard {
     journal: JournalState,
     ops: Slab<Op>,
     reads: Slab<ReadPart>,
-    /// Writes and unmaps that wait for a batch.
+    /// Writes and other changes that wait for a batch.
     ready: VecDeque<u32>,
     /// Those that the batch in the making leaves to a later one; empty between two calls.
     later: VecDeque<u32>,

@@ -98,6 +98,16 @@ fn a_sole_copy_survives_every_crash() {
         ("scrubs that go on", lab.coverage.resumed_scrubs, 1),
         ("acknowledged writes", lab.coverage.acknowledged, 3000),
         ("reads", lab.coverage.reads, 8000),
+        ("lost blocks", lab.coverage.lost, 30_000),
+        ("lost blocks whose data had not been put in place", lab.coverage.loses_of_pending, 50),
+        ("lost blocks found after a crash", lab.coverage.found_lost, 1_000_000),
+        ("refused reads of lost blocks", lab.coverage.refused_lost_reads, 50_000),
+        ("refused merges into lost blocks", lab.coverage.refused_lost_merges, 500),
+        ("lost blocks made whole", lab.coverage.lost_made_whole, 800),
+        ("reserved extents", lab.coverage.reserved, 300),
+        ("extents reserved again", lab.coverage.reserved_again, 700),
+        ("reserves of full stores", lab.coverage.refused_reserves, 150),
+        ("reserves that wait for a slot", lab.coverage.starved_reserves, 40),
     ]);
 }
 
@@ -142,6 +152,11 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
         ("suspect regions", lab.coverage.suspect_regions, 30_000),
         ("activity logs that had to grow", lab.coverage.grown_logs, 500),
         ("suspect blocks", lab.coverage.suspect_blocks, 1500),
+        ("lists of extents", lab.coverage.lists, 3000),
+        ("extents listed", lab.coverage.listed, 4000),
+        ("pieces of lists", lab.coverage.list_pieces, 3500),
+        ("regions surveyed", lab.coverage.surveyed_active, 3000),
+        ("layers whose extents were looked for", lab.coverage.inventories_after_crash, 35_000),
         ("refused merges", lab.coverage.refused_merges, 10),
         ("closed without a suspect", lab.coverage.settled, 200),
         ("torn tails", lab.coverage.torn_tails, 300),

@@ -35,6 +35,8 @@ pub(super) enum Applied {
     },
     Allocated {
         extent: ExtentId,
+        /// The reservation that asked for it, if one did.
+        op: Option<u32>,
     },
     Activated {
         extent: ExtentId,
@@ -51,6 +53,7 @@ pub(super) enum Applied {
         extent: ExtentId,
         block: u16,
         count: u16,
+        state: Sum,
         version: u64,
     },
 }
@@ -125,9 +128,11 @@ impl Batch {
         self.packing.units() + records <= RECORDS_MAX
     }
 
-    /// Whether a write of that extent is in it.
+    /// Whether a change of that extent's blocks is in it.
     fn concerns(&self, id: ExtentId) -> bool {
-        self.applied.iter().any(|applied| matches!(applied, Applied::Set { extent, .. } if *extent == id))
+        self.applied.iter().any(|applied| {
+            matches!(applied, Applied::Set { extent, .. } | Applied::Cleared { extent, .. } if *extent == id)
+        })
     }
 
     fn has(&self, id: ExtentId, block: u16) -> bool {
@@ -177,7 +182,7 @@ impl Shard {
         self.journal.lsn + 1 + u64::from(self.batch.in_flight)
     }
 
-    /// Whether a write of that extent has no durable record yet.
+    /// Whether a change of that extent's blocks has no durable record yet.
     pub(super) fn batches_concern(&self, id: ExtentId) -> bool {
         self.batch.concerns(id) || self.next.concerns(id)
     }
@@ -433,9 +438,7 @@ impl Shard {
     fn apply(&mut self, change: Applied, lsn: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         match change {
             Applied::Set { op, extent: id, block, sum, version, chunk } => {
-                let extent = self.extents.get_mut(id);
-                extent.sums[usize::from(block)] = sum;
-                extent.version = extent.version.max(version);
+                self.extents.wrote(id, version).sums[usize::from(block)] = sum;
                 self.mark_dirty(id);
                 if let Some(chunk) = chunk {
                     self.make_pending(id, block, lsn, chunk, disk);
@@ -443,9 +446,13 @@ impl Shard {
                 self.count_committed(op);
                 self.end_if_committed(op, disk, outcomes);
             }
-            Applied::Allocated { extent: id } => {
+            Applied::Allocated { extent: id, op } => {
                 self.mark_dirty(id);
                 self.shared.counters.allocated.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                if let Some(op) = op {
+                    self.count_committed(op);
+                    self.end_if_committed(op, disk, outcomes);
+                }
             }
             Applied::Activated { extent: id } => {
                 let extent = self.extents.get_mut(id);
@@ -457,12 +464,16 @@ impl Shard {
                 extent.deactivating = false;
                 extent.active = false;
             }
-            Applied::Cleared { op, extent: id, block, count, version } => {
-                let extent = self.extents.get_mut(id);
-                extent.sums[usize::from(block)..][..usize::from(count)].fill(Sum::ABSENT);
-                extent.version = extent.version.max(version);
+            Applied::Cleared { op, extent: id, block, count, state, version } => {
+                let extent = self.extents.wrote(id, version);
+                let sums = &mut extent.sums[usize::from(block)..][..usize::from(count)];
+                if state == Sum::LOST {
+                    let fresh = sums.iter().filter(|sum| **sum != Sum::LOST).count();
+                    Counters::add(&self.shared.counters.lost_blocks, fresh as u64);
+                }
+                sums.fill(state);
                 self.mark_dirty(id);
-                self.ops[op as usize].committed += 1;
+                self.count_committed(op);
                 self.end_if_committed(op, disk, outcomes);
             }
             Applied::Freed { op, extent: id } => {
@@ -601,7 +612,9 @@ impl Shard {
         for change in applied.drain(..) {
             let (op, chunk) = match change {
                 Applied::Set { op, chunk, .. } => (op, chunk),
-                Applied::Freed { op, .. } | Applied::Cleared { op, .. } => (op, None),
+                Applied::Freed { op, .. }
+                | Applied::Cleared { op, .. }
+                | Applied::Allocated { op: Some(op), .. } => (op, None),
                 _ => continue,
             };
             if let Some(chunk) = chunk {

@@ -1,4 +1,4 @@
-//! Writes and unmaps, until a batch has taken all of them.
+//! Writes, unmaps, losses and reservations, until a batch has taken all of them.
 //!
 //! A write that covers a block in part waits for the block's old content, and becomes a write of whole blocks. What waits for
 //! a batch waits in order of arrival; what needs a slot and finds none waits by itself, unless the store is full.
@@ -36,6 +36,9 @@ const UNMAP_RECORDS_MAX: u32 = 32;
 
 /// Regions that leave the activity log for one that comes: where the log is longer than it should be it becomes shorter.
 const EVICTED_MAX: usize = 2;
+
+/// What a change of a block may take: allocation, regions out of the log and another one in, and the block itself.
+const RECORDS_NEEDED: usize = 3 + EVICTED_MAX;
 
 /// How far a batch came with a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -99,6 +102,38 @@ impl Shard {
         self.ready.push_back(at);
     }
 
+    /// Begins to remember of blocks that no good copy is left: they cannot be read, nor merged into, until they are wholly written.
+    /// The caller orders it as a write of them.
+    pub fn lose(
+        &mut self,
+        request: RequestToken,
+        object: u32,
+        blocks: Range<u64>,
+        copies: Copies,
+        version: u64,
+    ) {
+        let extents = extents_of(&blocks);
+        let count = if blocks.is_empty() { 0 } else { extents.end - extents.start };
+        // Numbers of extents end before that many are behind them.
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let what = What::Lose { to_block: blocks.end, copies, version };
+        let mut op = Op::new(Some(request), what, object, blocks.start, count);
+        op.failure = self.failed;
+        let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
+        // After a failure the next turn ends it.
+        self.ready.push_back(at);
+    }
+
+    /// Begins to give an extent of a layer its slot, before anything is written to it. It is done at once where it has one.
+    pub fn reserve(&mut self, request: RequestToken, object: u32, extent: u32) {
+        let first_block = u64::from(extent) * u64::from(EXTENT_BLOCKS);
+        let mut op = Op::new(Some(request), What::Reserve, object, first_block, 1);
+        op.failure = self.failed;
+        let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
+        // After a failure the next turn ends it.
+        self.ready.push_back(at);
+    }
+
     /// Reads the blocks that a write covers only in part.
     fn read_before_write(&mut self, at: u32, disk: &mut impl Disk) {
         let op = &self.ops[at as usize];
@@ -152,6 +187,8 @@ impl Shard {
         match self.ops[at as usize].what {
             What::Write { copies, version, .. } => self.take_write(at, copies, version, data_max, disk),
             What::Unmap { from_block, to_block, next } => self.take_unmap(at, from_block..to_block, next),
+            What::Reserve => self.take_reserve(at),
+            What::Lose { to_block, copies, version } => self.take_lose(at, to_block, copies, version),
             What::Read => unreachable!("reads need no batch"),
         }
     }
@@ -164,8 +201,6 @@ impl Shard {
         data_max: usize,
         disk: &mut impl Disk,
     ) -> Taken {
-        // Allocation, regions out of the log and another one in, and the block itself.
-        const RECORDS_NEEDED: usize = 3 + EVICTED_MAX;
         if let Copies::Others { stable_version } = copies {
             self.set_stable(self.ops[at as usize].object, stable_version);
         }
@@ -183,7 +218,7 @@ impl Shard {
             let object = op.object;
             let id = match self.extents.find(object, number) {
                 Some(id) => id,
-                None => match self.allocate(object, number) {
+                None => match self.allocate(object, number, None) {
                     Some(id) => id,
                     None if self.shared.is_full() => {
                         return self.refuse(at, StoreError::NoSpace);
@@ -256,13 +291,84 @@ impl Shard {
         if op.queued == op.committed { Taken::Failed } else { Taken::Whole }
     }
 
+    fn take_lose(&mut self, at: u32, to_block: u64, copies: Copies, version: u64) -> Taken {
+        let op = &self.ops[at as usize];
+        let (object, blocks) = (op.object, op.first_block..to_block);
+        let replicated = matches!(copies, Copies::Others { .. });
+        if let Copies::Others { stable_version } = copies {
+            self.set_stable(object, stable_version);
+        }
+        loop {
+            let op = &self.ops[at as usize];
+            if op.queued == op.count {
+                return Taken::Whole;
+            }
+            if !self.next.has_room_for(RECORDS_NEEDED) {
+                return Taken::Part;
+            }
+            let Ok(number) = u32::try_from(extents_of(&blocks).start + u64::from(op.queued)) else {
+                return self.refuse(at, StoreError::OutOfRange);
+            };
+            let id = match self.extents.find(object, number) {
+                Some(id) => id,
+                None => match self.allocate(object, number, None) {
+                    Some(id) => id,
+                    None if self.shared.is_full() => return self.refuse(at, StoreError::NoSpace),
+                    None => return Taken::Starved,
+                },
+            };
+            let part = part_of_extent(number, &blocks);
+            if self.extents.get(id).deactivating || self.is_pending_in(id, &part) {
+                return Taken::Later;
+            }
+            if replicated && !self.extents.get(id).active {
+                self.activate(id);
+            }
+            let version = if version == 0 { self.next_lsn() } else { version };
+            let extent = self.extents.get_mut(id);
+            extent.touched = true;
+            let (slot, block, count, state) = (extent.slot, part.start, part.end - part.start, Sum::LOST);
+            let record = Record::Clear { slot, block, count, state, version };
+            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, state, version });
+            self.ops[at as usize].queued += 1;
+        }
+    }
+
+    fn take_reserve(&mut self, at: u32) -> Taken {
+        let op = &self.ops[at as usize];
+        let object = op.object;
+        let Some((number, _)) = locate(op.first_block) else {
+            return self.refuse(at, StoreError::OutOfRange);
+        };
+        if let Some(id) = self.extents.find(object, number) {
+            let extent = self.extents.get(id);
+            // Its allocation, or its end, is in a batch that has not ended.
+            if extent.ending || extent.allocated_lsn > self.journal.lsn {
+                return Taken::Later;
+            }
+            self.ops[at as usize].count = 0;
+            return Taken::Whole;
+        }
+        if !self.next.has_room_for(1) {
+            return Taken::Part;
+        }
+        match self.allocate(object, number, Some(at)) {
+            Some(_) => {
+                self.ops[at as usize].queued = 1;
+                Taken::Whole
+            }
+            None if self.shared.is_full() => self.refuse(at, StoreError::NoSpace),
+            None => Taken::Starved,
+        }
+    }
+
     /// Takes a slot for an extent, if one is free.
-    fn allocate(&mut self, object: u32, number: u32) -> Option<ExtentId> {
+    fn allocate(&mut self, object: u32, number: u32, op: Option<u32>) -> Option<ExtentId> {
         let free = self.shared.free.pop()?;
         let slot = free.slot;
         let id = self.extents.insert(Extent::allocated(object, number, free, self.next_lsn()));
         self.next
-            .record(Record::Allocate { slot, object, extent: number }, Applied::Allocated { extent: id });
+            .record(Record::Allocate { slot, object, extent: number }, Applied::Allocated { extent: id, op });
         Some(id)
     }
 
@@ -377,8 +483,9 @@ impl Shard {
             .any(|sum| *sum != Sum::ABSENT)
         {
             let (block, count) = (blocks.start, blocks.end - blocks.start);
-            let record = Record::Clear { slot, block, count, state: Sum::ABSENT, version };
-            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, version });
+            let state = Sum::ABSENT;
+            let record = Record::Clear { slot, block, count, state, version };
+            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, state, version });
         } else {
             return;
         }
@@ -416,6 +523,11 @@ impl Shard {
         }
         self.drop_gathered(disk, outcomes);
     }
+}
+
+/// The extents that have some of a layer's blocks, by number.
+fn extents_of(blocks: &Range<u64>) -> Range<u64> {
+    blocks.start / u64::from(EXTENT_BLOCKS)..blocks.end.div_ceil(u64::from(EXTENT_BLOCKS))
 }
 
 /// Which blocks of an extent are among those of a layer.

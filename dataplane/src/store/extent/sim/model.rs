@@ -2,8 +2,11 @@
 //!
 //! A value that was read, or found when the store was opened, stays: only a new write may change it.
 
+use std::ops::Range;
+
 use crate::store::BLOCK_BYTES;
-use crate::store::extent::extents::FoldMap;
+use crate::store::extent::extents::{Extent, FoldMap, HeldExtent};
+use crate::store::extent::format::EXTENT_BLOCKS;
 
 use super::disk::SECTOR;
 
@@ -33,6 +36,10 @@ pub(super) struct Known {
     pub(super) maybe: Vec<(u8, Values)>,
     /// No good content is here until the block is wholly written.
     pub(super) bad: bool,
+    /// That was said to the store, and it remembers.
+    pub(super) lost: bool,
+    /// It is being said.
+    pub(super) maybe_lost: bool,
 }
 
 impl Known {
@@ -52,7 +59,8 @@ impl Known {
                     }
                 }
             }
-            Held::Bad | Held::Lost if excused || self.bad => Ok(()),
+            Held::Bad if excused || self.bad && !self.lost => Ok(()),
+            Held::Lost if excused || self.lost || self.maybe_lost => Ok(()),
             _ => Err(format!("{held:?} without a reason, known is {self:x?}")),
         }
     }
@@ -60,6 +68,7 @@ impl Known {
     /// It was found to hold this: so it stays.
     pub(super) fn settle(&mut self, held: &Held) {
         self.maybe.clear();
+        (self.lost, self.maybe_lost) = (*held == Held::Lost, false);
         match held {
             Held::Values(values) => {
                 self.values = *values;
@@ -87,8 +96,13 @@ impl Known {
         }
         self.maybe.retain(|(mask, _)| *mask != 0);
         if mask == u8::MAX {
-            self.bad = false;
+            (self.bad, self.lost, self.maybe_lost) = (false, false, false);
         }
+    }
+
+    /// It was acknowledged that no good content is left.
+    pub(super) fn lose(&mut self) {
+        self.settle(&Held::Lost);
     }
 }
 
@@ -97,6 +111,110 @@ pub(super) type Key = (u32, u64);
 
 /// Everything that was ever written.
 pub(super) type Model = FoldMap<Key, Known>;
+
+/// Whether an extent is there, and its version.
+#[derive(Debug, Clone, Copy, Default)]
+struct Presence {
+    /// Something of it was acknowledged, and nothing took it away since.
+    must: bool,
+    /// Bounds of its highest version.
+    least: u64,
+    most: u64,
+}
+
+/// The extents that there may be, by layer and number.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Presences(FoldMap<(u32, u32), Presence>);
+
+fn extents_of(blocks: &Range<u64>) -> Range<u32> {
+    let each = u64::from(EXTENT_BLOCKS);
+    (blocks.start / each) as u32..blocks.end.div_ceil(each) as u32
+}
+
+impl Presences {
+    /// A change that needs its extents begins; version 0 is the store's own.
+    pub(super) fn begin(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
+        let most = if version == 0 { u64::MAX } else { version };
+        for number in extents_of(blocks) {
+            let presence = self.0.entry((object, number)).or_default();
+            presence.most = most.max(presence.most);
+        }
+    }
+
+    /// Whether an extent is there for certain.
+    pub(super) fn has(&self, object: u32, number: u32) -> bool {
+        self.0.get(&(object, number)).is_some_and(|known| known.must)
+    }
+
+    /// It was acknowledged.
+    pub(super) fn done(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
+        for number in extents_of(blocks) {
+            let presence = self.0.get_mut(&(object, number)).unwrap();
+            presence.must = true;
+            presence.least = version.max(presence.least);
+        }
+    }
+
+    fn concerned(
+        &mut self,
+        object: u32,
+        blocks: &Range<u64>,
+    ) -> impl Iterator<Item = (bool, (u32, u32), &mut Presence)> {
+        let (each, blocks) = (u64::from(EXTENT_BLOCKS), blocks.clone());
+        let all = self.0.iter_mut().filter(move |((of, _), _)| *of == object);
+        all.filter_map(move |(key, presence)| {
+            let own = u64::from(key.1) * each..(u64::from(key.1) + 1) * each;
+            let is_whole = blocks.start <= own.start && own.end <= blocks.end;
+            (blocks.start < own.end && own.start < blocks.end).then_some((is_whole, *key, presence))
+        })
+    }
+
+    /// Blocks begin to be taken away, and extents with them where all of them go.
+    pub(super) fn begin_removal(&mut self, object: u32, blocks: &Range<u64>) {
+        for (is_whole, _, presence) in self.concerned(object, blocks) {
+            if is_whole {
+                presence.must = false;
+            } else {
+                presence.most = u64::MAX;
+            }
+        }
+    }
+
+    /// They were.
+    pub(super) fn removed(&mut self, object: u32, blocks: &Range<u64>) {
+        let gone: Vec<_> = self
+            .concerned(object, blocks)
+            .filter(|(is_whole, ..)| *is_whole)
+            .map(|(_, key, _)| key)
+            .collect();
+        for key in gone {
+            self.0.remove(&key);
+        }
+    }
+
+    /// Whether these may be all extents of a layer.
+    pub(super) fn check(&self, object: u32, held: &[HeldExtent]) -> Result<(), String> {
+        for extent in held {
+            let Some(known) = self.0.get(&(object, extent.number)) else {
+                return Err(format!("object {object}: {extent:?} from nowhere"));
+            };
+            // One that was given up and is not gone may have any version that it had.
+            if extent.version > known.most || known.must && extent.version < known.least {
+                return Err(format!("object {object}: {extent:?}, known is {known:?}"));
+            }
+        }
+        let missing = self.0.iter().find(|((of, number), known)| {
+            *of == object && known.must && held.iter().all(|extent| extent.number != *number)
+        });
+        missing.map_or(Ok(()), |(key, known)| Err(format!("{key:?} is not there, known is {known:?}")))
+    }
+
+    /// These are there.
+    pub(super) fn settle<'e>(&mut self, extents: impl Iterator<Item = &'e Extent>) {
+        let found = |extent: &Extent| Presence { must: true, least: extent.version, most: extent.version };
+        self.0 = extents.map(|extent| ((extent.object, extent.number), found(extent))).collect();
+    }
+}
 
 /// The sectors' values, if every sector holds one value over and over.
 pub(super) fn values_of(bytes: &[u8]) -> Result<Values, String> {

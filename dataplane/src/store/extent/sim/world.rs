@@ -17,7 +17,7 @@ use crate::store::extent::shared::{ShardEvent, Shared};
 use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
 
 use super::disk::{Faults, Media, Rng, SECTOR, SimDisk, Still};
-use super::model::{Held, Key, Model, SECTORS, Values, fill, values_of};
+use super::model::{Held, Key, Model, Presences, SECTORS, Values, fill, values_of};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -57,6 +57,23 @@ pub(super) struct Coverage {
     pub(super) faults: u64,
     pub(super) named_errors: u64,
     pub(super) refused_opens: u64,
+    pub(super) lists: u64,
+    pub(super) listed: u64,
+    pub(super) list_pieces: u64,
+    pub(super) surveyed_active: u64,
+    pub(super) inventories_after_crash: u64,
+    pub(super) reserves: u64,
+    pub(super) reserved: u64,
+    pub(super) reserved_again: u64,
+    pub(super) refused_reserves: u64,
+    pub(super) starved_reserves: u64,
+    pub(super) loses: u64,
+    pub(super) loses_of_pending: u64,
+    pub(super) lost: u64,
+    pub(super) found_lost: u64,
+    pub(super) refused_lost_reads: u64,
+    pub(super) refused_lost_merges: u64,
+    pub(super) lost_made_whole: u64,
 }
 
 /// What a history is like.
@@ -152,6 +169,8 @@ impl Lab {
 enum Doing {
     Read,
     Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
+    Reserve { is_there: bool },
+    Lose { version: u64 },
     Trim,
     Unmap,
 }
@@ -222,6 +241,7 @@ pub(super) fn open(
         lab.coverage.grown_logs += u64::from(active > layout.active_max as usize);
     }
     let found = examine(layout, &images, &media, model, excused)?;
+    lab.coverage.found_lost += found.iter().filter(|(_, held)| *held == Held::Lost).count() as u64;
     lab.coverage.suspect_blocks += found.iter().filter(|(_, held)| *held == Held::Bad).count() as u64;
     Ok(Ok(Opened { images, media, found }))
 }
@@ -300,6 +320,7 @@ pub(super) struct World {
     shards: Vec<Shard>,
     pub(super) disk: SimDisk,
     pub(super) model: Model,
+    presences: Presences,
     ops: Vec<Op>,
     outcomes: Vec<Outcome>,
     rng: Rng,
@@ -350,6 +371,9 @@ impl World {
             shared.add_free(FreeSlot::new(slot));
         }
         shared.set_no_more(held_back.is_empty());
+        let mut presences = Presences::default();
+        let extents = opened.images.iter().flat_map(|image| image.recovered.extents.iter());
+        presences.settle(extents.map(|(_, extent)| extent));
         let layout = Arc::new(layout);
         let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks));
         disk.faults = plan.faults;
@@ -381,6 +405,7 @@ impl World {
             shards,
             disk,
             model,
+            presences,
             ops: Vec::new(),
             outcomes: Vec::new(),
             now_ns: 1_000_000 * rng.below(1000),
@@ -427,17 +452,63 @@ impl World {
     fn step(&mut self, lab: &mut Lab) {
         match self.rng.below(16) {
             0..5 if self.ops.len() < self.plan.concurrent => self.begin_op(lab),
+            0..8 if self.rng.one_in(16) => {
+                let object = self.rng.below(self.plan.objects.into()) as u32;
+                self.take_inventory(object, lab);
+            }
             0..8 => self.turn(),
             8 if !self.held_back.is_empty() && self.rng.one_in(4) => {
                 let waits = |op: &&Op| matches!(op.doing, Doing::Write { .. });
                 if self.shared.free.is_empty() {
                     lab.coverage.starved += self.ops.iter().filter(waits).count() as u64;
+                    let reserves = |op: &&Op| matches!(op.doing, Doing::Reserve { is_there: false });
+                    lab.coverage.starved_reserves += self.ops.iter().filter(reserves).count() as u64;
                 }
                 self.prepare_slots();
             }
             _ => self.end_request(),
         }
         self.collect(lab);
+    }
+
+    /// Asks for all extents of a layer, in pieces.
+    fn take_inventory(&mut self, object: u32, lab: &mut Lab) {
+        let shard = &self.shards[self.shard_of(object)];
+        let (mut held, mut from, max) = (Vec::new(), 0, 1 + self.rng.index(4));
+        loop {
+            let before = held.len();
+            let is_whole = shard.list(object, from, max, &mut held);
+            assert!(held.len() - before <= max && (is_whole || held.len() - before == max));
+            assert!(held[before..].iter().all(|extent| extent.number >= from), "{held:?}");
+            lab.coverage.list_pieces += 1;
+            if is_whole {
+                break;
+            }
+            from = held[held.len() - 1].number + 1;
+        }
+        assert!(held.is_sorted_by(|one, next| one.number < next.number), "{held:?}");
+        self.presences.check(object, &held).unwrap();
+        let mut active = Vec::new();
+        let highest = shard.survey(object, &mut active);
+        active.sort_unstable_by_key(|extent| extent.number);
+        assert!(active.iter().eq(held.iter().filter(|extent| extent.active)), "{active:?} of {held:?}");
+        assert!(held.iter().all(|extent| extent.version <= highest), "{highest} of {held:?}");
+        lab.coverage.lists += 1;
+        lab.coverage.listed += held.len() as u64;
+        lab.coverage.surveyed_active += active.len() as u64;
+    }
+
+    /// What was found when the store was opened again must be all that is there.
+    fn check_presences(&self, images: &[Image], lab: &mut Lab) {
+        for object in 0..self.plan.objects {
+            let extents = images.iter().flat_map(|image| image.recovered.extents.iter());
+            let held: Vec<_> = extents
+                .filter(|(_, extent)| extent.object == object)
+                .map(|(_, extent)| extent.held())
+                .collect();
+            self.presences.check(object, &held).unwrap_or_else(|error| panic!("after a crash: {error}"));
+            lab.coverage.inventories_after_crash += 1;
+        }
     }
 
     fn prepare_slots(&mut self) {
@@ -473,10 +544,15 @@ impl World {
         }
     }
 
+    /// The version that the store is told: without copies it numbers writes itself.
+    fn told(&self, version: u64) -> u64 {
+        if self.plan.replicated > 0 { version } else { 0 }
+    }
+
     /// Writes with a version up to this are on all copies.
     fn stable_version(&self) -> u64 {
         let versions = self.ops.iter().filter_map(|op| match op.doing {
-            Doing::Write { version, .. } => Some(version),
+            Doing::Write { version, .. } | Doing::Lose { version } => Some(version),
             _ => None,
         });
         versions.min().unwrap_or(self.version + 1) - 1
@@ -512,6 +588,11 @@ impl World {
                 _ => self.begin_trim(object, from, lab),
             };
         }
+        if self.rng.one_in(12) {
+            // Behind the last extent of the others too: there it is the first to come.
+            let extent = extent + self.rng.below(2);
+            return self.begin_reserve(object, extent as u32, lab);
+        }
         if self.rng.one_in(3)
             && let Some(((of, block), _)) = self.model.iter().find(|(_, known)| known.bad)
         {
@@ -523,6 +604,9 @@ impl World {
         };
         if self.conflicts(object, first, count) {
             return;
+        }
+        if self.rng.one_in(12) {
+            return self.begin_lose(object, first, lab);
         }
         let mut blocks = Blocks::with_capacity(count as usize);
         for _ in 0..count {
@@ -576,6 +660,7 @@ impl World {
         let in_place = replicated && self.plan.atomic;
         lab.coverage.in_place += u64::from(in_place);
         lab.coverage.long += u64::from(count > 3);
+        self.presences.begin(object, &(first..first + count), self.told(version));
         let doing = Doing::Write { masks, values, in_place, version };
         self.ops.push(Op { token, object, first, count, doing });
         let terms = WriteTerms {
@@ -583,20 +668,77 @@ impl World {
             keep_tail_bytes: (tail as usize * SECTOR) as u16,
             copies,
             crcs: Crcs::default(),
-            version: if self.plan.replicated > 0 { version } else { 0 },
+            version: self.told(version),
         };
         let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
         self.shards[shard].write(request, object, first, blocks, terms, disk, outcomes);
     }
 
+    /// Has an extent made room for; writes of it may be under way, and ends of it may not.
+    fn begin_reserve(&mut self, object: u32, extent: u32, lab: &mut Lab) {
+        let (first, count) = (u64::from(extent) * u64::from(EXTENT_BLOCKS), u64::from(EXTENT_BLOCKS));
+        let takes = |op: &Op| matches!(op.doing, Doing::Unmap | Doing::Trim);
+        let overlaps =
+            |op: &Op| op.object == object && op.first < first + count && first < op.first + op.count;
+        if self.ops.iter().any(|op| takes(op) && overlaps(op)) {
+            return;
+        }
+        lab.coverage.reserves += 1;
+        let is_there = self.presences.has(object, extent);
+        lab.coverage.reserved_again += u64::from(is_there);
+        self.presences.begin(object, &(first..first + count), 1);
+        let token = self.next_token;
+        self.next_token += 1;
+        self.ops.push(Op { token, object, first, count, doing: Doing::Reserve { is_there } });
+        let shard = self.shard_of(object);
+        self.shards[shard].reserve(RequestToken(token), object, extent);
+    }
+
+    /// Says that no good copy is left of blocks.
+    fn begin_lose(&mut self, object: u32, first: u64, lab: &mut Lab) {
+        let count = match self.rng.below(8) {
+            0 => 1 + self.rng.below(u64::from(EXTENT_BLOCKS)),
+            _ => 1 + self.rng.below(4),
+        };
+        if self.conflicts(object, first, count) {
+            return;
+        }
+        let shard = self.shard_of(object);
+        for block in first..first + count {
+            self.model.entry((object, block)).or_default().maybe_lost = true;
+            lab.coverage.loses_of_pending += u64::from(self.shards[shard].is_pending(object, block));
+        }
+        let replicated = self.rng.below(8) < self.plan.replicated;
+        let stable_version = self.stable_version();
+        self.version += 1;
+        let version = self.version;
+        let copies = if replicated { Copies::Others { stable_version } } else { Copies::Sole };
+        let blocks = first..first + count;
+        self.presences.begin(object, &blocks, self.told(version));
+        lab.coverage.loses += 1;
+        let token = self.next_token;
+        self.next_token += 1;
+        self.ops.push(Op { token, object, first, count, doing: Doing::Lose { version } });
+        let version = self.told(version);
+        self.shards[shard].lose(RequestToken(token), object, blocks, copies, version);
+    }
+
+    fn reserves(&self, object: u32, first: u64, count: u64) -> bool {
+        let reserves = |op: &&Op| matches!(op.doing, Doing::Reserve { .. });
+        let overlaps =
+            |op: &Op| op.object == object && op.first < first + count && first < op.first + op.count;
+        self.ops.iter().filter(reserves).any(overlaps)
+    }
+
     fn begin_unmap(&mut self, object: u32, first: u64, lab: &mut Lab) {
-        if self.conflicts(object, first, u64::MAX - first) {
+        if self.conflicts(object, first, u64::MAX - first) || self.reserves(object, first, u64::MAX - first) {
             return;
         }
         for ((_, _), known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first) {
             known.begin(u8::MAX, [0; SECTORS]);
         }
         lab.coverage.unmaps += 1;
+        self.presences.begin_removal(object, &(first..u64::MAX));
         self.ops.push(Op { token: u32::MAX, object, first, count: u64::MAX - first, doing: Doing::Unmap });
         let shard = self.shard_of(object);
         self.shards[shard].unmap(object, first);
@@ -609,7 +751,7 @@ impl World {
             1 => u64::from(EXTENT_BLOCKS) * (1 + self.rng.below(2)),
             _ => 1 + self.rng.below(2 * u64::from(EXTENT_BLOCKS)),
         };
-        if self.conflicts(object, first, count) {
+        if self.conflicts(object, first, count) || self.reserves(object, first, count) {
             return;
         }
         let gone = first..first + count;
@@ -617,6 +759,7 @@ impl World {
             known.begin(u8::MAX, [0; SECTORS]);
         }
         lab.coverage.trims += 1;
+        self.presences.begin_removal(object, &gone);
         let token = self.next_token;
         self.next_token += 1;
         self.ops.push(Op { token, object, first, count, doing: Doing::Trim });
@@ -625,8 +768,10 @@ impl World {
     }
 
     fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
+        let needs_order = |op: &&Op| !matches!(op.doing, Doing::Reserve { .. });
         self.ops
             .iter()
+            .filter(needs_order)
             .any(|op| op.object == object && op.first < first + count && first < op.first + op.count)
     }
 
@@ -646,6 +791,7 @@ impl World {
                     };
                     let at = self.ops.iter().position(is_it).expect("an unmap that was asked for");
                     self.ops.swap_remove(at);
+                    self.presences.removed(object, &(first..u64::MAX));
                     for (_, known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first)
                     {
                         known.acknowledge(u8::MAX, &[0; SECTORS]);
@@ -685,8 +831,10 @@ impl World {
                 assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
-            (Doing::Write { masks, values, .. }, Ok(())) => {
+            (Doing::Write { masks, values, version, .. }, Ok(())) => {
                 lab.coverage.acknowledged += 1;
+                let version = self.told(version);
+                self.presences.done(op.object, &(op.first..op.first + op.count), version);
                 for ((block, mask), values) in (op.first..).zip(masks).zip(&values) {
                     let known = self.model.get_mut(&(op.object, block)).unwrap();
                     // A write of the whole block that ended with an error may have made it good all the same.
@@ -695,14 +843,34 @@ impl World {
                         may_be_good || mask == u8::MAX,
                         "{what}: a bad block was merged into: {known:x?}"
                     );
+                    lab.coverage.lost_made_whole += u64::from(known.lost);
                     known.acknowledge(mask, values);
                 }
             }
             (Doing::Write { .. }, Err(error)) => {
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
+            (Doing::Reserve { is_there }, Ok(())) => {
+                lab.coverage.reserved += u64::from(!is_there);
+                self.presences.done(op.object, &(op.first..op.first + op.count), 0);
+            }
+            (Doing::Reserve { is_there }, Err(error)) => {
+                lab.coverage.refused_reserves += u64::from(error == StoreError::NoSpace);
+                assert!(!is_there || error != StoreError::NoSpace, "{what}: {error:?}, and it has its slot");
+                self.check_error(&what, op.object, op.first..op.first, error, lab);
+            }
+            (Doing::Lose { version }, Ok(())) => {
+                let (blocks, version) = (op.first..op.first + op.count, self.told(version));
+                self.presences.done(op.object, &blocks, version);
+                lab.coverage.lost += op.count;
+                blocks.for_each(|block| self.model.get_mut(&(op.object, block)).unwrap().lose());
+            }
+            (Doing::Lose { .. }, Err(error)) => {
+                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
+            }
             (Doing::Trim, Ok(())) => {
                 let gone = op.first..op.first + op.count;
+                self.presences.removed(op.object, &gone);
                 let model = self.model.iter_mut();
                 for (_, known) in model.filter(|((o, b), _)| *o == op.object && gone.contains(b)) {
                     known.acknowledge(u8::MAX, &[0; SECTORS]);
@@ -726,7 +894,7 @@ impl World {
         lab.coverage.named_errors += 1;
         let bad =
             || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
-        let is_write = what.contains("Write") || what.contains("Trim");
+        let is_write = ["Write", "Trim", "Reserve", "Lose"].iter().any(|doing| what.contains(doing));
         let fine = match error {
             StoreError::Corrupt { suspect } => {
                 lab.coverage.refused_merges += u64::from(is_write);
@@ -742,7 +910,17 @@ impl World {
                 true
             }
             StoreError::Unwritable(_) => is_write && self.excused(),
-            StoreError::Unreadable(_) | StoreError::Lost => self.excused(),
+            StoreError::Unreadable(_) => self.excused(),
+            StoreError::Lost => {
+                let which = if is_write {
+                    &mut lab.coverage.refused_lost_merges
+                } else {
+                    &mut lab.coverage.refused_lost_reads
+                };
+                *which += 1;
+                let mut known = blocks.clone().filter_map(|block| self.model.get(&(object, block)));
+                known.any(|known| known.lost || known.maybe_lost) || self.excused()
+            }
             StoreError::OutOfRange => false,
         };
         assert!(fine, "{what}: {error:?} without a reason");
@@ -796,6 +974,9 @@ impl World {
                 panic!("crash at depth {} (power {power}): {error}\nin progress: {:?}", self.depth, self.ops)
             }
         };
+        if !self.excused() {
+            self.check_presences(&opened.images, lab);
+        }
         for (shard, image) in opened.images.iter().enumerate() {
             for (_, extent) in image.recovered.extents.iter() {
                 let before = self.owners.insert(extent.slot, shard);
@@ -919,6 +1100,9 @@ impl World {
         plan.faults = Faults::default();
         let mut again = World::on(&plan, layout, opened, self.model, self.rng, self.depth, excused_bad, lab);
         again.read_all(lab);
+        for object in 0..again.plan.objects {
+            again.take_inventory(object, lab);
+        }
         again.abandon(lab);
     }
 
