@@ -216,6 +216,7 @@ pub struct Head<M: Memory> {
     started_ns: u64,
     now_ns: u64,
     retry_at_ns: u64,
+    survey_at_ns: u64,
     /// When an idle head last said what is stable.
     stable_told: Version,
     outputs: VecDeque<Output<M::Blocks>>,
@@ -243,6 +244,7 @@ impl<M: Memory> Head<M> {
             started_ns: now_ns,
             now_ns,
             retry_at_ns: u64::MAX,
+            survey_at_ns: 0,
             stable_told: Version(0),
             outputs: VecDeque::new(),
             end: None,
@@ -479,6 +481,10 @@ impl<M: Memory> Head<M> {
         self.lose_patience(memory);
         self.advance(grants, memory);
         self.eject_the_silent(grants);
+        if now_ns >= self.survey_at_ns {
+            self.survey_at_ns = now_ns + RETRY_NS;
+            self.survey_suspects(memory);
+        }
         self.tell_stable(memory);
     }
 

@@ -68,6 +68,8 @@ pub struct Held {
     pub version: Version,
     /// It is in the activity log.
     pub is_active: bool,
+    /// It was being written when the store stopped, and blocks of it may match no record.
+    pub is_suspect: bool,
 }
 
 /// What a head asks of a replica, within a volume's generation.

@@ -221,6 +221,7 @@ mod reply {
 
 const IS_SOLE: u8 = 1;
 const IS_ACTIVE: u32 = 1;
+const IS_SUSPECT: u32 = 2;
 
 impl Header {
     /// What a header says.
@@ -391,13 +392,17 @@ fn version(raw: U64) -> Result<Version, WireError> {
 }
 
 fn held(bytes: &[u8], count: u64) -> Result<Vec<Held>, WireError> {
-    let one = |raw: &RawHeld| match raw.flags.get() {
-        flags @ (0 | IS_ACTIVE) => Ok(Held {
+    let one = |raw: &RawHeld| {
+        let flags = raw.flags.get();
+        if flags & !(IS_ACTIVE | IS_SUSPECT) != 0 {
+            return Err(WireError::Value("an extent's flags"));
+        }
+        Ok(Held {
             extent: Extent(raw.extent.get()),
             version: version(raw.version)?,
-            is_active: flags == IS_ACTIVE,
-        }),
-        _ => Err(WireError::Value("an extent's flags")),
+            is_active: flags & IS_ACTIVE != 0,
+            is_suspect: flags & IS_SUSPECT != 0,
+        })
     };
     items::<RawHeld>(bytes, count)?.iter().map(one).collect()
 }
@@ -567,7 +572,8 @@ fn encode_answer(answer: &Answer<BlockCrcs>, out: &mut Vec<u8>) -> usize {
     match &answer.reply {
         Reply::Opened { active: list, .. } | Reply::List { held: list, .. } => {
             for held in list {
-                let flags = if held.is_active { IS_ACTIVE } else { 0 };
+                let flags =
+                    if held.is_active { IS_ACTIVE } else { 0 } | if held.is_suspect { IS_SUSPECT } else { 0 };
                 let (extent, version) = (held.extent.0.into(), held.version.0.into());
                 out.extend_from_slice(RawHeld { extent, flags: flags.into(), version }.as_bytes());
             }
@@ -642,11 +648,14 @@ mod tests {
     }
 
     fn replies() -> impl Strategy<Value = Reply<BlockCrcs>> {
-        let held = (any::<u32>(), versions(), any::<bool>()).prop_map(|(extent, version, is_active)| Held {
-            extent: Extent(extent),
-            version,
-            is_active,
-        });
+        let held = (any::<u32>(), versions(), any::<bool>(), any::<bool>()).prop_map(
+            |(extent, version, is_active, is_suspect)| Held {
+                extent: Extent(extent),
+                version,
+                is_active,
+                is_suspect,
+            },
+        );
         let digest = prop_oneof![
             Just(Digest::Absent),
             any::<u128>().prop_map(Digest::Data),

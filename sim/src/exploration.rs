@@ -94,7 +94,24 @@ impl Exploration {
     /// The same, unless the environment says otherwise.
     #[must_use]
     pub fn from_environment(command: impl Into<String>, seeds: u64) -> Self {
-        Self::new(command, seeds).overridden(|name| std::env::var(name).ok()?.trim().parse().ok())
+        Self::new(command, seeds).unless_told_otherwise()
+    }
+
+    /// One of several parts that have so many seeds each; 0 is the first. What the environment says it says to the first one: the
+    /// others have nothing to do then.
+    #[must_use]
+    pub fn part_from_environment(command: impl Into<String>, seeds: u64, part: u64) -> Self {
+        let mut all = Self::new(command, seeds);
+        let told = all.clone().unless_told_otherwise();
+        if told.seeds != seeds || told.first != all.first || told.least > Duration::ZERO {
+            return if part == 0 { told } else { Self { seeds: 0, least: Duration::ZERO, ..all } };
+        }
+        all.first += part * seeds;
+        all
+    }
+
+    fn unless_told_otherwise(self) -> Self {
+        self.overridden(|name| std::env::var(name).ok()?.trim().parse().ok())
     }
 
     fn overridden(mut self, number: impl Fn(&str) -> Option<u64>) -> Self {

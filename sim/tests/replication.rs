@@ -14,11 +14,13 @@ fn scenario(seed: u64) -> Scenario {
     }
 }
 
-#[test]
-fn clusters_keep_every_promise() {
+/// Seeds of each part: the parts run side by side.
+const SEEDS: u64 = 500;
+
+fn explore(part: u64) {
     let command = "cargo test -p torus-sim --test replication";
     let mut all = Coverage::default();
-    let explored = Exploration::from_environment(command, 200).run(|seed| {
+    let explored = Exploration::part_from_environment(command, SEEDS, part).run(|seed| {
         let scenario = scenario(seed);
         let (coverage, digest) = run(seed, |random| scenario.plan(random))
             .map_err(|failure| format!("{scenario:?}, found by {}: {failure}", failure.checker))?;
@@ -29,4 +31,24 @@ fn clusters_keep_every_promise() {
         Ok(explored) => println!("{explored}\n{all:#?}"),
         Err(failed) => panic!("{failed}"),
     }
+}
+
+#[test]
+fn clusters_keep_every_promise() {
+    explore(0);
+}
+
+#[test]
+fn clusters_keep_every_promise_in_more_runs() {
+    explore(1);
+}
+
+#[test]
+fn clusters_keep_every_promise_in_still_more_runs() {
+    explore(2);
+}
+
+#[test]
+fn clusters_keep_every_promise_in_the_last_runs() {
+    explore(3);
 }

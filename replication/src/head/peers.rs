@@ -3,6 +3,8 @@
 //! Invariants:
 //! * What was asked of a member stays asked until it answers, its connection breaks (reads), or it leaves (writes): a write is
 //!   sent again on the next connection, in order.
+//! * Nobody leaves who may have the only good copy of a block: what was being written in place when a store stopped is good on the
+//!   others only, until it has been written there again.
 //! * Of who left, what is still on its way is remembered until it is answered or the connection is gone: nothing new is sent to
 //!   blocks that it may still write.
 
@@ -45,6 +47,8 @@ pub(super) struct Peer {
     /// Writes of before it left that may still be on their way.
     abandoned: BTreeSet<u64>,
     pub(super) learner: Option<Learner>,
+    /// Extents of which it may have blocks that match no record, as it said when it was asked last.
+    suspects: BTreeSet<Extent>,
     /// The store is another member now.
     is_gone: bool,
     /// A write failed there.
@@ -61,6 +65,7 @@ impl Peer {
             unanswered: BTreeMap::new(),
             abandoned: BTreeSet::new(),
             learner: None,
+            suspects: BTreeSet::new(),
             is_gone: false,
             has_failed: false,
         }
@@ -169,7 +174,9 @@ impl<M: Memory> Head<M> {
         let is_in_sync =
             self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
         let Some(peer) = self.peers.get_mut(&from) else { return };
-        peer.opened = Some(grants.index(peer.node));
+        // Asked once more on the same connection it has it open since the first time.
+        peer.opened.get_or_insert(grants.index(peer.node));
+        peer.suspects = active.iter().filter(|held| held.is_suspect).map(|held| held.extent).collect();
         if !std::mem::replace(&mut peer.was_opened, true) {
             if !mutants::is(Mutant::SequenceRestarts) {
                 self.next_version = self.next_version.max(highest.next());
@@ -395,7 +402,7 @@ impl<M: Memory> Head<M> {
                 continue;
             }
             ejected.insert(*member, self.mark_of(*member));
-            if !self.membership.may_eject(&ejected) {
+            if !self.membership.may_eject(&ejected) || !self.leaves_good_copies(&ejected) {
                 ejected.remove(member);
             }
         }
@@ -419,6 +426,39 @@ impl<M: Memory> Head<M> {
                     .all(|owner| self.peers.get(&owner.member).is_some_and(|peer| peer.was_opened))
             },
         )
+    }
+
+    /// Whether each extent that is suspect on somebody who stays is not suspect on somebody else who does.
+    fn leaves_good_copies(&self, ejected: &BTreeMap<Member, Version>) -> bool {
+        let partitions = self.membership.partitions().iter();
+        let touched = partitions
+            .filter(|partition| partition.owners.iter().any(|owner| ejected.contains_key(&owner.member)));
+        touched.into_iter().all(|partition| {
+            let staying = partition.owners.iter().filter(|owner| self.membership.is_needed(owner));
+            let staying: Vec<&Peer> = staying
+                .filter(|owner| !ejected.contains_key(&owner.member))
+                .filter_map(|owner| self.peers.get(&owner.member))
+                .collect();
+            let is_its = |extent: &&Extent| self.membership.partition(**extent) == partition;
+            let suspects = staying.iter().flat_map(|peer| &peer.suspects).filter(is_its);
+            let is_good = |extent: &Extent| {
+                staying.iter().any(|peer| peer.was_opened && !peer.suspects.contains(extent))
+            };
+            suspects.into_iter().all(is_good)
+        })
+    }
+
+    /// Asks those again whose suspect extents keep others from leaving: they may have been written since.
+    pub(super) fn survey_suspects(&mut self, memory: &mut M) {
+        let is_due = |peer: &Peer| peer.is_open() && !peer.suspects.is_empty();
+        let members: Vec<Member> =
+            self.peers.iter().filter(|(_, peer)| is_due(peer)).map(|(member, _)| *member).collect();
+        for member in members {
+            let Some(peer) = self.peers.get(&member) else { continue };
+            if peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
+                self.send(member, Purport::Open, memory);
+            }
+        }
     }
 
     /// The version up to which a member has everything.

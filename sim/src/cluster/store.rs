@@ -287,6 +287,7 @@ impl VolumeAt {
             extent: *extent,
             version: at.version,
             is_active: at.is_active,
+            is_suspect: !at.suspects.is_empty(),
         })
     }
 
