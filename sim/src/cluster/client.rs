@@ -206,6 +206,13 @@ impl World {
             .map_err(|violation| Wrong::new(Checker::History, violation.to_string()))
     }
 
+    /// An initiator ends, and another one begins.
+    pub(super) fn abandon(&mut self, at: usize) {
+        let now_ns = self.now_ns();
+        let doing = std::mem::take(&mut self.clients[at].doing);
+        self.history.abandon(now_ns, |op| doing.contains_key(&op.0));
+    }
+
     /// A head answers an initiator.
     pub(super) fn reply(&mut self, node: usize, volume: usize, reply: ClientReply) {
         let now_ns = self.now_ns();
