@@ -462,8 +462,16 @@ impl<B> Replicas<B> {
         } else {
             self.answer(from, key.0, key.1, generation, id, Reply::Failed(Fault::Device));
         }
-        if let Some(later) = later {
-            self.begin_opening(key, later);
+        let is_open = |wanted: &Wanted| {
+            self.volumes.get(&key).is_some_and(|volume| volume.durable.generation == wanted.generation)
+        };
+        match later {
+            // Asked for again by another connection. Made durable once more it would keep requests waiting that are admitted already.
+            Some(later) if is_open(&later) => {
+                self.start(key, Work::Survey, What::Open(later.from, later.id, later.generation));
+            }
+            Some(later) => self.begin_opening(key, later),
+            None => {}
         }
     }
 

@@ -73,6 +73,8 @@ pub struct Plan {
     pub extents_max: usize,
     /// The switch knows no address: whatever an initiator sends comes to every node.
     pub is_flooded: bool,
+    /// How long initiators go on in peace: what they write hides what has gone wrong before.
+    pub linger_ns: u64,
     /// What happens in order, besides.
     pub script: Vec<Step>,
 }
@@ -110,11 +112,13 @@ pub enum Trouble {
     Reset,
     /// A store fails writes.
     BadDisk,
+    /// An initiator ends: what it asked for is done or not, and nobody asks again.
+    Initiator,
 }
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 15] = [
+    pub const ALL: [Trouble; 16] = [
         Trouble::Restart,
         Trouble::Off,
         Trouble::PowerCut,
@@ -130,6 +134,7 @@ impl Trouble {
         Trouble::SlowLink,
         Trouble::Reset,
         Trouble::BadDisk,
+        Trouble::Initiator,
     ];
 }
 
@@ -363,6 +368,7 @@ impl Plan {
             extents_max: 64,
             // Copies of a write that take two ways of different length are not what a head can put in order.
             is_flooded: is_good && random.coin(),
+            linger_ns: if random.coin() { 2_000_000_000 } else { 50_000_000 },
             script: Vec::new(),
         }
     }
@@ -522,7 +528,7 @@ impl World {
                 self.make_peace();
                 continue;
             }
-            if self.is_peace && next_ns > peace_ns + 2_000_000_000 {
+            if self.is_peace && next_ns > peace_ns + self.plan.linger_ns {
                 for client in &mut self.clients {
                     client.stop();
                 }
@@ -582,6 +588,10 @@ impl World {
         self.clients.iter().all(Client::is_idle)
             && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty())
             && self.nodes.iter().all(Node::is_quiet)
+            && (0..self.plan.volumes).all(|volume| {
+                let head = self.metadata.record(volume).head;
+                head.is_some_and(|head| self.nodes[node_of(head)].serves(volume, self.now_ns()))
+            })
     }
 
     fn what_is_open(&self) -> String {

@@ -1,4 +1,5 @@
-//! Clusters of real heads and replicas, by seed: every promise is kept through whatever breaks.
+//! Clusters of real heads and replicas, by seed: every promise is kept through whatever breaks. `TORUS_SIM_SCENARIO` names the only kind
+//! of run.
 
 use torus_sim::cluster::scenarios::Scenario;
 use torus_sim::cluster::{Coverage, run};
@@ -6,6 +7,10 @@ use torus_sim::exploration::{Exploration, Ran};
 
 /// Every other seed is any run, and the scenarios share the rest.
 fn scenario(seed: u64) -> Scenario {
+    let only = std::env::var("TORUS_SIM_SCENARIO").ok();
+    if let Some(only) = Scenario::ALL.into_iter().find(|scenario| Some(format!("{scenario:?}")) == only) {
+        return only;
+    }
     let directed = &Scenario::ALL[1..];
     if seed.is_multiple_of(2) {
         Scenario::Any

@@ -185,13 +185,15 @@ impl World {
             Ok(None) => Outcome::Written,
             Err(failure) => {
                 self.coverage.failed += 1;
-                // Only rot takes the last good copy, and only a device that fails keeps the sole copy from being written.
+                // Only rot takes the last good copy, or the end of a process in the middle of a write where the other good copy
+                // is called stale by then. Only a device that fails keeps the sole copy from being written.
                 let excuse = match failure {
                     Failure::Unreadable => Some(Trouble::Rot),
                     Failure::Unwritable => Some(Trouble::BadDisk),
                     Failure::NoSpace => None,
                 };
-                if excuse.is_none_or(|excuse| !self.plan.may(excuse)) {
+                let is_sole = failure == Failure::Unreadable && self.coverage.ejections > 0;
+                if !is_sole && excuse.is_none_or(|excuse| !self.plan.may(excuse)) {
                     return Err(Wrong::new(Checker::Errors, format!("initiator {at} is told: {failure}")));
                 }
                 Outcome::Failed
@@ -202,6 +204,13 @@ impl World {
         self.history
             .end(now_ns, OpId(op), &outcome)
             .map_err(|violation| Wrong::new(Checker::History, violation.to_string()))
+    }
+
+    /// An initiator ends, and another one begins.
+    pub(super) fn abandon(&mut self, at: usize) {
+        let now_ns = self.now_ns();
+        let doing = std::mem::take(&mut self.clients[at].doing);
+        self.history.abandon(now_ns, |op| doing.contains_key(&op.0));
     }
 
     /// A head answers an initiator.

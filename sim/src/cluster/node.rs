@@ -176,6 +176,14 @@ impl Node {
         self.process.as_ref().is_some_and(|process| process.heads.values().all(|at| at.head.is_quiet()))
     }
 
+    /// Whether its head of the volume can answer now.
+    pub(super) fn serves(&self, volume: usize, now_ns: u64) -> bool {
+        let boot_ns = self.clock.boot_ns(now_ns);
+        let grants = self.process.as_ref().map(|process| &process.grants);
+        let head = self.head(volume).map(|at| &at.head);
+        head.zip(grants).is_some_and(|(head, grants)| head.is_serving(grants, boot_ns))
+    }
+
     pub(super) fn describe(&self) -> String {
         let Some(process) = &self.process else { return format!("node {} is down", self.index) };
         let heads: Vec<String> =

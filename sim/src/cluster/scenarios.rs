@@ -71,6 +71,7 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         network: Quality::good(),
         extents_max: 64,
         is_flooded: random.coin(),
+        linger_ns: if random.one_in(4) { 2_000 * MS } else { 20 * MS },
         script,
     }
 }
@@ -137,6 +138,9 @@ fn return_of_a_member(random: &mut Random) -> Plan {
             1 => script.extend([Step::Part(0, 1), wait(random, 1_100, 2_600)]),
             // What it is asked reaches it, and nobody learns of it.
             _ => script.extend([Step::Cut(1, 0), wait(random, 1_100, 2_600)]),
+        }
+        if random.coin() {
+            script.push(Step::Abandon);
         }
         if random.one_in(3) {
             script.extend([Step::TakeOver(2), wait(random, 200, 2_000)]);
@@ -245,6 +249,9 @@ fn logs(random: &mut Random) -> Plan {
             _ => script.push(Step::SlowDisk(1, random.range(50 * MS..900 * MS))),
         }
         script.push(wait(random, 20, 800));
+        if random.coin() {
+            script.push(Step::Abandon);
+        }
         match random.index(4) {
             0 => script.extend([Step::Kill(0, power_off(random)), wait(random, 5, 1_500), Step::Boot(0)]),
             1 => script.push(Step::TakeOver(2)),

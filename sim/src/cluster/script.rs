@@ -53,6 +53,8 @@ pub enum Step {
     SlowDisk(Part, u64),
     /// A store fails so many of a hundred writes.
     BadDisk(Part, u64),
+    /// Initiators end, and others begin.
+    Abandon,
     /// Initiators only read, or write again.
     OnlyRead(bool),
 }
@@ -146,6 +148,11 @@ impl World {
             Step::AnswersLost(percent) => self.metadata.lost_percent = percent,
             Step::SlowDisk(part, by_ns) => self.nodes[node(part)].slow_ns = by_ns,
             Step::BadDisk(part, percent) => self.nodes[node(part)].store.bad_percent = percent,
+            Step::Abandon => {
+                for volume in 0..self.plan.volumes {
+                    self.abandon(volume);
+                }
+            }
             Step::OnlyRead(is_reading) => {
                 for client in &mut self.clients {
                     client.is_reading = is_reading;

@@ -122,6 +122,11 @@ impl World {
                 }
                 return;
             }
+            Trouble::Initiator => {
+                let volume = self.troubles.random.index(self.plan.volumes);
+                self.abandon(volume);
+                return;
+            }
             Trouble::BadDisk => {
                 self.nodes[node].store.bad_percent = self.troubles.random.range(5..60);
                 vec![node]
@@ -181,7 +186,12 @@ impl World {
                     self.nodes[node].store.bad_percent = 0;
                 }
             }
-            Trouble::Restart | Trouble::TakeOver | Trouble::Rot | Trouble::SlowLink | Trouble::Reset => {}
+            Trouble::Restart
+            | Trouble::TakeOver
+            | Trouble::Rot
+            | Trouble::SlowLink
+            | Trouble::Reset
+            | Trouble::Initiator => {}
         }
     }
 
