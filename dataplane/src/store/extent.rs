@@ -32,7 +32,7 @@ use af_xdp::region::Pool;
 use torus_uring::{Blocks, IoError};
 
 use self::extents::HeldExtent;
-use self::shard::{Copies, Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
+use self::shard::{BlockDigest, Copies, Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
 use super::{Disk, Operation, Outcome, RequestToken, Store};
 
 /// One core's part of an extent store.
@@ -120,6 +120,38 @@ impl ExtentStore {
     /// Begins to give an extent of a layer its slot, durably, before anything is written to it; the outcome has no blocks.
     pub fn reserve(&mut self, request: RequestToken, object: Object, extent: u32) {
         self.shard(object.shard).reserve(request, object.number, extent);
+    }
+
+    /// Begins to say what blocks of a layer are, at most an extent's. When the outcome, which has no blocks, is good
+    /// [`ExtentStore::take_digests`] has it. The caller orders it as a read.
+    pub fn digest(
+        &mut self,
+        request: RequestToken,
+        object: Object,
+        blocks: Range<u64>,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.shard(object.shard).digest(request, object.number, blocks, disk, outcomes);
+    }
+
+    /// What the blocks of a request are, once it has ended well.
+    pub fn take_digests(&mut self, request: RequestToken, object: Object) -> Option<Vec<BlockDigest>> {
+        self.untouched(object.shard).take_digests(request)
+    }
+
+    /// Begins to read blocks as they are, suspect ones too, whose every copy is: one of them is to be made the block. What fails
+    /// its checksum elsewhere is an error all the same.
+    pub fn salvage(
+        &mut self,
+        request: RequestToken,
+        object: Object,
+        first_block: u64,
+        blocks: Blocks,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.untouched(object.shard).salvage(request, object.number, first_block, blocks, disk, outcomes);
     }
 
     /// Begins to remember, durably, of blocks that no good copy is left; the outcome has no blocks. The caller orders it as a write.

@@ -5,6 +5,7 @@
 //!
 //! * this file – what a shard consists of, and how ended disk requests find their way.
 //! * `reading` – reads, with their checksums verified; and the old blocks of partial writes.
+//! * `digesting` – what copies of blocks are, for comparison.
 //! * `inventory` – which extents there are.
 //! * `writing` – writes and unmaps, up to the batch that makes them durable.
 //! * `batch` – group commit: one batch in flight, and what becomes true when it has ended.
@@ -23,6 +24,7 @@
 
 mod batch;
 mod checkpoint;
+mod digesting;
 mod inventory;
 mod placing;
 mod reading;
@@ -42,6 +44,7 @@ use super::format::{BatchHeader, JournalName, Record, ShardName, Superblock};
 use super::shared::{ShardEvent, Shared};
 use crate::store::{Crcs, Disk, Outcome, RequestToken, StoreError, release_blocks};
 
+pub use self::digesting::{BlockDigest, block_hash};
 pub use self::scrub::{ScrubProgress, ScrubTask};
 pub use self::writing::WriteTerms;
 
@@ -64,6 +67,7 @@ mod kind {
     pub(super) const TABLE: u64 = 6;
     pub(super) const SCRUB: u64 = 7;
     pub(super) const FLUSH: u64 = 8;
+    pub(super) const DIGEST: u64 = 10;
     /// Of a batch with an odd number, and with an even one: of those in flight and in the making.
     pub(super) const BESIDE: [u64; 2] = [2, 9];
 }
@@ -170,6 +174,9 @@ impl Op {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
     Read,
+    /// A read of suspect blocks, as they are.
+    Salvage,
+    Digest,
     Write {
         keep_head_bytes: u16,
         keep_tail_bytes: u16,
@@ -268,6 +275,7 @@ pub struct Shard {
     sync: placing::SyncState,
     checkpoint: checkpoint::CheckpointState,
     scrub: scrub::ScrubState,
+    digests: digesting::DigestState,
     /// Regions of the activity log, the longest there first.
     active: VecDeque<ExtentId>,
     stable_versions: FoldMap<u32, u64>,
@@ -347,6 +355,7 @@ impl Shard {
                 config.layout.slots(),
             ),
             scrub: scrub::ScrubState::new(recovered.scrub),
+            digests: digesting::DigestState::default(),
             active,
             stable_versions: FoldMap::default(),
             events: VecDeque::with_capacity(64),
@@ -482,6 +491,7 @@ impl Shard {
                 self.table_part_ended(result, disk, outcomes);
             }
             kind::SCRUB => self.scrub_ended(blocks, result, disk),
+            kind::DIGEST => self.digest_read_ended(blocks, result, disk, outcomes),
             _ => unreachable!("a token of this shard"),
         }
     }
@@ -505,6 +515,9 @@ impl Shard {
             self.advance_checkpoint(disk);
             self.advance_scrub(disk);
         }
+        if self.digests.waits() {
+            self.advance_digests(disk, outcomes);
+        }
         while let Some(event) = self.events.pop_front() {
             if let Err(event) = self.shared.events.push(event) {
                 self.events.push_front(event);
@@ -518,8 +531,8 @@ impl Shard {
     pub fn wants_turn_at_ns(&self) -> Option<u64> {
         let tells = (!self.events.is_empty()).then_some(self.now_ns + LOOK_AGAIN_NS);
         if self.failed.is_some() {
-            // Nothing goes on by itself any more: a time that was due before would be due for ever.
-            return tells;
+            // Nothing but reading goes on by itself any more: a time that was due before would be due for ever.
+            return tells.into_iter().chain(self.digests_at_ns()).min();
         }
         // What waits for a slot or for memory looks again soon: others give them back.
         let gathers = !self.ready.is_empty() || self.has_gathered();
@@ -527,7 +540,13 @@ impl Shard {
         let stands = self.in_flight == 0 && goes_on;
         let waits = stands || !self.starved.is_empty();
         let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
-        self.settle_at_ns().into_iter().chain(self.scrub.due_ns()).chain(again).chain(tells).min()
+        self.settle_at_ns()
+            .into_iter()
+            .chain(self.scrub.due_ns())
+            .chain(again)
+            .chain(tells)
+            .chain(self.digests_at_ns())
+            .min()
     }
 
     /// The head says that every write of a layer with a version up to this is on all in-sync copies.

@@ -1,6 +1,7 @@
 //! Reads: runs of blocks from the device, verified; blocks that wait for their place, from memory; holes, as zeros.
 //!
-//! The old blocks of a partial write are read here too. Whatever fails its checksum is neither given out nor merged into.
+//! The old blocks of a partial write are read here too. Whatever fails its checksum is neither given out nor merged into,
+//! but for suspect blocks to who asks for them as they are.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use crate::store::extent::shared::Counters;
 use crate::store::{BLOCK_BYTES, Disk, Outcome, RequestToken, StoreError, release_blocks};
 
 /// Where a block's data are.
-enum Source {
+pub(super) enum Source {
     Zeros,
     Memory,
     Lost,
@@ -69,12 +70,39 @@ impl Shard {
         request: RequestToken,
         object: u32,
         first_block: u64,
+        blocks: Blocks,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.begin_read(request, What::Read, object, first_block, blocks, disk, outcomes);
+    }
+
+    /// Begins to read blocks as they are, suspect ones too. One that fails its checksum elsewhere is an error all the same.
+    pub fn salvage(
+        &mut self,
+        request: RequestToken,
+        object: u32,
+        first_block: u64,
+        blocks: Blocks,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        self.begin_read(request, What::Salvage, object, first_block, blocks, disk, outcomes);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a request and what it is about")]
+    fn begin_read(
+        &mut self,
+        request: RequestToken,
+        what: What,
+        object: u32,
+        first_block: u64,
         mut blocks: Blocks,
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
         let count = u32::try_from(blocks.len()).expect("at most a long request");
-        let mut op = Op::new(Some(request), What::Read, object, first_block, count);
+        let mut op = Op::new(Some(request), what, object, first_block, count);
         // Until all parts are sent.
         op.reading = 1;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
@@ -94,7 +122,7 @@ impl Shard {
     }
 
     /// How many blocks from `block` on, at most `max`, come from one source and lie side by side; which; and where.
-    fn run_at(&self, object: u32, block: u64, max: u32) -> (u32, Source, Option<(ExtentId, u16)>) {
+    pub(super) fn run_at(&self, object: u32, block: u64, max: u32) -> (u32, Source, Option<(ExtentId, u16)>) {
         let Some((number, within)) = locate(block) else { return (max, Source::Lost, None) };
         let room = (EXTENT_BLOCKS - u32::from(within)).min(max);
         let Some(id) = self.extents.find(object, number) else { return (room, Source::Zeros, None) };
@@ -173,12 +201,15 @@ impl Shard {
         };
         let op = &mut self.ops[part.op as usize];
         op.reading -= 1;
-        if let Some(failure) = failure {
+        let salvages = op.what == What::Salvage;
+        if let Some(failure) =
+            failure.filter(|failure| !salvages || *failure != StoreError::Corrupt { suspect: true })
+        {
             op.failure.get_or_insert(failure);
         }
         op.add_part(part.position, blocks);
         match op.what {
-            What::Read => self.end_read_if_done(part.op, disk, outcomes),
+            What::Read | What::Salvage => self.end_read_if_done(part.op, disk, outcomes),
             _ => self.merge_if_read(part.op, disk, outcomes),
         }
     }

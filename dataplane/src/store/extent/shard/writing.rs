@@ -189,7 +189,7 @@ impl Shard {
             What::Unmap { from_block, to_block, next } => self.take_unmap(at, from_block..to_block, next),
             What::Reserve => self.take_reserve(at),
             What::Lose { to_block, copies, version } => self.take_lose(at, to_block, copies, version),
-            What::Read => unreachable!("reads need no batch"),
+            What::Read | What::Salvage | What::Digest => unreachable!("reads need no batch"),
         }
     }
 

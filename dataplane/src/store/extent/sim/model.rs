@@ -7,6 +7,7 @@ use std::ops::Range;
 use crate::store::BLOCK_BYTES;
 use crate::store::extent::extents::{Extent, FoldMap, HeldExtent};
 use crate::store::extent::format::EXTENT_BLOCKS;
+use crate::store::extent::shard::block_hash;
 
 use super::disk::SECTOR;
 
@@ -98,6 +99,31 @@ impl Known {
         if mask == u8::MAX {
             (self.bad, self.lost, self.maybe_lost) = (false, false, false);
         }
+    }
+
+    /// Which of the contents that the block may have is this, by a hash of its bytes; `None` where there are too many to tell, or the
+    /// error that it is none of them.
+    pub(super) fn by_hash(&self, hash: u128) -> Result<Option<Values>, String> {
+        let mut candidates = vec![self.values];
+        for (mask, values) in &self.maybe {
+            if candidates.len() >= 64 {
+                return Ok(None);
+            }
+            for at in 0..candidates.len() {
+                let merge = |sector: usize| {
+                    if mask >> sector & 1 == 1 { values[sector] } else { candidates[at][sector] }
+                };
+                candidates.push(std::array::from_fn(merge));
+            }
+        }
+        let mut bytes = [0; BLOCK_BYTES];
+        for values in candidates.iter().filter(|values| !values.contains(&GONE)) {
+            fill(&mut bytes, values);
+            if block_hash(&bytes) == hash {
+                return Ok(Some(*values));
+            }
+        }
+        Err(format!("{hash:x} is the hash of nothing that is known: {self:x?}"))
     }
 
     /// It was acknowledged that no good content is left.

@@ -11,7 +11,7 @@ use crate::store::extent::extents::{FoldMap, FreeSlot};
 use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, Sum, Superblock};
 use crate::store::extent::recovery::{self, Image, Medium, RecoveryError};
 use crate::store::extent::shard::{
-    Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms,
+    BlockDigest, Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms,
 };
 use crate::store::extent::shared::{ShardEvent, Shared};
 use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
@@ -74,6 +74,16 @@ pub(super) struct Coverage {
     pub(super) refused_lost_reads: u64,
     pub(super) refused_lost_merges: u64,
     pub(super) lost_made_whole: u64,
+    pub(super) digests: u64,
+    pub(super) digests_of_pending: u64,
+    pub(super) digested_absent: u64,
+    pub(super) digested_data: u64,
+    pub(super) digested_suspect: u64,
+    pub(super) digested_bad: u64,
+    pub(super) digested_lost: u64,
+    pub(super) suspects_made_whole: u64,
+    pub(super) salvages: u64,
+    pub(super) salvaged_suspects: u64,
 }
 
 /// What a history is like.
@@ -168,6 +178,8 @@ impl Lab {
 #[derive(Debug)]
 enum Doing {
     Read,
+    Salvage,
+    Digest,
     Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
     Reserve { is_there: bool },
     Lose { version: u64 },
@@ -593,10 +605,15 @@ impl World {
             let extent = extent + self.rng.below(2);
             return self.begin_reserve(object, extent as u32, lab);
         }
-        if self.rng.one_in(3)
-            && let Some(((of, block), _)) = self.model.iter().find(|(_, known)| known.bad)
+        // Few crashes leave a block suspect: so those are sought.
+        let suspect = self.model.iter().find(|(_, known)| known.bad && !known.lost).map(|(key, _)| *key);
+        let bad = suspect.or_else(|| self.model.iter().find(|(_, known)| known.bad).map(|(key, _)| *key));
+        let mut is_suspect = false;
+        if let Some((of, block)) = bad
+            && (self.rng.one_in(3) || suspect.is_some() && self.rng.one_in(3))
         {
-            (object, first) = (*of, *block);
+            (object, first) = (of, block);
+            is_suspect = suspect.is_some();
         }
         let count = match self.rng.below(24) {
             0 => 1 + self.rng.below(self.plan.longest),
@@ -607,6 +624,9 @@ impl World {
         }
         if self.rng.one_in(12) {
             return self.begin_lose(object, first, lab);
+        }
+        if self.rng.one_in(if is_suspect { 3 } else { 8 }) {
+            return self.begin_digest(object, first, lab);
         }
         let mut blocks = Blocks::with_capacity(count as usize);
         for _ in 0..count {
@@ -619,6 +639,11 @@ impl World {
         self.next_token += 1;
         let shard = self.shard_of(object);
         let request = RequestToken(token);
+        if self.rng.one_in(if is_suspect { 3 } else { 16 }) {
+            self.ops.push(Op { token, object, first, count, doing: Doing::Salvage });
+            self.shards[shard].salvage(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
+            return;
+        }
         if self.rng.one_in(3) {
             self.ops.push(Op { token, object, first, count, doing: Doing::Read });
             self.shards[shard].read(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
@@ -692,6 +717,78 @@ impl World {
         self.ops.push(Op { token, object, first, count, doing: Doing::Reserve { is_there } });
         let shard = self.shard_of(object);
         self.shards[shard].reserve(RequestToken(token), object, extent);
+    }
+
+    /// Asks what blocks are.
+    fn begin_digest(&mut self, object: u32, first: u64, lab: &mut Lab) {
+        let within = u64::from(EXTENT_BLOCKS) - first % u64::from(EXTENT_BLOCKS);
+        let count = match self.rng.below(4) {
+            0 => 1 + self.rng.below(u64::from(EXTENT_BLOCKS)),
+            1 => within,
+            _ => 1 + self.rng.below(8),
+        };
+        if self.conflicts(object, first, count) {
+            return;
+        }
+        lab.coverage.digests += 1;
+        let shard = self.shard_of(object);
+        let pending = (first..first + count).filter(|block| self.shards[shard].is_pending(object, *block));
+        lab.coverage.digests_of_pending += pending.count() as u64;
+        let token = self.next_token;
+        self.next_token += 1;
+        self.ops.push(Op { token, object, first, count, doing: Doing::Digest });
+        let (request, blocks) = (RequestToken(token), first..first + count);
+        self.shards[shard].digest(request, object, blocks, &mut self.disk, &mut self.outcomes);
+    }
+
+    fn digested(&mut self, op: &Op, lab: &mut Lab) {
+        let shard = self.shard_of(op.object);
+        let digests = self.shards[shard].take_digests(RequestToken(op.token)).expect("it ended well");
+        assert_eq!(digests.len() as u64, op.count);
+        let excused = self.excused();
+        for (block, digest) in (op.first..).zip(digests) {
+            let Some(known) = self.model.get_mut(&(op.object, block)) else {
+                // A sum page that is gone takes with it that its other blocks have nothing.
+                let is_excused = excused && digest == BlockDigest::Lost;
+                assert!(
+                    digest == BlockDigest::Absent || is_excused,
+                    "{op:?} {block}: {digest:?} from nowhere"
+                );
+                continue;
+            };
+            let held = match digest {
+                BlockDigest::Absent => {
+                    lab.coverage.digested_absent += 1;
+                    Held::Values([0; SECTORS])
+                }
+                BlockDigest::Zero => panic!("{op:?} {block}: nothing is made zero"),
+                BlockDigest::Data(hash) => {
+                    lab.coverage.digested_data += 1;
+                    let found = known.by_hash(hash).unwrap_or_else(|error| panic!("{op:?} {block}: {error}"));
+                    let Some(values) = found else { continue };
+                    Held::Values(values)
+                }
+                BlockDigest::Suspect { recorded_sum, found_sum, .. } => {
+                    lab.coverage.digested_suspect += 1;
+                    assert_ne!(recorded_sum, found_sum);
+                    Held::Bad
+                }
+                BlockDigest::Bad => {
+                    lab.coverage.digested_bad += 1;
+                    assert!(excused, "{op:?} {block} is bad and not suspect: {known:x?}");
+                    Held::Bad
+                }
+                BlockDigest::Lost => {
+                    lab.coverage.digested_lost += 1;
+                    Held::Lost
+                }
+            };
+            known.check(&held, excused).unwrap_or_else(|error| panic!("{op:?} {block}: {error}"));
+            // What an injected fault has done now may be undone by the next look.
+            if !self.failed && matches!(held, Held::Values(_)) {
+                known.settle(&held);
+            }
+        }
     }
 
     /// Says that no good copy is left of blocks.
@@ -808,11 +905,27 @@ impl World {
     fn ended(&mut self, op: Op, outcome: &Outcome, lab: &mut Lab) {
         let region = Arc::clone(self.disk.pool.region());
         let what = format!("{op:?}");
+        let salvages = matches!(op.doing, Doing::Salvage);
+        match (&op.doing, outcome.result) {
+            (Doing::Digest, Ok(())) => return self.digested(&op, lab),
+            (Doing::Digest, Err(error)) => panic!("{what}: {error:?}"),
+            _ => {}
+        }
         match (op.doing, outcome.result) {
-            (Doing::Read, Ok(())) => {
+            (Doing::Digest, _) => unreachable!("returned above"),
+            (Doing::Read | Doing::Salvage, Ok(())) => {
                 assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
-                lab.coverage.reads += 1;
+                let counter = if salvages { &mut lab.coverage.salvages } else { &mut lab.coverage.reads };
+                *counter += 1;
+                let excused = self.excused();
                 for (block, chunk) in (op.first..).zip(outcome.blocks.iter()) {
+                    if salvages
+                        && let Some(known) = self.model.get(&(op.object, block))
+                        && (known.bad && !known.lost || excused)
+                    {
+                        lab.coverage.salvaged_suspects += u64::from(known.bad);
+                        continue;
+                    }
                     let held = Held::Values(
                         values_of(region.bytes(chunk)).unwrap_or_else(|error| panic!("{what}: {error}")),
                     );
@@ -827,7 +940,8 @@ impl World {
                     }
                 }
             }
-            (Doing::Read, Err(error)) => {
+            (Doing::Read | Doing::Salvage, Err(error)) => {
+                assert!(!salvages || error != StoreError::Corrupt { suspect: true }, "{what} is refused");
                 assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
@@ -844,6 +958,7 @@ impl World {
                         "{what}: a bad block was merged into: {known:x?}"
                     );
                     lab.coverage.lost_made_whole += u64::from(known.lost);
+                    lab.coverage.suspects_made_whole += u64::from(known.bad && !known.lost);
                     known.acknowledge(mask, values);
                 }
             }
