@@ -978,7 +978,14 @@ impl World {
                 let (blocks, version) = (op.first..op.first + op.count, self.told(version));
                 self.presences.done(op.object, &blocks, version);
                 lab.coverage.lost += op.count;
-                blocks.for_each(|block| self.model.get_mut(&(op.object, block)).unwrap().lose());
+                let shard = &self.shards[self.shard_of(op.object)];
+                for block in blocks {
+                    assert!(
+                        !shard.is_pending(op.object, block),
+                        "{what}: older data of {block} are on their way"
+                    );
+                    self.model.get_mut(&(op.object, block)).unwrap().lose();
+                }
             }
             (Doing::Lose { .. }, Err(error)) => {
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
