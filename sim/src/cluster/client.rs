@@ -185,15 +185,13 @@ impl World {
             Ok(None) => Outcome::Written,
             Err(failure) => {
                 self.coverage.failed += 1;
-                // Only rot takes the last good copy, or the end of a process in the middle of a write where the other good copy
-                // is called stale by then. Only a device that fails keeps the sole copy from being written.
+                // Only rot takes the last good copy, and only a device that fails keeps the sole copy from being written.
                 let excuse = match failure {
                     Failure::Unreadable => Some(Trouble::Rot),
                     Failure::Unwritable => Some(Trouble::BadDisk),
                     Failure::NoSpace => None,
                 };
-                let is_sole = failure == Failure::Unreadable && self.coverage.ejections > 0;
-                if !is_sole && excuse.is_none_or(|excuse| !self.plan.may(excuse)) {
+                if excuse.is_none_or(|excuse| !self.plan.may(excuse)) {
                     return Err(Wrong::new(Checker::Errors, format!("initiator {at} is told: {failure}")));
                 }
                 Outcome::Failed
