@@ -4,7 +4,7 @@
 //! * A slot is in [`Shared::free`] only when no durable state of any shard names it and no write to it is in flight. So it has
 //!   one owner at any time: the queue, the shard that took it, or the manager that prepares it.
 //! * Everything here is a bounded lock-free queue or an atomic counter of its own; no order between two of them is relied on,
-//!   but for those that say that more slots come ([`Shared::no_more`], [`Shared::begin_giving_back`]): each is changed after the
+//!   but for those that say that more slots come ([`Shared::no_more`], `begin_giving_back`): each is changed after the
 //!   slot it is about was queued, and looked at before the queue is.
 //! * So a shard says that the store is full only when somebody has taken each slot that was queued before it was said that there
 //!   are no more, and each whose way back had begun before the shard was asked. One that is queued meanwhile it may miss.
