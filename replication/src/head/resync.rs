@@ -158,10 +158,11 @@ impl<M: Memory> Head<M> {
         let (mut there, mut here) = (BTreeSet::new(), BTreeSet::new());
         for (party, list) in &learner.lists {
             for held in list.held.iter().filter(|held| is_its(held.extent)) {
-                if *party == member && mutants::is(Mutant::ResyncSourceOnly) {
-                    continue;
-                } else if *party == member {
+                if *party == member {
                     here.insert(held.extent);
+                    if mutants::is(Mutant::ResyncSourceOnly) {
+                        continue;
+                    }
                 } else if self.membership.owns(*party, held.extent) {
                     there.insert(held.extent);
                 } else {

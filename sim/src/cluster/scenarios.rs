@@ -135,10 +135,18 @@ fn return_of_a_member(random: &mut Random) -> Plan {
     for _ in 0..1 + random.index(3) {
         if random.one_in(3) {
             // Writes that only this member has, and that nobody asks for again: its head ends, and the next one calls it stale.
-            script.extend([Step::SlowDisk(0, 500 * MS), Step::SlowDisk(2, 500 * MS), wait(random, 10, 60)]);
+            if random.coin() {
+                // The others never heard of them: nothing is in their activity logs.
+                script.extend([Step::OnlyRead(true), wait(random, 300, 600), Step::Cut(0, 2)]);
+                script.extend([Step::OnlyRead(false), wait(random, 5, 60)]);
+            } else {
+                script.extend([Step::SlowDisk(0, 500 * MS), Step::SlowDisk(2, 500 * MS)]);
+                script.push(wait(random, 10, 60));
+            }
             script.extend([Step::Abandon, Step::OnlyRead(true), Step::Part(1, 2), Step::Part(0, 1)]);
             script.extend([Step::Kill(0, Power::NoProcess), Step::SlowDisk(0, 0), Step::SlowDisk(2, 0)]);
-            script.extend([Step::Boot(0), Step::TakeOver(2), wait(random, 2_500, 3_500), Step::Join(1, 2)]);
+            script.extend([Step::Join(0, 2), Step::Boot(0), Step::TakeOver(2), wait(random, 2_500, 3_500)]);
+            script.push(Step::Join(1, 2));
             script.extend([Step::Join(0, 1), wait(random, 20, 500), Step::OnlyRead(false), Step::Cast]);
             continue;
         }
