@@ -53,6 +53,8 @@ pub(super) struct Client {
     is_stopped: bool,
     /// It only reads for a while.
     pub(super) is_reading: bool,
+    /// It asks for nothing for a while.
+    pub(super) is_resting: bool,
     /// Where the first extent ends in what it uses, so that requests cross it.
     first_block: u64,
 }
@@ -84,6 +86,7 @@ impl Client {
             blocks: plan.blocks,
             is_stopped: false,
             is_reading: false,
+            is_resting: false,
             first_block: 1024 - plan.blocks.min(1024) / 2,
         }
     }
@@ -152,6 +155,7 @@ impl World {
             }
         }
         if !client.is_stopped
+            && !client.is_resting
             && client.doing.len() < client.window
             && let Some(request) = client.draw()
         {

@@ -146,8 +146,9 @@ fn return_of_a_member(random: &mut Random) -> Plan {
             script.extend([Step::Abandon, Step::OnlyRead(true), Step::Part(1, 2), Step::Part(0, 1)]);
             script.extend([Step::Kill(0, Power::NoProcess), Step::SlowDisk(0, 0), Step::SlowDisk(2, 0)]);
             script.extend([Step::Join(0, 2), Step::Boot(0), Step::TakeOver(2), wait(random, 2_500, 3_500)]);
-            script.push(Step::Join(1, 2));
-            script.extend([Step::Join(0, 1), wait(random, 20, 500), Step::OnlyRead(false), Step::Cast]);
+            script.extend([Step::Rest(true), wait(random, 20, 60), Step::Join(1, 2)]);
+            script.extend([Step::Join(0, 1), wait(random, 100, 900), Step::OnlyRead(false)]);
+            script.extend([Step::Rest(false), Step::Cast]);
             continue;
         }
         match random.index(3) {

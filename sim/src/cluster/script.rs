@@ -55,6 +55,8 @@ pub enum Step {
     BadDisk(Part, u64),
     /// Initiators end, and others begin.
     Abandon,
+    /// Initiators ask for nothing, or go on.
+    Rest(bool),
     /// Initiators only read, or write again.
     OnlyRead(bool),
 }
@@ -151,6 +153,11 @@ impl World {
             Step::Abandon => {
                 for volume in 0..self.plan.volumes {
                     self.abandon(volume);
+                }
+            }
+            Step::Rest(is_resting) => {
+                for client in &mut self.clients {
+                    client.is_resting = is_resting;
                 }
             }
             Step::OnlyRead(is_reading) => {

@@ -200,6 +200,7 @@ impl World {
         self.is_peace = true;
         for client in &mut self.clients {
             client.is_reading = false;
+            client.is_resting = false;
         }
         let numbers: Vec<u64> = self.troubles.active.keys().copied().collect();
         for number in numbers {
