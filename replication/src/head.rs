@@ -30,7 +30,7 @@ use smallvec::SmallVec;
 use self::equalize::{Equalize, Fix, Remedy};
 use self::peers::Peer;
 use crate::grants::Grants;
-use crate::membership::{Change, Membership, Record};
+use crate::membership::{Change, Membership, Owner, Record};
 use crate::message::{Answer, Ask, Fault, Memory, Refusal, Reply, Request};
 use crate::mutants::{self, Mutant};
 use crate::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Span, Version};
@@ -282,11 +282,13 @@ impl<M: Memory> Head<M> {
     pub fn is_serving(&self, grants: &Grants, now_ns: u64) -> bool {
         let needed = self.membership.partitions().iter().flat_map(|partition| &partition.owners);
         let mut needed = needed.filter(|owner| self.membership.is_needed(owner));
-        self.end.is_none()
-            && needed.all(|owner| {
-                let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
-                opened.is_some_and(|opened| grants.covers(owner.node, opened, now_ns))
-            })
+        self.end.is_none() && needed.all(|owner| self.is_granted_by(owner, grants, now_ns))
+    }
+
+    /// Whether an owner has the generation open, and a grant of its node covers that.
+    fn is_granted_by(&self, owner: &Owner, grants: &Grants, now_ns: u64) -> bool {
+        let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
+        opened.is_some_and(|opened| grants.covers(owner.node, opened, now_ns))
     }
 
     /// Whether nothing is asked, in progress, unequal or being brought up to date.
@@ -562,10 +564,7 @@ impl<M: Memory> Head<M> {
 
     fn is_covered(&self, range: &Range<u64>, grants: &Grants) -> bool {
         extents(range).all(|extent| {
-            self.membership.needed(extent).all(|owner| {
-                let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
-                opened.is_some_and(|opened| grants.covers(owner.node, opened, self.now_ns))
-            })
+            self.membership.needed(extent).all(|owner| self.is_granted_by(owner, grants, self.now_ns))
         })
     }
 

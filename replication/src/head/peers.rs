@@ -208,15 +208,21 @@ impl<M: Memory> Head<M> {
 
     /// Asks a replica, now or when it is open again.
     pub(super) fn send(&mut self, member: Member, purport: Purport, memory: &mut M) {
-        let id = self.next_request;
-        self.next_request += 1;
-        let now_ns = self.now_ns;
-        let Some(peer) = self.peers.get_mut(&member) else { return };
-        let is_sent = peer.may_send(purport);
-        peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent });
+        let is_sent = self.peers.get(&member).is_some_and(|peer| peer.may_send(purport));
+        let id = self.keep(member, purport, is_sent);
         if is_sent {
             self.send_now(member, id, purport, memory);
         }
+    }
+
+    /// Takes note of what is asked of a member; its number.
+    fn keep(&mut self, member: Member, purport: Purport, is_sent: bool) -> u64 {
+        let id = self.next_request;
+        self.next_request += 1;
+        if let Some(peer) = self.peers.get_mut(&member) {
+            peer.unanswered.insert(id, Asked { purport, at_ns: self.now_ns, is_sent });
+        }
+        id
     }
 
     /// Reads of who cannot answer are asked of others.
@@ -306,13 +312,11 @@ impl<M: Memory> Head<M> {
             }
             return;
         }
-        let (id, now_ns) = (self.next_request, self.now_ns);
-        self.next_request += 1;
         if let Some(peer) = self.peers.get_mut(&from) {
             peer.has_failed |= fault != Fault::NoMemory;
-            peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent: false });
-            self.retry_at_ns = self.retry_at_ns.min(now_ns + RETRY_NS);
         }
+        self.keep(from, purport, false);
+        self.retry_at_ns = self.retry_at_ns.min(self.now_ns + RETRY_NS);
     }
 
     /// A replica could not open the generation: it is asked again.
@@ -353,11 +357,7 @@ impl<M: Memory> Head<M> {
                 self.restart_job(job, memory);
             }
             Purport::Write { .. } | Purport::EqualizeWrite { .. } | Purport::Reserve { .. } => {
-                let (id, now_ns) = (self.next_request, self.now_ns);
-                self.next_request += 1;
-                if let Some(peer) = self.peers.get_mut(&member) {
-                    peer.unanswered.insert(id, Asked { purport, at_ns: now_ns, is_sent: false });
-                }
+                self.keep(member, purport, false);
             }
             Purport::List { learner, .. } => self.drop_learner(learner),
             Purport::Open | Purport::Stable => {}

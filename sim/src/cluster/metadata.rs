@@ -49,7 +49,6 @@ enum What {
 pub(super) struct Outcome {
     /// The record as it is, and nothing that was asked for before can change it; else it is only what was seen.
     is_sure: bool,
-    is_takeover: bool,
     record: Option<Record>,
 }
 
@@ -125,17 +124,10 @@ impl World {
             if self.metadata.random.coin() {
                 self.schedule.after(delay_ns, Event::Wish(again));
             }
-            self.answer_wish(
-                node,
-                life,
-                volume,
-                TIMEOUT_NS,
-                Outcome { is_sure: false, is_takeover: false, record: None },
-            );
+            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, record: None });
             return;
         }
         let now = self.metadata.records[volume].clone();
-        let is_takeover = matches!(what, What::TakeOver { .. });
         let (is_sure, record) = match &what {
             What::Change { revision, change }
                 if now.revision == *revision || mutants::is(Mutant::ChangeWithoutCompare) =>
@@ -161,22 +153,10 @@ impl World {
         let is_lost = self.metadata.random.below(100) < self.metadata.lost_percent;
         if is_lost {
             self.coverage.doubts += 1;
-            self.answer_wish(
-                node,
-                life,
-                volume,
-                TIMEOUT_NS,
-                Outcome { is_sure: false, is_takeover: false, record: None },
-            );
+            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, record: None });
         } else {
             let delay_ns = self.metadata.random.range(500_000..20_000_000);
-            self.answer_wish(
-                node,
-                life,
-                volume,
-                delay_ns,
-                Outcome { is_sure, is_takeover, record: Some(record) },
-            );
+            self.answer_wish(node, life, volume, delay_ns, Outcome { is_sure, record: Some(record) });
         }
     }
 
@@ -225,7 +205,7 @@ impl World {
             return;
         }
         if outcome.is_sure || !self.nodes[node].has_head(volume) {
-            self.head_record(node, volume, record, outcome.is_takeover);
+            self.head_record(node, volume, record);
         }
     }
 
@@ -278,8 +258,7 @@ impl World {
     }
 
     /// The record names this node: it is the head under it.
-    fn head_record(&mut self, node: usize, volume: usize, record: Record, is_takeover: bool) {
-        let _ = is_takeover;
+    fn head_record(&mut self, node: usize, volume: usize, record: Record) {
         let generation = Generation { takeover: record.takeover, start: self.nodes[node].start };
         if self.nodes[node].head_takeover(volume) == Some(record.takeover) {
             self.tell_record(node, volume, record);

@@ -341,9 +341,3 @@ impl VolumeAt {
         }
     }
 }
-
-/// Which extents of a volume a store has, for reports.
-#[must_use]
-pub fn extents(store: &Store, volume: VolumeId) -> BTreeSet<Extent> {
-    store.volumes.get(&volume).map(|at| at.extents.keys().copied().collect()).unwrap_or_default()
-}

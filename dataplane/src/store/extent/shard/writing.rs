@@ -95,11 +95,8 @@ impl Shard {
     /// Begins to take blocks from a layer: they read as zeros then. The caller orders it as a write of them.
     pub fn unmap_range(&mut self, request: RequestToken, object: u32, blocks: Range<u64>) {
         let what = What::Unmap { from_block: blocks.start, to_block: blocks.end, next: 0 };
-        let mut op = Op::new(Some(request), what, object, blocks.start, 0);
-        op.failure = self.failed;
-        let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
-        // After a failure the next turn ends it.
-        self.ready.push_back(at);
+        let op = Op::new(Some(request), what, object, blocks.start, 0);
+        self.await_batch(op);
     }
 
     /// Begins to remember of blocks that no good copy is left: they cannot be read, nor merged into, until they are wholly written.
@@ -117,20 +114,21 @@ impl Shard {
         // Numbers of extents end before that many are behind them.
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         let what = What::Lose { to_block: blocks.end, copies, version };
-        let mut op = Op::new(Some(request), what, object, blocks.start, count);
-        op.failure = self.failed;
-        let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
-        // After a failure the next turn ends it.
-        self.ready.push_back(at);
+        let op = Op::new(Some(request), what, object, blocks.start, count);
+        self.await_batch(op);
     }
 
     /// Begins to give an extent of a layer its slot, before anything is written to it. It is done at once where it has one.
     pub fn reserve(&mut self, request: RequestToken, object: u32, extent: u32) {
         let first_block = u64::from(extent) * u64::from(EXTENT_BLOCKS);
-        let mut op = Op::new(Some(request), What::Reserve, object, first_block, 1);
+        let op = Op::new(Some(request), What::Reserve, object, first_block, 1);
+        self.await_batch(op);
+    }
+
+    /// Lets a request without data wait for a batch. After a failure the next turn ends it.
+    fn await_batch(&mut self, mut op: Op) {
         op.failure = self.failed;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
-        // After a failure the next turn ends it.
         self.ready.push_back(at);
     }
 
