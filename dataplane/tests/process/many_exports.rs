@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use aoe_xdp::wire::{Address, AtaArg, AtaHead, Header, Mac, command, parse_header};
+use aoe_xdp::wire::{Address, Header, Mac, command, parse_header};
 use zerocopy::IntoBytes;
 
 use crate::netns;
@@ -11,10 +11,6 @@ use crate::node::{Node, Station, export};
 
 const EXPORTS: u16 = 10_000;
 const TRIES: u32 = 10;
-/// What is measured: reads of a round, in flight at a time, and rounds.
-const READS: u32 = 20_000;
-const WINDOW: u32 = 32;
-const ROUNDS: usize = 15;
 const CLIENT: Mac = Mac([0x02, 0, 0, 0, 0xc1, 0x10]);
 
 fn discover(tag: u32) -> Vec<u8> {
@@ -55,66 +51,5 @@ fn ten_thousand_exports_are_discovered_within_two_seconds() {
         });
         assert!(complete, "never all within two seconds at a default socket buffer");
         node.stop();
-    });
-}
-
-/// CPU time that the data plane's core has used, in nanoseconds.
-fn core_cpu_ns(node: &Node) -> u64 {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", node.pid())).unwrap();
-    let core = tasks
-        .map(|task| task.unwrap().path())
-        .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("core-")));
-    let times = std::fs::read_to_string(core.expect("a core runs").join("schedstat")).unwrap();
-    times.split_whitespace().next().unwrap().parse().unwrap()
-}
-
-/// Reads 4 KiB blocks of one export, [`WINDOW`] at a time; CPU time of the core for each, in nanoseconds.
-fn cost_of_reads(node: &Node, station: &mut Station, first_tag: u32) -> u64 {
-    let wish = export(node.exports() / 2);
-    let address = Address { shelf: wish.shelf, slot: wish.slot };
-    let read = |n: u32| {
-        let header = Header::request(Mac(wish.mac), CLIENT, address, command::ATA, first_tag + n);
-        let arg = AtaArg::read_write_ext(u64::from(n % 1024) * 8, 8, false);
-        AtaHead { header, arg }.as_bytes().to_vec()
-    };
-    let before_ns = core_cpu_ns(node);
-    for n in 0..READS + WINDOW {
-        if n < READS {
-            station.send(&read(n));
-        }
-        if n >= WINDOW {
-            let answer = station.receive(first_tag + n - WINDOW, Duration::from_secs(20)).expect("an answer");
-            assert_eq!((answer.len(), answer[27]), (36 + 4096, 0x40));
-        }
-    }
-    (core_cpu_ns(node) - before_ns) / u64::from(READS)
-}
-
-#[test]
-#[ignore = "a measurement: it prints what a read costs with one export and with ten thousand"]
-fn cost_of_a_read_among_many() {
-    netns::isolated("many_exports::cost_of_a_read_among_many", || {
-        netns::veth_pair(9000, 1);
-        let mut tag = 1 << 16;
-        for exports in [1, EXPORTS, 1, EXPORTS] {
-            let mut node = Node::start(exports);
-            node.export((0..exports).map(export).collect());
-            // Until everything is advertised.
-            std::thread::sleep(Duration::from_secs(3));
-            let mut station = Station::open();
-            let mut ns: Vec<u64> = (0..ROUNDS)
-                .map(|_| {
-                    tag += READS;
-                    cost_of_reads(&node, &mut station, tag)
-                })
-                .collect();
-            ns.sort_unstable();
-            println!(
-                "{exports} exports: {} ns of CPU time for each read, at least {}",
-                ns[ROUNDS / 2],
-                ns[0]
-            );
-            node.stop();
-        }
     });
 }
