@@ -33,7 +33,7 @@ use crate::grants::Grants;
 use crate::membership::{Change, Membership, Owner, Record};
 use crate::message::{Answer, Ask, Fault, Memory, Refusal, Reply, Request};
 use crate::mutants::{self, Mutant};
-use crate::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Span, Version};
+use crate::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Site, Span, Version};
 
 /// Bytes of a block.
 const BLOCK_BYTES: usize = 4096;
@@ -82,8 +82,8 @@ pub enum End {
 /// What a head wants done.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Output<B> {
-    /// Send a request to the node that has the member.
-    Send(NodeId, Request<B>),
+    /// Send a request to the site that has the member.
+    Send(Site, Request<B>),
     /// Answer a request.
     Answer {
         /// Which.
@@ -288,7 +288,7 @@ impl<M: Memory> Head<M> {
     /// Whether an owner has the generation open, and a grant of its node covers that.
     fn is_granted_by(&self, owner: &Owner, grants: &Grants, now_ns: u64) -> bool {
         let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
-        opened.is_some_and(|opened| grants.covers(owner.node, opened, now_ns))
+        opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
     }
 
     /// Whether nothing is asked, in progress, unequal or being brought up to date.
@@ -610,7 +610,7 @@ impl<M: Memory> Head<M> {
         let owners = self.membership.partition(span.extent).owners.iter();
         let owners = owners.filter(|owner| self.membership.is_sure(owner) || mutants::is(Mutant::StaleRead));
         let owners = owners.filter(|owner| usable(&owner.member));
-        let nearest = owners.min_by_key(|owner| owner.node != self.node).map(|owner| owner.member);
+        let nearest = owners.min_by_key(|owner| owner.site.node != self.node).map(|owner| owner.member);
         let Some(member) = nearest else {
             let all_failed = self.membership.sure(span.extent).all(|owner| failed.contains(&owner.member));
             if all_failed && !failed.is_empty() {
@@ -991,7 +991,7 @@ impl<M: Memory> Head<M> {
         let (volume, generation) = (self.membership.volume, self.generation);
         let Some(peer) = self.peers.get(&member) else { return };
         let request = Request { to: member, volume, generation, partition, epoch, id, stable, ask };
-        self.outputs.push_back(Output::Send(peer.node, request));
+        self.outputs.push_back(Output::Send(peer.site, request));
     }
 }
 

@@ -12,6 +12,7 @@
 //! | [`grants`] | whether a head may read and acknowledge now (I1) |
 //! | [`replica`] | what a replica accepts, and when it opens a generation (I4, I14) |
 //! | [`mutants`] | what if one of the rules were not kept: for the test of the simulator only |
+//! | [`site`] | the heads and replicas of one core of a node, and what goes between them and other sites |
 //! | [`head`] | how requests of initiators become numbered writes and reads, who is ejected, made equal and taken in again (I5 to I9) |
 //!
 //! Blocks are 4 KiB, extents 4 MiB. The bytes themselves are the driver's: see [`message::Memory`].
@@ -23,5 +24,6 @@ pub mod membership;
 pub mod message;
 pub mod mutants;
 pub mod replica;
+pub mod site;
 pub mod terms;
 pub mod wire;

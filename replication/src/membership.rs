@@ -13,15 +13,15 @@ use std::collections::BTreeMap;
 use cluster_map::{NodeId, VolumeId};
 
 use crate::mutants::{self, Mutant};
-use crate::terms::{Epoch, Extent, Member, Version};
+use crate::terms::{Epoch, Extent, Member, Site, Version};
 
 /// An owner of a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
     /// Who.
     pub member: Member,
-    /// The node that has its store.
-    pub node: NodeId,
+    /// Where the volume is on the node that has its store.
+    pub site: Site,
     /// It has everything that it should; else it is being made complete and no member yet.
     pub is_complete: bool,
 }
@@ -251,8 +251,11 @@ mod tests {
     }
 
     fn membership(owners: &[u8], stale: &[u8]) -> Membership {
-        let owner =
-            |number: &u8| Owner { member: member(*number), node: NodeId([*number; 16]), is_complete: true };
+        let owner = |number: &u8| Owner {
+            member: member(*number),
+            site: Site { node: NodeId([*number; 16]), core: 0 },
+            is_complete: true,
+        };
         let partition = Partition { epoch: Epoch(1), owners: owners.iter().map(owner).collect() };
         let stale = stale.iter().map(|number| (member(*number), Version(7))).collect();
         let record = Record { revision: 1, takeover: 1, head: None, stale, min_copies: 0 };

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use cluster_map::{NodeId, VolumeId};
+use cluster_map::VolumeId;
 
 use crate::terms::{Epoch, Extent, Generation, Member, Span, Version};
 
@@ -241,13 +241,11 @@ pub struct Answer<B> {
     pub reply: Reply<B>,
 }
 
-/// A node of heads asks a node of replicas for a grant.
+/// A site of heads asks a site of replicas for a grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GrantRequest {
     /// When it was sent, by the sender's clock: given back in the answer.
     pub asked_ns: u64,
-    /// Whose heads.
-    pub from: NodeId,
 }
 
 /// It is granted.
@@ -257,4 +255,17 @@ pub struct GrantAnswer {
     pub asked_ns: u64,
     /// Volumes of which it covers no generation below the one given: that one has been asked for.
     pub excluded: Vec<(VolumeId, Generation)>,
+}
+
+/// Whatever two sites say to each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message<B> {
+    /// A head asks.
+    Request(Request<B>),
+    /// A replica answers.
+    Answer(Answer<B>),
+    /// A site asks for a grant.
+    GrantRequest(GrantRequest),
+    /// It is granted.
+    GrantAnswer(GrantAnswer),
 }

@@ -1,4 +1,4 @@
-//! The replicas of one node: what they accept, from which head, and when they open a generation for another one.
+//! The replicas of one site: what they accept, from which head, and when they open a generation for another one.
 //!
 //! Invariants (I1, I4, I11, I14):
 //! * Nothing is done for a generation but the one that is open. A higher one is opened when every grant that was given to the head of
@@ -18,7 +18,7 @@ use cluster_map::{NodeId, VolumeId};
 use crate::grants::GRANT_NS;
 use crate::message::{Answer, Ask, Digest, Fault, GrantAnswer, GrantRequest, Held, Refusal, Reply, Request};
 use crate::mutants::{self, Mutant};
-use crate::terms::{Epoch, Extent, Generation, Member, Span, Version};
+use crate::terms::{Epoch, Extent, Generation, Member, Site, Span, Version};
 
 /// What a store keeps durably of a volume's replica.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -102,9 +102,9 @@ pub struct WorkId(pub u64);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output<B> {
     /// Send an answer.
-    Send(NodeId, Answer<B>),
+    Send(Site, Answer<B>),
     /// Answer a request for a grant.
-    Grant(NodeId, GrantAnswer),
+    Grant(Site, GrantAnswer),
     /// Have a store do something, and tell [`Replicas::ended`].
     Start {
         /// Its number.
@@ -137,7 +137,7 @@ enum Stage {
 #[derive(Debug, Clone, Copy)]
 struct Wanted {
     generation: Generation,
-    from: NodeId,
+    from: Site,
     id: u64,
     revision: u64,
 }
@@ -161,28 +161,28 @@ struct Volume<B> {
     /// Admitted, not ended.
     running: u32,
     /// An epoch is being made durable, for the first of these; they wait in order.
-    waiting: VecDeque<(NodeId, Request<B>)>,
+    waiting: VecDeque<(Site, Request<B>)>,
     is_persisting: bool,
 }
 
 #[derive(Debug)]
 enum What {
     /// A request: who asked, its number and generation.
-    Request(NodeId, u64, Generation),
-    Open(NodeId, u64, Generation),
+    Request(Site, u64, Generation),
+    Open(Site, u64, Generation),
     PersistGeneration,
     PersistEpoch,
 }
 
-/// All replicas of a node.
+/// All replicas of a site.
 #[derive(Debug)]
 pub struct Replicas<B> {
     started_ns: u64,
     now_ns: u64,
     members: BTreeSet<Member>,
     volumes: BTreeMap<(Member, VolumeId), Volume<B>>,
-    /// When each node was given its last grant.
-    granted_ns: BTreeMap<NodeId, u64>,
+    /// When each site was given its last grant.
+    granted_ns: BTreeMap<Site, u64>,
     running: BTreeMap<WorkId, (Member, VolumeId, What)>,
     next_work: u64,
     outputs: VecDeque<Output<B>>,
@@ -237,19 +237,18 @@ impl<B> Replicas<B> {
         }
     }
 
-    /// A node of heads wants a grant.
-    pub fn grant(&mut self, request: GrantRequest, now_ns: u64) {
+    /// A site of heads wants a grant.
+    pub fn grant(&mut self, from: Site, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
         let is_replaced = |volume: &Volume<B>| {
-            volume.durable.head == request.from
+            volume.durable.head == from.node
                 && volume.seen > volume.durable.generation
                 && !mutants::is(Mutant::RenewAfterOpen)
         };
         let replaced = self.volumes.iter().filter(|(_, volume)| is_replaced(volume));
         let excluded = replaced.map(|((_, id), volume)| (*id, volume.seen)).collect();
-        self.granted_ns.insert(request.from, now_ns);
-        self.outputs
-            .push_back(Output::Grant(request.from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
+        self.granted_ns.insert(from, now_ns);
+        self.outputs.push_back(Output::Grant(from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
 
     /// Whether that node's head of the volume was given a grant within the last `within_ns`, by a replica here.
@@ -258,19 +257,24 @@ impl<B> Replicas<B> {
         let serves = self.volumes.iter().any(|((_, id), at)| {
             *id == volume && at.durable.head == node && at.seen == at.durable.generation
         });
-        serves
-            && self.granted_ns.get(&node).is_some_and(|granted| now_ns.saturating_sub(*granted) < within_ns)
+        serves && self.last_grant_ns(node).is_some_and(|granted| now_ns.saturating_sub(granted) < within_ns)
     }
 
-    /// Whether nothing that a node has asked for is in progress: another connection of it can be served.
+    /// When heads of a node, on whatever core, were given the last grant.
+    fn last_grant_ns(&self, node: NodeId) -> Option<u64> {
+        let its = self.granted_ns.iter().filter(|(site, _)| site.node == node);
+        its.map(|(_, granted_ns)| *granted_ns).max()
+    }
+
+    /// Whether nothing that a site has asked for is in progress: another connection of it can be served.
     #[must_use]
-    pub fn has_ended_all_of(&self, node: NodeId) -> bool {
-        let is_its = |what: &What| matches!(what, What::Request(from, ..) if *from == node);
+    pub fn has_ended_all_of(&self, site: Site) -> bool {
+        let is_its = |what: &What| matches!(what, What::Request(from, ..) if *from == site);
         !self.running.values().any(|(_, _, what)| is_its(what))
     }
 
     /// A request has come.
-    pub fn request(&mut self, from: NodeId, request: Request<B>, now_ns: u64) {
+    pub fn request(&mut self, from: Site, request: Request<B>, now_ns: u64) {
         self.now_ns = now_ns;
         if !self.members.contains(&request.to) {
             self.refuse(from, request, Refusal::Stranger);
@@ -341,7 +345,7 @@ impl<B> Replicas<B> {
         Ok(())
     }
 
-    fn admit(&mut self, key: (Member, VolumeId), from: NodeId, request: Request<B>) {
+    fn admit(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>) {
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         let known = volume.durable.epochs.get(&request.partition).copied().unwrap_or_default();
         if request.epoch > known {
@@ -377,7 +381,7 @@ impl<B> Replicas<B> {
         self.start(key, work, What::Request(from, request.id, request.generation));
     }
 
-    fn open(&mut self, key: (Member, VolumeId), from: NodeId, request: Request<B>, revision: u64) {
+    fn open(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>, revision: u64) {
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         let generation = request.generation;
         if revision < volume.durable.revision {
@@ -406,6 +410,8 @@ impl<B> Replicas<B> {
     }
 
     fn begin_opening(&mut self, key: (Member, VolumeId), wanted: Wanted) {
+        let Some(former) = self.volumes.get(&key).map(|volume| volume.durable.head) else { return };
+        let granted_ns = self.last_grant_ns(former).map_or(0, |granted_ns| granted_ns + GRANT_NS);
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         if volume.opening.is_some_and(|opening| opening.stage == Stage::Persist) {
             volume.later = Some(wanted);
@@ -414,14 +420,17 @@ impl<B> Replicas<B> {
         let former = &volume.durable;
         let was_open = former.generation > Generation::default();
         let is_restart =
-            wanted.generation.takeover == former.generation.takeover && wanted.from == former.head;
+            wanted.generation.takeover == former.generation.takeover && wanted.from.node == former.head;
         let until_ns =
             if is_restart || volume.is_handed_back || !was_open || mutants::is(Mutant::FenceSkipped) {
                 0
             } else {
-                let granted = self.granted_ns.get(&former.head).map_or(0, |granted| granted + GRANT_NS);
-                let forgotten = self.started_ns + GRANT_NS;
-                if mutants::is(Mutant::RestartWithoutQuarantine) { granted } else { granted.max(forgotten) }
+                let forgotten_ns = self.started_ns + GRANT_NS;
+                if mutants::is(Mutant::RestartWithoutQuarantine) {
+                    granted_ns
+                } else {
+                    granted_ns.max(forgotten_ns)
+                }
             };
         volume.opening = Some(Opening { wanted, stage: Stage::Fence { until_ns } });
         self.advance_opening(key);
@@ -442,7 +451,8 @@ impl<B> Replicas<B> {
         opening.stage = Stage::Persist;
         let Wanted { generation, from, revision, .. } = opening.wanted;
         let revision = revision.max(volume.durable.revision);
-        let durable = Durable { generation, head: from, revision, epochs: volume.durable.epochs.clone() };
+        let durable =
+            Durable { generation, head: from.node, revision, epochs: volume.durable.epochs.clone() };
         volume.is_persisting = true;
         self.start(key, Work::Persist(durable), What::PersistGeneration);
     }
@@ -455,7 +465,7 @@ impl<B> Replicas<B> {
         let Wanted { generation, from, id, revision } = wanted;
         if ended_is_done(ended) {
             volume.durable.generation = generation;
-            volume.durable.head = from;
+            volume.durable.head = from.node;
             volume.durable.revision = revision.max(volume.durable.revision);
             volume.is_handed_back = false;
             self.start(key, Work::Survey, What::Open(from, id, generation));
@@ -500,7 +510,7 @@ impl<B> Replicas<B> {
         self.outputs.push_back(Output::Start { id, member: key.0, volume: key.1, work });
     }
 
-    fn refuse(&mut self, from: NodeId, request: Request<B>, refusal: Refusal) {
+    fn refuse(&mut self, from: Site, request: Request<B>, refusal: Refusal) {
         self.answer(
             from,
             request.to,
@@ -516,7 +526,7 @@ impl<B> Replicas<B> {
 
     fn answer(
         &mut self,
-        to: NodeId,
+        to: Site,
         from: Member,
         volume: VolumeId,
         generation: Generation,

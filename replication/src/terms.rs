@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use cluster_map::StoreId;
+use cluster_map::{NodeId, StoreId};
 
 /// Blocks of an extent.
 pub const EXTENT_BLOCKS: u32 = 1024;
@@ -54,6 +54,22 @@ pub struct Member {
     pub store: StoreId,
     /// Its incarnation.
     pub incarnation: u64,
+}
+
+/// A core of a node: heads and replicas of a volume are on one core of each node, and cores of different nodes talk to each other
+/// directly.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Site {
+    /// Which node.
+    pub node: NodeId,
+    /// Which of its cores, from 0.
+    pub core: u16,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}/{}", self.node, self.core)
+    }
 }
 
 /// Number of an extent in its volume.

@@ -20,12 +20,14 @@
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 
-use cluster_map::{NodeId, StoreId, VolumeId};
+use cluster_map::{StoreId, VolumeId};
 use smallvec::SmallVec;
 use zerocopy::byteorder::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::message::{Answer, Ask, Digest, Fault, GrantAnswer, GrantRequest, Held, Refusal, Reply, Request};
+use crate::message::{
+    Answer, Ask, Digest, Fault, GrantAnswer, GrantRequest, Held, Message, Refusal, Reply, Request,
+};
 use crate::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Span, Version};
 
 /// Bytes of a header.
@@ -77,17 +79,7 @@ pub struct Header {
 }
 
 /// A decoded frame. Where a message has blocks, their checksums stand for them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frame {
-    /// A head asks.
-    Request(Request<BlockCrcs>),
-    /// A replica answers.
-    Answer(Answer<BlockCrcs>),
-    /// A node asks for a grant.
-    GrantRequest(GrantRequest),
-    /// It is granted.
-    GrantAnswer(GrantAnswer),
-}
+pub type Frame = Message<BlockCrcs>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -177,7 +169,6 @@ const _: () = assert!(size_of::<RawDigest>() == 32);
 #[repr(C)]
 struct RawGrantRequest {
     asked_ns: U64,
-    from: [u8; 16],
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -265,7 +256,7 @@ impl Header {
             Kind::Answer => self.decode_answer(body).map(Frame::Answer),
             Kind::GrantRequest => {
                 let raw = RawGrantRequest::read_from_bytes(body).map_err(|_| WireError::Length)?;
-                Ok(Frame::GrantRequest(GrantRequest { asked_ns: raw.asked_ns.get(), from: NodeId(raw.from) }))
+                Ok(Frame::GrantRequest(GrantRequest { asked_ns: raw.asked_ns.get() }))
             }
             Kind::GrantAnswer => {
                 let (raw, rest) = RawGrantAnswer::read_from_prefix(body).map_err(|_| WireError::Length)?;
@@ -437,7 +428,7 @@ impl Frame {
             Frame::Request(request) => (Kind::Request, encode_request(request, out)),
             Frame::Answer(answer) => (Kind::Answer, encode_answer(answer, out)),
             Frame::GrantRequest(request) => {
-                let raw = RawGrantRequest { asked_ns: request.asked_ns.into(), from: request.from.0 };
+                let raw = RawGrantRequest { asked_ns: request.asked_ns.into() };
                 out.extend_from_slice(raw.as_bytes());
                 (Kind::GrantRequest, 0)
             }
@@ -721,8 +712,7 @@ mod tests {
         prop_oneof![
             4 => request,
             4 => answer,
-            1 => (any::<u64>(), any::<[u8; 16]>())
-                .prop_map(|(asked_ns, id)| Frame::GrantRequest(GrantRequest { asked_ns, from: NodeId(id) })),
+            1 => any::<u64>().prop_map(|asked_ns| Frame::GrantRequest(GrantRequest { asked_ns })),
             1 => (any::<u64>(), vec(excluded, 0..10))
                 .prop_map(|(asked_ns, excluded)| Frame::GrantAnswer(GrantAnswer { asked_ns, excluded })),
         ]

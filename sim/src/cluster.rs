@@ -26,9 +26,9 @@ use std::fmt;
 
 use cluster_map::{NodeId, StoreId, VolumeId};
 use torus_replication::membership::{Owner, Partition, Record};
-use torus_replication::message::{Answer, GrantAnswer, GrantRequest, Request};
+use torus_replication::message::Message;
 use torus_replication::replica::WorkId;
-use torus_replication::terms::{Epoch, Extent, Generation, Member};
+use torus_replication::terms::{Epoch, Extent, Generation, Member, Site};
 
 use self::client::{Client, ClientReply, ClientRequest};
 use self::metadata::{Metadata, Outcome, Wish};
@@ -140,11 +140,8 @@ impl Trouble {
 
 /// What travels.
 #[derive(Debug, Clone)]
-enum Message {
-    Request(Box<Request<Vec<Block>>>),
-    Answer(Box<Answer<Vec<Block>>>),
-    GrantRequest(GrantRequest),
-    GrantAnswer(GrantAnswer),
+enum Travels {
+    Peer(Box<Message<Vec<Block>>>),
     Client(ClientRequest),
     Reply(ClientReply),
 }
@@ -154,8 +151,6 @@ enum Message {
 enum Event {
     /// A data plane looks at the time.
     Tick { node: usize, life: u64 },
-    /// What a node says to itself.
-    Loopback { node: usize, life: u64, message: Message },
     /// A store ends something.
     Work { node: usize, life: u64, id: WorkId },
     /// A wish arrives at the metadata store.
@@ -241,7 +236,7 @@ impl Coverage {
 pub struct World {
     plan: Plan,
     schedule: Schedule<Event>,
-    network: Network<Message>,
+    network: Network<Travels>,
     nodes: Vec<Node>,
     clients: Vec<Client>,
     metadata: Metadata,
@@ -315,6 +310,10 @@ pub struct Failure {
     pub what: String,
     /// What happened before.
     pub log: String,
+}
+
+fn site_of(index: usize) -> Site {
+    Site { node: node_id(index), core: 0 }
 }
 
 fn node_id(node: usize) -> NodeId {
@@ -424,7 +423,7 @@ impl World {
                 placing.shuffle(&mut order);
                 let owner = |node: &usize| Owner {
                     member: member_of(*node),
-                    node: node_id(*node),
+                    site: site_of(*node),
                     is_complete: true,
                 };
                 of_volume.push(Partition {
@@ -559,7 +558,6 @@ impl World {
         let Some((_, event)) = self.schedule.pop() else { return Ok(()) };
         match event {
             Event::Tick { node, life } => self.tick(node, life),
-            Event::Loopback { node, life, message } => self.loopback(node, life, message),
             Event::Work { node, life, id } => self.work_ended(node, life, id),
             Event::Wish(wish) => self.wish(wish),
             Event::Outcome { node, volume, life, outcome } => self.outcome(node, volume, life, outcome),
@@ -572,10 +570,10 @@ impl World {
         Ok(())
     }
 
-    fn network_event(&mut self, event: network::Event<Message>) -> Result<(), Wrong> {
+    fn network_event(&mut self, event: network::Event<Travels>) -> Result<(), Wrong> {
         let at = event.at().0;
         if at >= self.plan.nodes {
-            if let network::Event::Frame { payload: Message::Reply(reply), .. } = event {
+            if let network::Event::Frame { payload: Travels::Reply(reply), .. } = event {
                 return self.client_reply(at - self.plan.nodes, reply);
             }
             return Ok(());
@@ -616,7 +614,7 @@ impl World {
             let stores: Vec<_> = partitions
                 .iter()
                 .map(|partition| {
-                    self.nodes[node_of(partition.owners[0].node)].store.visible(volume_id(volume))
+                    self.nodes[node_of(partition.owners[0].site.node)].store.visible(volume_id(volume))
                 })
                 .collect();
             for block in self.clients[volume].blocks() {
@@ -645,7 +643,7 @@ impl World {
             for (at, partition) in partitions.iter().enumerate() {
                 let mut first = None;
                 for owner in &partition.owners {
-                    let node = node_of(owner.node);
+                    let node = node_of(owner.site.node);
                     let mine = all[node]
                         .iter()
                         .filter(|((extent, _), _)| extent.0 as usize % partitions.len() == at);

@@ -10,8 +10,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cluster_map::NodeId;
-
 use super::equalize::Equalize;
 use super::resync::Learner;
 use super::{Failure, Head, OpId, Output, Purport, RETRY_NS, SILENCE_NS, Stage};
@@ -19,7 +17,7 @@ use crate::grants::{GrantIndex, Grants};
 use crate::membership::Change;
 use crate::message::{Fault, Held, Memory};
 use crate::mutants::{self, Mutant};
-use crate::terms::{Extent, Member, Version};
+use crate::terms::{Extent, Member, Site, Version};
 
 /// For how long a replica may take to open a generation: grants of the former one run out meanwhile.
 const OPEN_PATIENCE_NS: u64 = 3_000_000_000;
@@ -37,11 +35,11 @@ struct Asked {
 /// A replica.
 #[derive(Debug)]
 pub(super) struct Peer {
-    pub(super) node: NodeId,
+    pub(super) site: Site,
     is_connected: bool,
     /// It has opened this generation once.
     pub(super) was_opened: bool,
-    /// It has opened it on this connection, when this was the newest grant of its node.
+    /// It has opened it on this connection, when this was the newest grant of its site.
     pub(super) opened: Option<GrantIndex>,
     unanswered: BTreeMap<u64, Asked>,
     /// Writes of before it left that may still be on their way.
@@ -56,9 +54,9 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    fn new(node: NodeId) -> Peer {
+    fn new(site: Site) -> Peer {
         Peer {
-            node,
+            site,
             is_connected: false,
             was_opened: false,
             opened: None,
@@ -111,17 +109,17 @@ impl<M: Memory> Head<M> {
     pub(super) fn follow_owners(&mut self) {
         let owners = self.membership.owners();
         for (member, owner) in &owners {
-            self.peers.entry(*member).or_insert_with(|| Peer::new(owner.node)).node = owner.node;
+            self.peers.entry(*member).or_insert_with(|| Peer::new(owner.site)).site = owner.site;
         }
     }
 
-    /// A connection to that node can be used. Nothing of an earlier one is on its way any more.
-    pub fn connected(&mut self, node: NodeId, grants: &Grants, memory: &mut M, now_ns: u64) {
+    /// A connection to that site can be used. Nothing of an earlier one is on its way any more.
+    pub fn connected(&mut self, site: Site, grants: &Grants, memory: &mut M, now_ns: u64) {
         self.now_ns = now_ns;
         if self.end.is_some() {
             return;
         }
-        let members: Vec<Member> = self.members_of(node);
+        let members: Vec<Member> = self.members_of(site);
         for member in members {
             let Some(peer) = self.peers.get_mut(&member) else { continue };
             peer.is_connected = true;
@@ -131,13 +129,13 @@ impl<M: Memory> Head<M> {
         self.advance(grants, memory);
     }
 
-    /// The connection to that node is gone.
-    pub fn disconnected(&mut self, node: NodeId, grants: &Grants, memory: &mut M, now_ns: u64) {
+    /// The connection to that site is gone.
+    pub fn disconnected(&mut self, site: Site, grants: &Grants, memory: &mut M, now_ns: u64) {
         self.now_ns = now_ns;
         if self.end.is_some() {
             return;
         }
-        for member in self.members_of(node) {
+        for member in self.members_of(site) {
             let Some(peer) = self.peers.get_mut(&member) else { continue };
             peer.is_connected = false;
             peer.opened = None;
@@ -149,8 +147,8 @@ impl<M: Memory> Head<M> {
         self.advance(grants, memory);
     }
 
-    fn members_of(&self, node: NodeId) -> Vec<Member> {
-        self.peers.iter().filter(|(_, peer)| peer.node == node).map(|(member, _)| *member).collect()
+    fn members_of(&self, site: Site) -> Vec<Member> {
+        self.peers.iter().filter(|(_, peer)| peer.site == site).map(|(member, _)| *member).collect()
     }
 
     /// Asks a replica to open the generation, again if it was asked on an earlier connection.
@@ -175,7 +173,7 @@ impl<M: Memory> Head<M> {
             self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
         let Some(peer) = self.peers.get_mut(&from) else { return };
         // Asked once more on the same connection it has it open since the first time.
-        peer.opened.get_or_insert(grants.index(peer.node));
+        peer.opened.get_or_insert(grants.index(peer.site));
         peer.suspects = active.iter().filter(|held| held.is_suspect).map(|held| held.extent).collect();
         if !std::mem::replace(&mut peer.was_opened, true) {
             if !mutants::is(Mutant::SequenceRestarts) {
@@ -379,8 +377,8 @@ impl<M: Memory> Head<M> {
         peer.is_gone
             || peer.has_failed
             || self.is_wanted(member)
-                && (peer.node != self.node
-                    && late(Some(grants.heard_ns(peer.node).max(self.started_ns)), SILENCE_NS))
+                && (peer.site.node != self.node
+                    && late(Some(grants.heard_ns(peer.site).max(self.started_ns)), SILENCE_NS))
             || self.is_wanted(member)
                 && late(peer.oldest_ns(|purport| purport == Purport::Open), OPEN_PATIENCE_NS)
             || late(peer.oldest_ns(Purport::is_write), WRITE_PATIENCE_NS)

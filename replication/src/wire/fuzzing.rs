@@ -1,4 +1,4 @@
-//! What fuzzing gives to whoever reads frames of peers: to the codec, and what that makes of them to a node's replicas and to a head.
+//! What fuzzing gives to whoever reads frames of peers: to the codec, and what that makes of them to a site's replicas and heads.
 //! Built for tests and for the targets in `fuzz/` only.
 //!
 //! Bytes are frames one after the other: a kind, the number of blocks, the length of the body (two bytes), the body. Each gets a header that
@@ -10,15 +10,16 @@ use std::ops::Range;
 use cluster_map::{NodeId, StoreId, VolumeId};
 
 use super::{BlockCrcs, Frame, HEADER_BYTES, Header, MAGIC, RawHeader, VERSION};
-use crate::grants::Grants;
-use crate::head::{Head, Output as HeadOutput, Token};
+use crate::head::Token;
 use crate::membership::{Membership, Owner, Partition, Record};
 use crate::message::{Answer, Ask, Fault, GrantRequest, Memory, Reply, Request};
-use crate::replica::{Ended, Output, Replicas, Work};
-use crate::terms::{Epoch, Extent, Generation, Member, Span, Version};
+use crate::replica::{Ended, Work};
+use crate::site::{Engine, Output};
+use crate::terms::{Epoch, Extent, Generation, Member, Site, Span, Version};
 use zerocopy::IntoBytes;
 
-const NODE: NodeId = NodeId([1; 16]);
+const OWN: Site = Site { node: NodeId([1; 16]), core: 0 };
+const OTHER: Site = Site { node: NodeId([5; 16]), core: 0 };
 const VOLUME: VolumeId = VolumeId([2; 16]);
 const MEMBER: Member = Member { store: StoreId([3; 16]), incarnation: 1 };
 
@@ -67,75 +68,57 @@ fn decode(bytes: &[u8]) -> Option<Frame> {
     Header::decode(header).ok()?.decode_body(body).ok()
 }
 
-/// A node with a replica and a head of one volume on it and on another store.
+/// A site with a replica and a head of one volume on it and on another site, which says what is read.
 struct Peers {
-    replicas: Replicas<BlockCrcs>,
-    head: Head<Sums>,
-    grants: Grants,
+    engine: Engine<Sums>,
     now_ns: u64,
     tokens: u64,
 }
 
 impl Peers {
     fn new() -> Peers {
-        let mut replicas = Replicas::new(0);
-        replicas.add_store(MEMBER, []);
+        let mut engine = Engine::new(OWN, 0);
+        engine.add_store(MEMBER, []);
         let other = Member { store: StoreId([4; 16]), incarnation: 1 };
-        let owner = |member| Owner { member, node: NODE, is_complete: true };
-        let partition = Partition { epoch: Epoch(1), owners: vec![owner(MEMBER), owner(other)] };
+        let owner = |member, site| Owner { member, site, is_complete: true };
+        let owners = vec![owner(MEMBER, OWN), owner(other, OTHER)];
+        let partition = Partition { epoch: Epoch(1), owners };
         let record =
-            Record { revision: 1, takeover: 1, head: Some(NODE), stale: BTreeMap::new(), min_copies: 0 };
+            Record { revision: 1, takeover: 1, head: Some(OWN.node), stale: BTreeMap::new(), min_copies: 0 };
         let membership = Membership::new(VOLUME, vec![partition], record, None);
-        let mut head = Head::new(NODE, Generation { takeover: 1, start: 1 }, membership, 0);
-        let grants = Grants::default();
-        head.connected(NODE, &grants, &mut Sums, 0);
-        Peers { replicas, head, grants, now_ns: 1, tokens: 0 }
+        engine.begin(Generation { takeover: 1, start: 1 }, membership, &mut Sums, 0);
+        engine.connected(OTHER, &mut Sums, 0);
+        engine.accepted(OTHER, &mut Sums);
+        Peers { engine, now_ns: 1, tokens: 0 }
     }
 
     fn take(&mut self, frame: Frame) {
         self.now_ns += 10_000_000;
+        let now_ns = self.now_ns;
         match frame {
-            Frame::Request(request) => self.replicas.request(NODE, request, self.now_ns),
-            Frame::Answer(answer) => self.head.answer(answer, &self.grants, &mut Sums, self.now_ns),
-            Frame::GrantRequest(request) => self.replicas.grant(request, self.now_ns),
-            Frame::GrantAnswer(answer) => {
-                self.grants.received(NODE, answer.asked_ns.min(self.now_ns), self.now_ns);
-                for (_, below) in answer.excluded {
-                    self.head.excluded(below, &mut Sums);
-                }
+            Frame::Request(_) | Frame::GrantRequest(_) => {
+                self.engine.asked(OTHER, frame, &mut Sums, now_ns);
+            }
+            Frame::Answer(_) | Frame::GrantAnswer(_) => {
+                self.engine.answered(OTHER, frame, &mut Sums, now_ns);
             }
         }
         self.tokens += 1;
         let (token, blocks) = (Token(self.tokens), self.tokens * 4..self.tokens * 4 + 2);
         match self.tokens % 4 {
-            0 => self.head.write(
-                token,
-                blocks,
-                [1, 2].into_iter().collect(),
-                512,
-                0,
-                &self.grants,
-                &mut Sums,
-                self.now_ns,
-            ),
-            1 => self.head.read(token, blocks, &self.grants, &mut Sums, self.now_ns),
+            0 => {
+                let payload = [1, 2].into_iter().collect();
+                self.engine.write(VOLUME, token, blocks, payload, 512, 0, &mut Sums, now_ns);
+            }
+            1 => self.engine.read(VOLUME, token, blocks, &mut Sums, now_ns),
             _ => {}
         }
-        self.head.tick(&self.grants, &mut Sums, self.now_ns);
-        while let Some(output) = self.head.output() {
-            // Its own requests come to its own replica.
-            if let HeadOutput::Send(_, request) = output {
-                self.replicas.request(NODE, request, self.now_ns);
+        self.engine.tick(&mut Sums, now_ns);
+        while let Some(output) = self.engine.output() {
+            if let Output::Start { id, work, .. } = output {
+                self.engine.ended(id, outcome(work), &mut Sums, now_ns);
             }
         }
-        while let Some(output) = self.replicas.output() {
-            match output {
-                Output::Start { id, work, .. } => self.replicas.ended(id, outcome(work), self.now_ns),
-                Output::Send(_, answer) => self.head.answer(answer, &self.grants, &mut Sums, self.now_ns),
-                _ => {}
-            }
-        }
-        self.replicas.tick(self.now_ns);
     }
 }
 
@@ -195,7 +178,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let write = Ask::Write { version: Version(6), span, blocks: blocks.clone(), is_sole: false };
     let open = request(1, Ask::Open { revision: 1 });
     let opened = |id| answer(id, Reply::Opened { highest: Version(5), active: Vec::new() });
-    let grant = Frame::GrantRequest(GrantRequest { asked_ns: 1, from: NODE });
+    let grant = Frame::GrantRequest(GrantRequest { asked_ns: 1 });
     let named = [
         ("write", vec![open.clone(), request(2, write), request(3, Ask::Read { span }), grant]),
         ("survey", vec![open, request(2, Ask::List { from: Extent(0) }), request(3, Ask::Digest { span })]),

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use torus_replication::head::Failure;
 
 use super::store::{Block, SECTORS};
-use super::{Checker, Event, Message, Plan, SEGMENT, Trouble, World, Wrong};
+use super::{Checker, Event, Plan, SEGMENT, Travels, Trouble, World, Wrong};
 use crate::checker::history::{Action, OpId, Outcome, VolumeId};
 use crate::network::{Endpoint, Mac};
 use crate::random::Random;
@@ -174,7 +174,7 @@ impl World {
         let (endpoint, source) = (client.endpoint, mac_of_client(at));
         let destination = if self.plan.is_flooded { unlearned_mac_of_volume(at) } else { mac_of_volume(at) };
         for request in send {
-            self.network.transmit(now_ns, endpoint, SEGMENT, source, destination, &Message::Client(request));
+            self.network.transmit(now_ns, endpoint, SEGMENT, source, destination, &Travels::Client(request));
         }
         self.schedule.after(pause_ns, Event::Client { client: at });
     }
@@ -219,7 +219,7 @@ impl World {
     pub(super) fn reply(&mut self, node: usize, volume: usize, reply: ClientReply) {
         let now_ns = self.now_ns();
         let (source, destination) = (mac_of_volume(volume), mac_of_client(volume));
-        self.network.transmit(now_ns, Endpoint(node), SEGMENT, source, destination, &Message::Reply(reply));
+        self.network.transmit(now_ns, Endpoint(node), SEGMENT, source, destination, &Travels::Reply(reply));
     }
 
     /// A head makes itself known: the switch learns where the export is.

@@ -1,28 +1,26 @@
-//! A node: one store, and a data plane around the real heads and replicas.
+//! A node: one store, and a data plane around the real heads and replicas of one core.
 //!
-//! A node has one connection to each other one for what its heads ask, and takes one from each. A new one of a node is served when nothing
-//! that an earlier one brought is in progress any more; what an earlier one is owed is never sent by the new one.
+//! A node has one connection to each other one for what its heads ask, and takes one from each.
 
 use std::collections::BTreeMap;
 
 use aoe_xdp::order::{Access, Admission, RangeOrder, RequestId};
-use torus_replication::grants::{Grants, RENEW_NS};
-use torus_replication::head::{self, Head, Token};
+use torus_replication::head::{Failure, Token};
 use torus_replication::membership::{Membership, Record};
-use torus_replication::message::{Answer, GrantRequest, Memory, Reply, Request};
-use torus_replication::mutants::{self, Mutant};
-use torus_replication::replica::{self, Replicas, WorkId};
+use torus_replication::message::{Answer, Memory, Message, Request};
+use torus_replication::replica::WorkId;
+use torus_replication::site::{Engine, Output};
 use torus_replication::terms::{EXTENT_BLOCKS, Generation};
 
 use super::client::{ClientReply, ClientRequest, from_blocks, to_blocks};
 use super::store::{Block, SECTORS, Store};
-use super::{Checker, Event, Message, Plan, TICK_NS, World, member_of, node_id, node_of, volume_of};
+use super::{
+    Checker, Event, Plan, TICK_NS, Travels, World, member_of, node_of, site_of, volume_id, volume_of,
+};
 use crate::network::{self, ConnectionId, Endpoint, Power};
 use crate::random::Random;
 use crate::schedule::Clock;
 
-/// What a message to itself takes.
-const LOOPBACK_NS: u64 = 2_000;
 /// When a lost connection is tried again.
 const RECONNECT_NS: u64 = 100_000_000;
 /// Requests of initiators at a head.
@@ -74,41 +72,48 @@ struct Peer {
     retry_at_ns: u64,
     /// For what heads there ask.
     incoming: Option<ConnectionId>,
-    is_served: bool,
-    held: Vec<Message>,
-    asked_ns: u64,
 }
 
-struct HeadAt {
-    head: Head<SimMemory>,
+/// The requests of initiators for a volume, in order.
+struct Requests {
     order: RangeOrder,
     free: Vec<RequestId>,
     doing: BTreeMap<RequestId, ClientRequest>,
     announced_ns: u64,
-    is_in_doubt: bool,
 }
 
-impl HeadAt {
-    /// A request's turn has come.
-    fn begin(&mut self, id: RequestId, grants: &Grants, memory: &mut SimMemory, boot_ns: u64) {
-        let Some(request) = self.doing.get(&id) else { return };
-        let (range, payload, head, tail) = to_blocks(request);
-        let token = Token(id.0.into());
-        match payload {
-            Some(payload) => self.head.write(token, range, payload, head, tail, grants, memory, boot_ns),
-            None => self.head.read(token, range, grants, memory, boot_ns),
+impl Requests {
+    fn new() -> Requests {
+        Requests {
+            order: RangeOrder::new(REQUESTS_MAX),
+            free: (0..REQUESTS_MAX).rev().map(RequestId).collect(),
+            doing: BTreeMap::new(),
+            announced_ns: 0,
         }
     }
 }
 
 struct Process {
-    replicas: Replicas<Vec<Block>>,
-    heads: BTreeMap<usize, HeadAt>,
-    grants: Grants,
+    engine: Engine<SimMemory>,
+    /// Of each volume that has a head here.
+    requests: BTreeMap<usize, Requests>,
     peers: Vec<Peer>,
     memory: SimMemory,
-    /// The last take-over of each volume that had a head here: its numbers are used.
-    used: BTreeMap<usize, u64>,
+}
+
+impl Process {
+    /// A request's turn has come.
+    fn begin(&mut self, volume: usize, id: RequestId, boot_ns: u64) {
+        let Some(request) = self.requests.get(&volume).and_then(|at| at.doing.get(&id)) else { return };
+        let (range, payload, head, tail) = to_blocks(request);
+        let (volume, token) = (volume_id(volume), Token(id.0.into()));
+        match payload {
+            Some(payload) => {
+                self.engine.write(volume, token, range, payload, head, tail, &mut self.memory, boot_ns);
+            }
+            None => self.engine.read(volume, token, range, &mut self.memory, boot_ns),
+        }
+    }
 }
 
 /// A node.
@@ -148,46 +153,44 @@ impl Node {
         self.process.is_some()
     }
 
-    fn head(&self, volume: usize) -> Option<&HeadAt> {
-        self.process.as_ref()?.heads.get(&volume)
+    fn engine(&self) -> Option<&Engine<SimMemory>> {
+        self.process.as_ref().map(|process| &process.engine)
     }
 
     pub(super) fn has_head(&self, volume: usize) -> bool {
-        self.head(volume).is_some()
+        self.head_takeover(volume).is_some()
     }
 
     pub(super) fn head_takeover(&self, volume: usize) -> Option<u64> {
-        self.head(volume).map(|at| at.head.generation().takeover)
+        Some(self.engine()?.head(volume_id(volume))?.generation().takeover)
     }
 
     /// Whether this process had a head of the volume under that take-over.
     pub(super) fn has_used(&self, volume: usize, takeover: u64) -> bool {
-        self.process
-            .as_ref()
-            .is_some_and(|process| process.used.get(&volume).is_some_and(|used| *used >= takeover))
+        let used = self.engine().and_then(|engine| engine.used(volume_id(volume)));
+        used.is_some_and(|used| used.takeover >= takeover)
     }
 
     /// Whether a change that its head asked for has no outcome yet.
     pub(super) fn is_in_doubt(&self, volume: usize) -> bool {
-        self.head(volume).is_some_and(|at| at.is_in_doubt)
+        let head = self.engine().and_then(|engine| engine.head(volume_id(volume)));
+        head.is_some_and(|head| head.membership().doubt().is_some())
     }
 
     pub(super) fn is_quiet(&self) -> bool {
-        self.process.as_ref().is_some_and(|process| process.heads.values().all(|at| at.head.is_quiet()))
+        self.engine().is_some_and(|engine| engine.heads().all(|(_, head)| head.is_quiet()))
     }
 
     /// Whether its head of the volume can answer now.
     pub(super) fn serves(&self, volume: usize, now_ns: u64) -> bool {
         let boot_ns = self.clock.boot_ns(now_ns);
-        let grants = self.process.as_ref().map(|process| &process.grants);
-        let head = self.head(volume).map(|at| &at.head);
-        head.zip(grants).is_some_and(|(head, grants)| head.is_serving(grants, boot_ns))
+        self.engine().is_some_and(|engine| engine.is_serving(volume_id(volume), boot_ns))
     }
 
     pub(super) fn describe(&self) -> String {
-        let Some(process) = &self.process else { return format!("node {} is down", self.index) };
+        let Some(engine) = self.engine() else { return format!("node {} is down", self.index) };
         let heads: Vec<String> =
-            process.heads.iter().map(|(volume, at)| format!("head of {volume}: {:?}", at.head)).collect();
+            engine.heads().map(|(volume, head)| format!("head of {}: {head:?}", volume_of(volume))).collect();
         format!("node {}: {}", self.index, heads.join("; "))
     }
 }
@@ -200,17 +203,10 @@ impl World {
         let at = &mut self.nodes[node];
         at.start += 1;
         at.down_since_ns = None;
-        let mut replicas = Replicas::new(at.clock.boot_ns(now_ns));
-        replicas.add_store(at.store.member, at.store.durables());
+        let mut engine = Engine::new(site_of(node), at.clock.boot_ns(now_ns));
+        engine.add_store(at.store.member, at.store.durables());
         let peers = (0..nodes).map(|_| Peer::default()).collect();
-        at.process = Some(Process {
-            replicas,
-            heads: BTreeMap::new(),
-            grants: Grants::default(),
-            peers,
-            memory: SimMemory,
-            used: BTreeMap::new(),
-        });
+        at.process = Some(Process { engine, requests: BTreeMap::new(), peers, memory: SimMemory });
         at.is_asking.fill(false);
         let life = at.life;
         self.network.set_power(now_ns, Endpoint(node), Power::Up);
@@ -249,12 +245,7 @@ impl World {
         let boot_ns = self.nodes[node].clock.boot_ns(now_ns);
         self.reconnect(node, now_ns);
         let Some(process) = &mut self.nodes[node].process else { return };
-        process.replicas.tick(boot_ns);
-        let Process { heads, grants, memory, .. } = process;
-        for at in heads.values_mut() {
-            at.head.tick(grants, memory, boot_ns);
-        }
-        self.ask_for_grants(node, false);
+        process.engine.tick(&mut process.memory, boot_ns);
         self.make_known(node);
         self.pump(node);
     }
@@ -270,35 +261,13 @@ impl World {
         }
     }
 
-    fn ask_for_grants(&mut self, node: usize, is_urgent: bool) {
-        let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
-        let Some(process) = &mut self.nodes[node].process else { return };
-        if process.heads.is_empty() {
-            return;
-        }
-        let mut ask = Vec::new();
-        for (other, peer) in process.peers.iter_mut().enumerate() {
-            let is_due = is_urgent || boot_ns.saturating_sub(peer.asked_ns) >= RENEW_NS;
-            if is_due && (other == node || peer.is_out_up) {
-                peer.asked_ns = boot_ns;
-                ask.push(other);
-            }
-        }
-        for other in ask {
-            self.send_out(
-                node,
-                other,
-                Message::GrantRequest(GrantRequest { asked_ns: boot_ns, from: node_id(node) }),
-            );
-        }
-    }
-
     fn make_known(&mut self, node: usize) {
         let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
         let Some(process) = &mut self.nodes[node].process else { return };
         let mut known = Vec::new();
-        for (volume, at) in &mut process.heads {
-            if boot_ns >= at.announced_ns + ANNOUNCE_NS && at.head.is_serving(&process.grants, boot_ns) {
+        for (volume, at) in &mut process.requests {
+            let is_serving = process.engine.is_serving(volume_id(*volume), boot_ns);
+            if boot_ns >= at.announced_ns + ANNOUNCE_NS && is_serving {
                 at.announced_ns = boot_ns;
                 known.push(*volume);
             }
@@ -309,17 +278,15 @@ impl World {
     }
 
     /// Sends what a head or the grants ask, if there is a way.
-    fn send_out(&mut self, node: usize, to: usize, message: Message) {
+    fn send_out(&mut self, node: usize, to: usize, message: Message<Vec<Block>>) {
         let now_ns = self.now_ns();
-        if to == node {
-            let life = self.nodes[node].life;
-            self.schedule.after(LOOPBACK_NS, Event::Loopback { node, life, message });
-            return;
-        }
         let Some(process) = &self.nodes[node].process else { return };
         let peer = &process.peers[to];
         if let Some(connection) = peer.out.filter(|_| peer.is_out_up)
-            && self.network.send(now_ns, Endpoint(node), connection, message).is_err()
+            && self
+                .network
+                .send(now_ns, Endpoint(node), connection, Travels::Peer(Box::new(message)))
+                .is_err()
         {
             self.network.close(now_ns, Endpoint(node), connection);
             self.lost_out(node, to);
@@ -327,20 +294,17 @@ impl World {
     }
 
     /// Sends what a replica answers, by the connection that the question came by.
-    fn send_back(&mut self, node: usize, to: usize, message: Message) {
+    fn send_back(&mut self, node: usize, to: usize, message: Message<Vec<Block>>) {
         let now_ns = self.now_ns();
-        if to == node {
-            let life = self.nodes[node].life;
-            self.schedule.after(LOOPBACK_NS, Event::Loopback { node, life, message });
-            return;
-        }
         let Some(process) = &mut self.nodes[node].process else { return };
-        let peer = &mut process.peers[to];
-        if let Some(connection) = peer.incoming.filter(|_| peer.is_served)
-            && self.network.send(now_ns, Endpoint(node), connection, message).is_err()
+        if let Some(connection) = process.peers[to].incoming
+            && self
+                .network
+                .send(now_ns, Endpoint(node), connection, Travels::Peer(Box::new(message)))
+                .is_err()
         {
             self.network.close(now_ns, Endpoint(node), connection);
-            peer.incoming = None;
+            self.lost_incoming(node, to);
         }
     }
 
@@ -352,141 +316,70 @@ impl World {
         peer.out = None;
         peer.retry_at_ns = now_ns + RECONNECT_NS;
         if std::mem::take(&mut peer.is_out_up) {
-            let Process { heads, grants, memory, .. } = process;
-            for at in heads.values_mut() {
-                at.head.disconnected(node_id(to), grants, memory, boot_ns);
-            }
+            process.engine.disconnected(site_of(to), &mut process.memory, boot_ns);
         }
     }
 
-    pub(super) fn node_event(&mut self, node: usize, event: network::Event<Message>) {
+    fn lost_incoming(&mut self, node: usize, from: usize) {
+        let Some(process) = &mut self.nodes[node].process else { return };
+        process.peers[from].incoming = None;
+        process.engine.closed(site_of(from), &mut process.memory);
+    }
+
+    pub(super) fn node_event(&mut self, node: usize, event: network::Event<Travels>) {
         let now_ns = self.now_ns();
         let boot_ns = self.nodes[node].clock.boot_ns(now_ns);
         if !matches!(event, network::Event::Frame { .. } | network::Event::Message { .. }) {
             self.note(|| format!("node {node}: {event:?}"));
         }
         let Some(process) = &mut self.nodes[node].process else { return };
+        let Process { engine, peers, memory, .. } = process;
         match event {
-            network::Event::Frame { payload: Message::Client(request), .. } => {
+            network::Event::Frame { payload: Travels::Client(request), .. } => {
                 self.client_request(node, request);
             }
             network::Event::Frame { .. } | network::Event::Carrier { .. } => {}
             network::Event::Connected { connection, .. } => {
-                if let Some(other) = process.peers.iter().position(|peer| peer.out == Some(connection)) {
-                    process.peers[other].is_out_up = true;
-                    process.peers[other].asked_ns = 0;
-                    let Process { heads, grants, memory, .. } = process;
-                    for at in heads.values_mut() {
-                        at.head.connected(node_id(other), grants, memory, boot_ns);
-                    }
+                if let Some(other) = peers.iter().position(|peer| peer.out == Some(connection)) {
+                    peers[other].is_out_up = true;
+                    engine.connected(site_of(other), memory, boot_ns);
                 }
             }
             network::Event::ConnectFailed { connection, .. } | network::Event::Closed { connection, .. } => {
-                if let Some(other) = process.peers.iter().position(|peer| peer.out == Some(connection)) {
+                if let Some(other) = peers.iter().position(|peer| peer.out == Some(connection)) {
                     self.lost_out(node, other);
-                } else if let Some(peer) =
-                    process.peers.iter_mut().find(|peer| peer.incoming == Some(connection))
-                {
-                    peer.incoming = None;
-                    peer.held.clear();
+                } else if let Some(other) = peers.iter().position(|peer| peer.incoming == Some(connection)) {
+                    self.lost_incoming(node, other);
                 }
             }
             network::Event::Accepted { connection, from, .. } => {
-                let peer = &mut process.peers[from.0];
-                let older = peer.incoming.replace(connection);
-                peer.is_served = false;
-                peer.held.clear();
-                if let Some(older) = older {
+                engine.accepted(site_of(from.0), memory);
+                if let Some(older) = peers[from.0].incoming.replace(connection) {
                     self.network.close(now_ns, Endpoint(node), older);
                 }
             }
-            network::Event::Message { connection, payload, .. } => {
-                if let Some(other) = process.peers.iter().position(|peer| peer.out == Some(connection)) {
-                    self.take(node, other, payload);
-                } else if let Some(other) =
-                    process.peers.iter().position(|peer| peer.incoming == Some(connection))
-                {
-                    process.peers[other].held.push(payload);
+            network::Event::Message { connection, payload: Travels::Peer(message), .. } => {
+                if let Some(other) = peers.iter().position(|peer| peer.out == Some(connection)) {
+                    engine.answered(site_of(other), *message, memory, boot_ns);
+                } else if let Some(other) = peers.iter().position(|peer| peer.incoming == Some(connection)) {
+                    engine.asked(site_of(other), *message, memory, boot_ns);
                 }
             }
+            network::Event::Message { .. } => {}
         }
         self.pump(node);
-    }
-
-    /// Takes what has come by connections that can be served.
-    fn serve(&mut self, node: usize) {
-        for other in 0..self.plan.nodes {
-            let Some(process) = &mut self.nodes[node].process else { return };
-            let peer = &mut process.peers[other];
-            if peer.incoming.is_none() || peer.held.is_empty() {
-                continue;
-            }
-            if !peer.is_served {
-                let has_ended = process.replicas.has_ended_all_of(node_id(other));
-                if !has_ended && !mutants::is(Mutant::ConnectionServedEarly) {
-                    continue;
-                }
-                peer.is_served = true;
-            }
-            for message in std::mem::take(&mut peer.held) {
-                self.take(node, other, message);
-            }
-        }
-    }
-
-    pub(super) fn loopback(&mut self, node: usize, life: u64, message: Message) {
-        if self.nodes[node].life != life {
-            return;
-        }
-        if !self.is_awake(node) {
-            self.schedule.after(TICK_NS, Event::Loopback { node, life, message });
-            return;
-        }
-        self.take(node, node, message);
-        self.pump(node);
-    }
-
-    fn take(&mut self, node: usize, from: usize, message: Message) {
-        let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
-        let Some(process) = &mut self.nodes[node].process else { return };
-        match message {
-            Message::Request(request) => process.replicas.request(node_id(from), *request, boot_ns),
-            Message::Answer(answer) => {
-                let is_open = matches!(answer.reply, Reply::Opened { .. });
-                let volume = volume_of(answer.volume);
-                let Process { heads, grants, memory, .. } = process;
-                if let Some(at) = heads.get_mut(&volume) {
-                    at.head.answer(*answer, grants, memory, boot_ns);
-                }
-                if is_open {
-                    self.ask_for_grants(node, true);
-                }
-            }
-            Message::GrantRequest(request) => process.replicas.grant(request, boot_ns),
-            Message::GrantAnswer(answer) => {
-                process.grants.received(node_id(from), answer.asked_ns, boot_ns);
-                let Process { heads, grants, memory, .. } = process;
-                for (volume, at) in heads {
-                    for (_, below) in
-                        answer.excluded.iter().filter(|(excluded, _)| volume_of(*excluded) == *volume)
-                    {
-                        at.head.excluded(*below, memory);
-                    }
-                    at.head.tick(grants, memory, boot_ns);
-                }
-            }
-            Message::Client(_) | Message::Reply(_) => {}
-        }
     }
 
     fn client_request(&mut self, node: usize, request: ClientRequest) {
         let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
         let Some(process) = &mut self.nodes[node].process else { return };
-        let Process { heads, grants, memory, .. } = process;
-        let Some(at) = heads.get_mut(&request.volume) else { return };
+        let volume = request.volume;
+        if !process.engine.is_serving(volume_id(volume), boot_ns) {
+            return;
+        }
+        let Some(at) = process.requests.get_mut(&volume) else { return };
         // A copy of one in progress: it gets that one's answer.
-        let is_known = at.doing.values().any(|doing| doing.op == request.op);
-        if is_known || !at.head.is_serving(grants, boot_ns) {
+        if at.doing.values().any(|doing| doing.op == request.op) {
             return;
         }
         // As with any target, what there is no room for is dropped.
@@ -496,7 +389,7 @@ impl World {
         let admission = at.order.admit(id, 0, range.start, range.end - 1, access);
         at.doing.insert(id, request);
         if admission == Admission::Granted {
-            at.begin(id, grants, memory, boot_ns);
+            process.begin(volume, id, boot_ns);
         }
     }
 
@@ -512,95 +405,91 @@ impl World {
         let boot_ns = at.clock.boot_ns(self.schedule.now_ns());
         let Some(ended) = at.store.end(id, &mut at.random) else { return };
         if let Some(process) = &mut at.process {
-            process.replicas.ended(id, ended, boot_ns);
+            process.engine.ended(id, ended, &mut process.memory, boot_ns);
         }
         self.pump(node);
     }
 
     /// Does what heads and replicas want, until they want nothing more.
     fn pump(&mut self, node: usize) {
-        loop {
-            self.serve(node);
-            let Some(process) = &mut self.nodes[node].process else { return };
-            if let Some(output) = process.replicas.output() {
-                self.replica_output(node, output);
-                continue;
-            }
-            let next = process
-                .heads
-                .iter_mut()
-                .find_map(|(volume, at)| at.head.output().map(|output| (*volume, output)));
-            let Some((volume, output)) = next else { return };
-            self.head_output(node, volume, output);
+        while let Some(output) = self.nodes[node].process.as_mut().and_then(|process| process.engine.output())
+        {
+            self.take_output(node, output);
         }
     }
 
-    fn replica_output(&mut self, node: usize, output: replica::Output<Vec<Block>>) {
+    fn take_output(&mut self, node: usize, output: Output<Vec<Block>>) {
         match output {
-            replica::Output::Send(to, answer) => {
-                self.note(|| format!("node {node} answers {} {}", node_of(to), brief_answer(&answer)));
-                self.send_back(node, node_of(to), Message::Answer(Box::new(answer)));
+            Output::Ask(to, message) => {
+                if let Message::Request(request) = &message {
+                    self.note(|| {
+                        format!("node {node} head asks {} {}", node_of(to.node), brief_request(request))
+                    });
+                }
+                self.send_out(node, node_of(to.node), message);
             }
-            replica::Output::Grant(to, answer) => {
-                self.send_back(node, node_of(to), Message::GrantAnswer(answer));
+            Output::Reply(to, message) => {
+                if let Message::Answer(answer) = &message {
+                    self.note(|| {
+                        format!("node {node} answers {} {}", node_of(to.node), brief_answer(answer))
+                    });
+                }
+                self.send_back(node, node_of(to.node), message);
             }
-            replica::Output::Start { id, volume, work, .. } => {
+            Output::Start { id, volume, work, .. } => {
                 let at = &mut self.nodes[node];
                 let delay_ns = at.random.range(20_000..2_000_000) + at.random.below(at.slow_ns + 1);
                 at.store.start(id, volume, work);
                 let life = at.life;
                 self.schedule.after(delay_ns, Event::Work { node, life, id });
             }
-            replica::Output::Stable(_, volume, version) => self.nodes[node].store.set_stable(volume, version),
-            replica::Output::Release(_) => {}
-        }
-    }
-
-    fn head_output(&mut self, node: usize, volume: usize, output: head::Output<Vec<Block>>) {
-        let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
-        match output {
-            head::Output::Send(to, request) => {
-                self.note(|| format!("node {node} head asks {} {}", node_of(to), brief_request(&request)));
-                self.send_out(node, node_of(to), Message::Request(Box::new(request)));
+            Output::Stable(_, volume, version) => self.nodes[node].store.set_stable(volume, version),
+            Output::Answer { volume, token, result, blocks } => {
+                self.answer_client(node, volume_of(volume), token, result, blocks);
             }
-            head::Output::Answer { token, result, blocks } => {
-                let Some(process) = &mut self.nodes[node].process else { return };
-                let Process { heads, grants, memory, .. } = process;
-                let Some(at) = heads.get_mut(&volume) else { return };
-                let id = RequestId(u32::try_from(token.0).expect("as it was given"));
-                let Some(request) = at.doing.remove(&id) else { return };
-                let generation = at.head.generation();
-                let (range, ..) = to_blocks(&request);
-                let values = blocks.map(|blocks| from_blocks(&request, &blocks));
-                let result = result.map(|()| values);
-                let mut granted = Vec::new();
-                at.order.release(id, |next| granted.push(next));
-                at.free.push(id);
-                for next in granted {
-                    at.begin(next, grants, memory, boot_ns);
-                }
-                self.check_order(node, volume, &range, generation);
-                self.reply(node, volume, ClientReply { op: request.op, result });
-            }
-            head::Output::Change { revision, change } => {
-                if let Some(at) =
-                    self.nodes[node].process.as_mut().and_then(|process| process.heads.get_mut(&volume))
-                {
-                    at.is_in_doubt = true;
-                }
+            Output::Change { volume, revision, change, .. } => {
+                let volume = volume_of(volume);
                 self.nodes[node].is_asking[volume] = true;
                 self.wish_for_change(node, volume, revision, change);
             }
-            head::Output::End(end) => {
+            Output::Ended(volume, _, end) => {
+                let volume = volume_of(volume);
                 self.coverage.replaced += 1;
                 self.note(|| format!("node {node}: head of volume {volume} ends: {end:?}"));
                 if let Some(process) = &mut self.nodes[node].process {
-                    process.heads.remove(&volume);
+                    process.requests.remove(&volume);
                 }
                 self.nodes[node].is_asking[volume] = false;
             }
-            head::Output::Refresh | head::Output::Release(_) => {}
+            Output::Refresh(_) | Output::Release(_) => {}
         }
+    }
+
+    fn answer_client(
+        &mut self,
+        node: usize,
+        volume: usize,
+        token: Token,
+        result: Result<(), Failure>,
+        blocks: Option<Vec<Block>>,
+    ) {
+        let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
+        let Some(process) = &mut self.nodes[node].process else { return };
+        let generation =
+            process.engine.head(volume_id(volume)).map(torus_replication::head::Head::generation);
+        let Some((at, generation)) = process.requests.get_mut(&volume).zip(generation) else { return };
+        let id = RequestId(u32::try_from(token.0).expect("as it was given"));
+        let Some(request) = at.doing.remove(&id) else { return };
+        let (range, ..) = to_blocks(&request);
+        let values = blocks.map(|blocks| from_blocks(&request, &blocks));
+        let mut granted = Vec::new();
+        at.order.release(id, |next| granted.push(next));
+        at.free.push(id);
+        for next in granted {
+            process.begin(volume, next, boot_ns);
+        }
+        self.check_order(node, volume, &range, generation);
+        self.reply(node, volume, ClientReply { op: request.op, result: result.map(|()| values) });
     }
 
     /// Whoever answers an initiator is head at that moment: nobody answers when a later one has (I1).
@@ -640,34 +529,20 @@ impl World {
     ) {
         let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
         let Some(process) = &mut self.nodes[node].process else { return };
-        let mut head = Head::new(node_id(node), generation, membership, boot_ns);
-        for (other, peer) in process.peers.iter().enumerate() {
-            if other == node || peer.is_out_up {
-                head.connected(node_id(other), &process.grants, &mut process.memory, boot_ns);
+        if process.engine.begin(generation, membership, &mut process.memory, boot_ns) {
+            // What the former one has to say is said before.
+            self.pump(node);
+            if let Some(process) = &mut self.nodes[node].process {
+                process.requests.insert(volume, Requests::new());
             }
         }
-        process.used.insert(volume, generation.takeover);
-        let at = HeadAt {
-            head,
-            order: RangeOrder::new(REQUESTS_MAX),
-            free: (0..REQUESTS_MAX).rev().map(RequestId).collect(),
-            doing: BTreeMap::new(),
-            announced_ns: 0,
-            is_in_doubt: false,
-        };
-        process.heads.insert(volume, at);
-        self.pump(node);
     }
 
     /// The record of a volume that this node is head of.
     pub(super) fn tell_record(&mut self, node: usize, volume: usize, record: Record) {
         let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
         let Some(process) = &mut self.nodes[node].process else { return };
-        let Process { heads, grants, memory, .. } = process;
-        if let Some(at) = heads.get_mut(&volume) {
-            at.is_in_doubt = false;
-            at.head.record(record, grants, memory, boot_ns);
-        }
+        process.engine.record(volume_id(volume), record, &mut process.memory, boot_ns);
         self.pump(node);
     }
 

@@ -71,7 +71,7 @@ impl Step {
 impl World {
     fn give_parts(&mut self) {
         let head = self.metadata.record(0).head.map(node_of);
-        let owners = self.metadata.partitions(0)[0].owners.iter().map(|owner| node_of(owner.node));
+        let owners = self.metadata.partitions(0)[0].owners.iter().map(|owner| node_of(owner.site.node));
         let mut cast: Vec<usize> = Vec::new();
         for node in head.into_iter().chain(owners).chain(0..self.plan.nodes) {
             if !cast.contains(&node) {

@@ -1,0 +1,535 @@
+//! The heads and replicas of one site, their grants, and what goes between them and those of other sites.
+//!
+//! A site has a connection to each other one for what its heads ask, and takes one from each for what heads there ask. What it says to
+//! itself needs none. Whoever drives it has the connections, the stores, the time and the metadata.
+//!
+//! Invariants:
+//! * A new connection of a site is served when nothing that an earlier one brought is in progress any more (I6): what an earlier one is
+//!   owed is never sent by the new one.
+//! * Answers of a site, grants among them, are taken in the order in which they were sent, those of the own site too.
+//! * A head is begun at most once under each generation.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
+
+use cluster_map::VolumeId;
+
+use crate::grants::{Grants, RENEW_NS};
+use crate::head::{self, End, Failure, Head, Token};
+use crate::membership::{Change, Membership, Record};
+use crate::message::{Answer, GrantRequest, Memory, Message, Reply, Request};
+use crate::mutants::{self, Mutant};
+use crate::replica::{self, Durable, Ended, Replicas, Work, WorkId};
+use crate::terms::{Generation, Member, Site, Version};
+
+/// What a site wants done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Output<B> {
+    /// Send what a head asks, by the own connection to that site.
+    Ask(Site, Message<B>),
+    /// Send an answer, by the connection that the question came by.
+    Reply(Site, Message<B>),
+    /// Have a store do something, and tell [`Engine::ended`].
+    Start {
+        /// Its number.
+        id: WorkId,
+        /// Which store.
+        member: Member,
+        /// Which volume.
+        volume: VolumeId,
+        /// What.
+        work: Work<B>,
+    },
+    /// Writes of the volume up to this one are on all in-sync members: regions of the store may leave the activity log.
+    Stable(Member, VolumeId, Version),
+    /// Answer a request of an initiator.
+    Answer {
+        /// Of which volume.
+        volume: VolumeId,
+        /// Which.
+        token: Token,
+        /// How it ended.
+        result: Result<(), Failure>,
+        /// What was read.
+        blocks: Option<B>,
+    },
+    /// Have a volume's record changed, if it is still at this revision, and tell by [`Engine::record`] what it has become.
+    Change {
+        /// Whose.
+        volume: VolumeId,
+        /// Which head asks.
+        generation: Generation,
+        /// Of the record that it is computed from.
+        revision: u64,
+        /// What is to change.
+        change: Change,
+    },
+    /// Look at the volume's partitions again: a replica knows newer owners.
+    Refresh(VolumeId),
+    /// The volume's head is none any more; what it was asked and did not answer ends with it.
+    Ended(VolumeId, Generation, End),
+    /// Nobody wants these any more.
+    Release(B),
+}
+
+/// Another site.
+#[derive(Debug)]
+struct Peer<B> {
+    /// For what heads here ask.
+    is_connected: bool,
+    /// When a grant was asked for last.
+    asked_ns: Option<u64>,
+    /// For what heads there ask.
+    incoming: Option<Incoming<B>>,
+}
+
+#[derive(Debug)]
+struct Incoming<B> {
+    is_served: bool,
+    held: VecDeque<Message<B>>,
+}
+
+impl<B> Default for Peer<B> {
+    fn default() -> Peer<B> {
+        Peer { is_connected: false, asked_ns: None, incoming: None }
+    }
+}
+
+/// The heads and replicas of a site.
+#[derive(Debug)]
+pub struct Engine<M: Memory> {
+    site: Site,
+    replicas: Replicas<M::Blocks>,
+    heads: BTreeMap<VolumeId, Head<M>>,
+    /// The last generation of each volume that had a head here: it is used.
+    used: BTreeMap<VolumeId, Generation>,
+    grants: Grants,
+    peers: BTreeMap<Site, Peer<M::Blocks>>,
+    /// From the heads here to the replicas here, and back.
+    own: VecDeque<Message<M::Blocks>>,
+    outputs: VecDeque<Output<M::Blocks>>,
+    now_ns: u64,
+}
+
+impl<M: Memory> Engine<M> {
+    /// Of a process that was started at `now_ns` of its boot-time clock, as all times here are.
+    #[must_use]
+    pub fn new(site: Site, now_ns: u64) -> Engine<M> {
+        Engine {
+            site,
+            replicas: Replicas::new(now_ns),
+            heads: BTreeMap::new(),
+            used: BTreeMap::new(),
+            grants: Grants::default(),
+            peers: BTreeMap::new(),
+            own: VecDeque::new(),
+            outputs: VecDeque::new(),
+            now_ns,
+        }
+    }
+
+    /// A store is open, with what it has kept of its volumes.
+    pub fn add_store(&mut self, member: Member, volumes: impl IntoIterator<Item = (VolumeId, Durable)>) {
+        self.replicas.add_store(member, volumes);
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Heads
+
+    /// Begins to be the head of a volume; whether it did: not under a generation that was used here before.
+    pub fn begin(
+        &mut self,
+        generation: Generation,
+        membership: Membership,
+        memory: &mut M,
+        now_ns: u64,
+    ) -> bool {
+        let volume = membership.volume;
+        if self.used.get(&volume).is_some_and(|used| *used >= generation) {
+            return false;
+        }
+        self.now_ns = now_ns;
+        if let Some(former) = self.heads.remove(&volume) {
+            self.outputs.push_back(Output::Ended(volume, former.generation(), End::Replaced));
+            former.dissolve(memory);
+        }
+        self.used.insert(volume, generation);
+        let mut head = Head::new(self.site.node, generation, membership, now_ns);
+        let sites: BTreeSet<Site> = head.membership().owners().values().map(|owner| owner.site).collect();
+        for site in sites {
+            if site == self.site || self.peers.get(&site).is_some_and(|peer| peer.is_connected) {
+                head.connected(site, &self.grants, memory, now_ns);
+            }
+        }
+        self.heads.insert(volume, head);
+        self.pump(memory);
+        true
+    }
+
+    /// The last generation under which this process had a head of the volume.
+    #[must_use]
+    pub fn used(&self, volume: VolumeId) -> Option<Generation> {
+        self.used.get(&volume).copied()
+    }
+
+    /// The head of a volume.
+    #[must_use]
+    pub fn head(&self, volume: VolumeId) -> Option<&Head<M>> {
+        self.heads.get(&volume)
+    }
+
+    /// All heads.
+    pub fn heads(&self) -> impl Iterator<Item = (VolumeId, &Head<M>)> {
+        self.heads.iter().map(|(volume, head)| (*volume, head))
+    }
+
+    /// Whether the head of a volume can answer now.
+    #[must_use]
+    pub fn is_serving(&self, volume: VolumeId, now_ns: u64) -> bool {
+        self.heads.get(&volume).is_some_and(|head| head.is_serving(&self.grants, now_ns))
+    }
+
+    /// The record of a volume is this: nothing that was asked for before can still change it.
+    pub fn record(&mut self, volume: VolumeId, record: Record, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        if let Some(head) = self.heads.get_mut(&volume) {
+            head.record(record, &self.grants, memory, now_ns);
+            self.pump(memory);
+        }
+    }
+
+    /// Begins to read blocks of a volume. Without a head nothing comes of it.
+    pub fn read(&mut self, volume: VolumeId, token: Token, blocks: Range<u64>, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        if let Some(head) = self.heads.get_mut(&volume) {
+            head.read(token, blocks, &self.grants, memory, now_ns);
+            self.pump(memory);
+        }
+    }
+
+    /// Begins to write: one block of the payload for each of `blocks`, but for the bytes that are to be kept. Without a head nothing
+    /// comes of it.
+    #[expect(clippy::too_many_arguments, reason = "a request and what it is about")]
+    pub fn write(
+        &mut self,
+        volume: VolumeId,
+        token: Token,
+        blocks: Range<u64>,
+        payload: M::Blocks,
+        keep_head_bytes: u16,
+        keep_tail_bytes: u16,
+        memory: &mut M,
+        now_ns: u64,
+    ) {
+        self.now_ns = now_ns;
+        match self.heads.get_mut(&volume) {
+            Some(head) => {
+                let kept = (keep_head_bytes, keep_tail_bytes);
+                head.write(token, blocks, payload, kept.0, kept.1, &self.grants, memory, now_ns);
+                self.pump(memory);
+            }
+            None => memory.release(payload),
+        }
+    }
+
+    /// Begins to take blocks of a volume away. Without a head nothing comes of it.
+    pub fn unmap(&mut self, volume: VolumeId, token: Token, blocks: Range<u64>, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        if let Some(head) = self.heads.get_mut(&volume) {
+            head.unmap(token, blocks, &self.grants, memory, now_ns);
+            self.pump(memory);
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Connections
+
+    /// The sites that heads here have something to ask of, the own one left out.
+    #[must_use]
+    pub fn wanted(&self) -> BTreeSet<Site> {
+        let owners = self.heads.values().flat_map(|head| head.membership().owners().into_values());
+        owners.map(|owner| owner.site).filter(|site| *site != self.site).collect()
+    }
+
+    /// The own connection to a site can be used.
+    pub fn connected(&mut self, site: Site, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        let peer = self.peers.entry(site).or_default();
+        peer.is_connected = true;
+        peer.asked_ns = None;
+        for head in self.heads.values_mut() {
+            head.connected(site, &self.grants, memory, now_ns);
+        }
+        self.pump(memory);
+    }
+
+    /// The own connection to a site is gone.
+    pub fn disconnected(&mut self, site: Site, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        let peer = self.peers.entry(site).or_default();
+        if std::mem::take(&mut peer.is_connected) {
+            for head in self.heads.values_mut() {
+                head.disconnected(site, &self.grants, memory, now_ns);
+            }
+            self.pump(memory);
+        }
+    }
+
+    /// A site has a new connection to here. An earlier one is none any more.
+    pub fn accepted(&mut self, site: Site, memory: &mut M) {
+        self.closed(site, memory);
+        let incoming = Incoming { is_served: false, held: VecDeque::new() };
+        self.peers.entry(site).or_default().incoming = Some(incoming);
+    }
+
+    /// The connection of a site to here is gone.
+    pub fn closed(&mut self, site: Site, memory: &mut M) {
+        let incoming = self.peers.get_mut(&site).and_then(|peer| peer.incoming.take());
+        for message in incoming.into_iter().flat_map(|incoming| incoming.held) {
+            release(message, memory);
+        }
+    }
+
+    /// Whether what comes by the connection of a site is done at once. Until then nothing more is to be read from it.
+    #[must_use]
+    pub fn serves(&self, site: Site) -> bool {
+        self.peers
+            .get(&site)
+            .and_then(|peer| peer.incoming.as_ref())
+            .is_some_and(|incoming| incoming.is_served)
+    }
+
+    /// A message has come by the connection of a site to here.
+    pub fn asked(&mut self, site: Site, message: Message<M::Blocks>, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        let Some(incoming) = self.peers.get_mut(&site).and_then(|peer| peer.incoming.as_mut()) else {
+            release(message, memory);
+            return;
+        };
+        incoming.held.push_back(message);
+        self.pump(memory);
+    }
+
+    /// A message has come by the own connection to a site.
+    pub fn answered(&mut self, site: Site, message: Message<M::Blocks>, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        if self.peers.get(&site).is_some_and(|peer| peer.is_connected) {
+            self.take_answer(site, message, memory);
+            self.pump(memory);
+        } else {
+            release(message, memory);
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Stores and time
+
+    /// A store has ended something.
+    pub fn ended(&mut self, id: WorkId, ended: Ended<M::Blocks>, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        self.replicas.ended(id, ended, now_ns);
+        self.pump(memory);
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, memory: &mut M, now_ns: u64) {
+        self.now_ns = now_ns;
+        self.replicas.tick(now_ns);
+        for head in self.heads.values_mut() {
+            head.tick(&self.grants, memory, now_ns);
+        }
+        self.ask_for_grants(false);
+        self.pump(memory);
+    }
+
+    /// What is to be done next, if anything.
+    pub fn output(&mut self) -> Option<Output<M::Blocks>> {
+        self.outputs.pop_front()
+    }
+
+    /// Whether heads of a node were given a grant for a volume within the last `within_ns`, by a replica here.
+    #[must_use]
+    pub fn has_granted(
+        &self,
+        node: cluster_map::NodeId,
+        volume: VolumeId,
+        within_ns: u64,
+        now_ns: u64,
+    ) -> bool {
+        self.replicas.has_granted(node, volume, within_ns, now_ns)
+    }
+
+    /// Asks those sites for a grant whose last one is not new; urgently: whoever was asked before an opening is asked again.
+    fn ask_for_grants(&mut self, is_urgent: bool) {
+        if self.heads.is_empty() {
+            return;
+        }
+        let now_ns = self.now_ns;
+        let is_due = |peer: &Peer<M::Blocks>| {
+            is_urgent || peer.asked_ns.is_none_or(|asked_ns| now_ns.saturating_sub(asked_ns) >= RENEW_NS)
+        };
+        self.peers.entry(self.site).or_default().is_connected = true;
+        let wanted = self.wanted();
+        for (site, peer) in &mut self.peers {
+            let is_own = *site == self.site;
+            if !peer.is_connected || !(is_own || wanted.contains(site)) || !is_due(peer) {
+                continue;
+            }
+            peer.asked_ns = Some(now_ns);
+            let message = Message::GrantRequest(GrantRequest { asked_ns: now_ns });
+            if is_own {
+                self.own.push_back(message);
+            } else {
+                self.outputs.push_back(Output::Ask(*site, message));
+            }
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------
+    // Between heads and replicas
+
+    /// Does what heads and replicas want, until they want nothing more that can be done here.
+    fn pump(&mut self, memory: &mut M) {
+        loop {
+            self.serve(memory);
+            if let Some(message) = self.own.pop_front() {
+                self.take_own(message, memory);
+            } else if let Some(output) = self.replicas.output() {
+                self.replica_wants(output, memory);
+            } else if !self.heads_want(memory) {
+                return;
+            }
+        }
+    }
+
+    /// Takes what has come by connections that can be served.
+    fn serve(&mut self, memory: &mut M) {
+        let mut ready = Vec::new();
+        for (site, peer) in &mut self.peers {
+            let Some(incoming) = &mut peer.incoming else { continue };
+            if !incoming.is_served {
+                incoming.is_served =
+                    self.replicas.has_ended_all_of(*site) || mutants::is(Mutant::ConnectionServedEarly);
+            }
+            if incoming.is_served {
+                ready.extend(incoming.held.drain(..).map(|message| (*site, message)));
+            }
+        }
+        for (site, message) in ready {
+            self.take_question(site, message, memory);
+        }
+    }
+
+    fn take_own(&mut self, message: Message<M::Blocks>, memory: &mut M) {
+        match message {
+            Message::Request(_) | Message::GrantRequest(_) => self.take_question(self.site, message, memory),
+            Message::Answer(_) | Message::GrantAnswer(_) => self.take_answer(self.site, message, memory),
+        }
+    }
+
+    fn take_question(&mut self, from: Site, message: Message<M::Blocks>, memory: &mut M) {
+        match message {
+            Message::Request(request) => self.replicas.request(from, request, self.now_ns),
+            Message::GrantRequest(request) => self.replicas.grant(from, request, self.now_ns),
+            // Nobody here has asked by that connection.
+            Message::Answer(_) | Message::GrantAnswer(_) => release(message, memory),
+        }
+    }
+
+    fn take_answer(&mut self, from: Site, message: Message<M::Blocks>, memory: &mut M) {
+        let now_ns = self.now_ns;
+        match message {
+            Message::Answer(answer) => {
+                let is_open = matches!(answer.reply, Reply::Opened { .. });
+                match self.heads.get_mut(&answer.volume) {
+                    Some(head) => head.answer(answer, &self.grants, memory, now_ns),
+                    None => release(Message::Answer(answer), memory),
+                }
+                if is_open {
+                    self.ask_for_grants(true);
+                }
+            }
+            Message::GrantAnswer(answer) => {
+                self.grants.received(from, answer.asked_ns, now_ns);
+                for (volume, below) in answer.excluded {
+                    if let Some(head) = self.heads.get_mut(&volume) {
+                        head.excluded(below, memory);
+                    }
+                }
+                for head in self.heads.values_mut() {
+                    head.tick(&self.grants, memory, now_ns);
+                }
+            }
+            Message::Request(_) | Message::GrantRequest(_) => release(message, memory),
+        }
+    }
+
+    fn replica_wants(&mut self, output: replica::Output<M::Blocks>, memory: &mut M) {
+        let (to, message) = match output {
+            replica::Output::Send(to, answer) => (to, Message::Answer(answer)),
+            replica::Output::Grant(to, answer) => (to, Message::GrantAnswer(answer)),
+            replica::Output::Start { id, member, volume, work } => {
+                self.outputs.push_back(Output::Start { id, member, volume, work });
+                return;
+            }
+            replica::Output::Stable(member, volume, version) => {
+                self.outputs.push_back(Output::Stable(member, volume, version));
+                return;
+            }
+            replica::Output::Release(blocks) => {
+                memory.release(blocks);
+                return;
+            }
+        };
+        if to == self.site {
+            self.own.push_back(message);
+        } else if self.serves(to) {
+            self.outputs.push_back(Output::Reply(to, message));
+        } else {
+            // The connection that it was asked by is gone.
+            release(message, memory);
+        }
+    }
+
+    /// Does the next thing that a head wants; whether there was any.
+    fn heads_want(&mut self, memory: &mut M) -> bool {
+        let next = self
+            .heads
+            .iter_mut()
+            .find_map(|(volume, head)| head.output().map(|output| (*volume, head.generation(), output)));
+        let Some((volume, generation, output)) = next else { return false };
+        match output {
+            head::Output::Send(to, request) if to == self.site => {
+                self.own.push_back(Message::Request(request));
+            }
+            head::Output::Send(to, request) => {
+                self.outputs.push_back(Output::Ask(to, Message::Request(request)));
+            }
+            head::Output::Answer { token, result, blocks } => {
+                self.outputs.push_back(Output::Answer { volume, token, result, blocks });
+            }
+            head::Output::Change { revision, change } => {
+                self.outputs.push_back(Output::Change { volume, generation, revision, change });
+            }
+            head::Output::Refresh => self.outputs.push_back(Output::Refresh(volume)),
+            head::Output::Release(blocks) => memory.release(blocks),
+            head::Output::End(end) => {
+                if let Some(head) = self.heads.remove(&volume) {
+                    head.dissolve(memory);
+                }
+                self.outputs.push_back(Output::Ended(volume, generation, end));
+            }
+        }
+        true
+    }
+}
+
+/// Gives back what a message that nobody wants has brought.
+fn release<M: Memory>(message: Message<M::Blocks>, memory: &mut M) {
+    use crate::message::Ask;
+    match message {
+        Message::Request(Request { ask: Ask::Write { blocks, .. }, .. })
+        | Message::Answer(Answer { reply: Reply::Blocks(blocks), .. }) => memory.release(blocks),
+        _ => {}
+    }
+}
