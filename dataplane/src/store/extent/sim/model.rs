@@ -33,20 +33,34 @@ pub(super) enum Held {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Known {
     pub(super) values: Values,
-    /// Writes whose end is not known: a bit for each sector, and their values.
+    /// Writes whose end is not known, in order: a bit for each sector, and their values.
     pub(super) maybe: Vec<(u8, Values)>,
     /// No good content is here until the block is wholly written.
     pub(super) bad: bool,
     /// That was said to the store, and it remembers.
     pub(super) lost: bool,
-    /// It is being said.
+    /// It was said, and whether the store remembers is not known.
     pub(super) maybe_lost: bool,
+    /// It is being said.
+    losing: bool,
 }
 
 impl Known {
     fn allows(&self, sector: usize, value: u64) -> bool {
         let is_maybe = |(mask, values): &(u8, Values)| mask >> sector & 1 == 1 && values[sector] == value;
-        self.values[sector] == value || self.maybe.iter().any(is_maybe)
+        self.values[sector] == value || self.effective().iter().any(is_maybe)
+    }
+
+    /// The writes whose end is not known and that may have done something: nothing is merged into a bad block before it was wholly
+    /// written.
+    fn effective(&self) -> &[(u8, Values)] {
+        let is_refused = |(mask, _): &&(u8, Values)| self.bad && *mask != u8::MAX;
+        &self.maybe[self.maybe.iter().take_while(is_refused).count()..]
+    }
+
+    /// Whether it may be merged into: a write of all of it that ended with an error may have made it good all the same.
+    pub(super) fn may_be_good(&self) -> bool {
+        !self.bad || !self.effective().is_empty()
     }
 
     /// Whether the block may hold this, where bad content is excused by `excused`.
@@ -61,7 +75,7 @@ impl Known {
                 }
             }
             Held::Bad if excused || self.bad && !self.lost => Ok(()),
-            Held::Lost if excused || self.lost || self.maybe_lost => Ok(()),
+            Held::Lost if excused || self.lost || self.maybe_lost || self.losing => Ok(()),
             _ => Err(format!("{held:?} without a reason, known is {self:x?}")),
         }
     }
@@ -69,7 +83,7 @@ impl Known {
     /// It was found to hold this: so it stays.
     pub(super) fn settle(&mut self, held: &Held) {
         self.maybe.clear();
-        (self.lost, self.maybe_lost) = (*held == Held::Lost, false);
+        (self.lost, self.maybe_lost, self.losing) = (*held == Held::Lost, false, false);
         match held {
             Held::Values(values) => {
                 self.values = *values;
@@ -87,8 +101,16 @@ impl Known {
         self.maybe.push((mask, values));
     }
 
-    /// A write of it was acknowledged.
+    /// The last write that began has ended with an error that says that nothing of it was done.
+    pub(super) fn refuse(&mut self, mask: u8, values: &Values) {
+        assert_eq!(self.maybe.pop(), Some((mask, *values)), "writes of a block are ordered");
+    }
+
+    /// A write of it was acknowledged. What was merged into was good then: where the block was bad, one of the writes of all of it
+    /// whose end is not known has made it good, and what the merge left is of that one or of a later one.
     pub(super) fn acknowledge(&mut self, mask: u8, values: &Values) {
+        let refused = self.maybe.len() - self.effective().len();
+        self.maybe.drain(..refused);
         for sector in (0..SECTORS).filter(|sector| mask >> sector & 1 == 1) {
             self.values[sector] = values[sector];
         }
@@ -96,16 +118,14 @@ impl Known {
             maybe.0 &= !mask;
         }
         self.maybe.retain(|(mask, _)| *mask != 0);
-        if mask == u8::MAX {
-            (self.bad, self.lost, self.maybe_lost) = (false, false, false);
-        }
+        (self.bad, self.lost, self.maybe_lost) = (false, false, false);
     }
 
     /// Which of the contents that the block may have is this, by a hash of its bytes; `None` where there are too many to tell, or the
     /// error that it is none of them.
     pub(super) fn by_hash(&self, hash: u128) -> Result<Option<Values>, String> {
         let mut candidates = vec![self.values];
-        for (mask, values) in &self.maybe {
+        for (mask, values) in self.effective() {
             if candidates.len() >= 64 {
                 return Ok(None);
             }
@@ -126,9 +146,20 @@ impl Known {
         Err(format!("{hash:x} is the hash of nothing that is known: {self:x?}"))
     }
 
+    /// The store begins to be told that no good content is left.
+    pub(super) fn begin_lose(&mut self) {
+        self.losing = true;
+    }
+
     /// It was acknowledged that no good content is left.
     pub(super) fn lose(&mut self) {
         self.settle(&Held::Lost);
+    }
+
+    /// That ended with an error: the store may remember all the same, or it does not.
+    pub(super) fn end_lose(&mut self, may_be_done: bool) {
+        self.losing = false;
+        self.maybe_lost |= may_be_done;
     }
 }
 
@@ -143,6 +174,10 @@ pub(super) type Model = FoldMap<Key, Known>;
 struct Presence {
     /// Something of it was acknowledged, and nothing took it away since.
     must: bool,
+    /// It may be there, whatever those in progress that need it have done.
+    may: bool,
+    /// How many of those there are.
+    asked: u32,
     /// Bounds of its highest version.
     least: u64,
     most: u64,
@@ -164,7 +199,30 @@ impl Presences {
         for number in extents_of(blocks) {
             let presence = self.0.entry((object, number)).or_default();
             presence.most = most.max(presence.most);
+            presence.asked += 1;
         }
+    }
+
+    /// A change ended with an error: nothing was done from block `undone_from` on, and what was before it is not known.
+    pub(super) fn failed(&mut self, object: u32, blocks: &Range<u64>, undone_from: u64) {
+        for number in extents_of(blocks) {
+            let presence = self.0.get_mut(&(object, number)).unwrap();
+            presence.asked -= 1;
+            presence.may |= u64::from(number) * u64::from(EXTENT_BLOCKS) < undone_from;
+            if !presence.may && presence.asked == 0 {
+                self.0.remove(&(object, number));
+            }
+        }
+    }
+
+    /// How many extents may be there.
+    pub(super) fn most(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether all extents of these blocks are there for certain.
+    pub(super) fn has_all(&self, object: u32, blocks: &Range<u64>) -> bool {
+        extents_of(blocks).all(|number| self.has(object, number))
     }
 
     /// Whether an extent is there for certain.
@@ -176,7 +234,8 @@ impl Presences {
     pub(super) fn done(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
         for number in extents_of(blocks) {
             let presence = self.0.get_mut(&(object, number)).unwrap();
-            presence.must = true;
+            (presence.must, presence.may) = (true, true);
+            presence.asked -= 1;
             presence.least = version.max(presence.least);
         }
     }
@@ -237,7 +296,13 @@ impl Presences {
 
     /// These are there.
     pub(super) fn settle<'e>(&mut self, extents: impl Iterator<Item = &'e Extent>) {
-        let found = |extent: &Extent| Presence { must: true, least: extent.version, most: extent.version };
+        let found = |extent: &Extent| Presence {
+            must: true,
+            may: true,
+            asked: 0,
+            least: extent.version,
+            most: extent.version,
+        };
         self.0 = extents.map(|extent| ((extent.object, extent.number), found(extent))).collect();
     }
 }
@@ -262,5 +327,87 @@ pub(super) fn fill(bytes: &mut [u8], values: &Values) {
         for word in bytes.chunks_exact_mut(8) {
             word.copy_from_slice(&value.to_le_bytes());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: Values = [7; SECTORS];
+    const PART: Values = [8; SECTORS];
+
+    fn bad() -> Known {
+        let mut known = Known::default();
+        known.lose();
+        known
+    }
+
+    fn values(part: u8, rest: u64) -> Held {
+        Held::Values(std::array::from_fn(|sector| if part >> sector & 1 == 1 { PART[sector] } else { rest }))
+    }
+
+    #[test]
+    fn a_merge_says_that_a_bad_block_was_made_good() {
+        let mut known = bad();
+        known.begin(0x01, PART);
+        assert!(!known.may_be_good(), "{known:x?}");
+        known.begin(u8::MAX, WHOLE);
+        assert!(known.may_be_good());
+        known.begin(0xf0, PART);
+        known.acknowledge(0xf0, &PART);
+        assert!(known.may_be_good(), "another one may follow");
+        known.check(&values(0xf0, 7), false).unwrap();
+        for wrong in [values(0xf1, 7), values(0xf0, 0), values(0x70, 7), Held::Lost, Held::Bad] {
+            known.check(&wrong, false).unwrap_err();
+        }
+        known.begin(0x0f, PART);
+        known.acknowledge(0x0f, &PART);
+        known.check(&values(u8::MAX, 0), false).unwrap();
+        assert!(known.maybe.is_empty());
+    }
+
+    #[test]
+    fn what_is_merged_into_a_bad_block_is_never_found() {
+        let mut known = bad();
+        (0..SECTORS).for_each(|sector| known.begin(1 << sector, PART));
+        known.check(&values(u8::MAX, 0), false).unwrap_err();
+        known.begin(u8::MAX, WHOLE);
+        known.check(&values(0, 7), false).unwrap();
+        known.check(&values(1, 7), false).unwrap_err();
+    }
+
+    #[test]
+    fn what_was_refused_is_never_found() {
+        let mut known = Known::default();
+        known.begin(0x0f, PART);
+        known.check(&values(0x0f, 0), false).unwrap();
+        known.refuse(0x0f, &PART);
+        known.check(&values(0x0f, 0), false).unwrap_err();
+        known.begin_lose();
+        known.check(&Held::Lost, false).unwrap();
+        known.end_lose(false);
+        known.check(&Held::Lost, false).unwrap_err();
+        known.begin_lose();
+        known.end_lose(true);
+        known.check(&Held::Lost, false).unwrap();
+        known.acknowledge(0x01, &PART);
+        known.check(&Held::Lost, false).unwrap_err();
+    }
+
+    #[test]
+    fn an_extent_that_nobody_got_is_not_there() {
+        let each = u64::from(EXTENT_BLOCKS);
+        let held = |number| [HeldExtent { number, version: 1, active: false }];
+        let mut presences = Presences::default();
+        presences.begin(0, &(each - 1..each + 1), 1);
+        presences.begin(0, &(each..each + 1), 1);
+        assert_eq!(presences.most(), 2);
+        presences.failed(0, &(each - 1..each + 1), each);
+        presences.check(0, &held(1)).unwrap();
+        presences.failed(0, &(each..each + 1), each);
+        presences.check(0, &held(1)).unwrap_err();
+        presences.check(0, &held(0)).unwrap();
+        assert_eq!(presences.most(), 1);
     }
 }

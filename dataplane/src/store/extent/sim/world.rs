@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::convert::Infallible;
+use std::ops::Range;
 use std::sync::Arc;
 
 use af_xdp::region::{Pool, Region, RegionConfig};
@@ -194,6 +195,10 @@ struct Op {
     first: u64,
     count: u64,
     doing: Doing,
+    /// Not all of its extents were there for certain when it began.
+    needs_slots: bool,
+    /// Since then extents may have had all slots once, and no more were to come.
+    met_full: bool,
 }
 
 /// A store after it was opened.
@@ -321,6 +326,22 @@ fn examine(
         return Err(format!("{lost_blocks} blocks are lost that nobody wrote"));
     }
     Ok(found)
+}
+
+/// From which block on a change of these that ended with an error has done nothing for certain.
+fn undone_from(blocks: &Range<u64>, error: StoreError) -> u64 {
+    let each = u64::from(EXTENT_BLOCKS);
+    match error {
+        StoreError::Unwritable(_) => blocks.end,
+        // Extents get their slots in order, each before anything is done to it. One that had none ended it, so the last has nothing.
+        StoreError::NoSpace => (blocks.end - 1) / each * each,
+        // What cannot be merged into, or not be read for that, is found out before anything is done.
+        StoreError::Corrupt { .. }
+        | StoreError::Lost
+        | StoreError::Unreadable(_)
+        | StoreError::NoMemory
+        | StoreError::OutOfRange => blocks.start,
+    }
 }
 
 /// A running store.
@@ -635,17 +656,14 @@ impl World {
                 None => return release_blocks(&mut self.disk.pool, blocks),
             }
         }
-        let token = self.next_token;
-        self.next_token += 1;
         let shard = self.shard_of(object);
-        let request = RequestToken(token);
         if self.rng.one_in(if is_suspect { 3 } else { 16 }) {
-            self.ops.push(Op { token, object, first, count, doing: Doing::Salvage });
+            let request = self.begun(object, first, count, Doing::Salvage);
             self.shards[shard].salvage(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
             return;
         }
         if self.rng.one_in(3) {
-            self.ops.push(Op { token, object, first, count, doing: Doing::Read });
+            let request = self.begun(object, first, count, Doing::Read);
             self.shards[shard].read(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
             return;
         }
@@ -686,8 +704,7 @@ impl World {
         lab.coverage.in_place += u64::from(in_place);
         lab.coverage.long += u64::from(count > 3);
         self.presences.begin(object, &(first..first + count), self.told(version));
-        let doing = Doing::Write { masks, values, in_place, version };
-        self.ops.push(Op { token, object, first, count, doing });
+        let request = self.begun(object, first, count, Doing::Write { masks, values, in_place, version });
         let terms = WriteTerms {
             keep_head_bytes: (head as usize * SECTOR) as u16,
             keep_tail_bytes: (tail as usize * SECTOR) as u16,
@@ -697,6 +714,15 @@ impl World {
         };
         let (disk, outcomes) = (&mut self.disk, &mut self.outcomes);
         self.shards[shard].write(request, object, first, blocks, terms, disk, outcomes);
+    }
+
+    /// Notes a request that begins.
+    fn begun(&mut self, object: u32, first: u64, count: u64, doing: Doing) -> RequestToken {
+        let token = self.next_token;
+        self.next_token += 1;
+        let needs_slots = !self.presences.has_all(object, &(first..first + count));
+        self.ops.push(Op { token, object, first, count, doing, needs_slots, met_full: false });
+        RequestToken(token)
     }
 
     /// Has an extent made room for; writes of it may be under way, and ends of it may not.
@@ -712,11 +738,9 @@ impl World {
         let is_there = self.presences.has(object, extent);
         lab.coverage.reserved_again += u64::from(is_there);
         self.presences.begin(object, &(first..first + count), 1);
-        let token = self.next_token;
-        self.next_token += 1;
-        self.ops.push(Op { token, object, first, count, doing: Doing::Reserve { is_there } });
+        let request = self.begun(object, first, count, Doing::Reserve { is_there });
         let shard = self.shard_of(object);
-        self.shards[shard].reserve(RequestToken(token), object, extent);
+        self.shards[shard].reserve(request, object, extent);
     }
 
     /// Asks what blocks are.
@@ -734,11 +758,8 @@ impl World {
         let shard = self.shard_of(object);
         let pending = (first..first + count).filter(|block| self.shards[shard].is_pending(object, *block));
         lab.coverage.digests_of_pending += pending.count() as u64;
-        let token = self.next_token;
-        self.next_token += 1;
-        self.ops.push(Op { token, object, first, count, doing: Doing::Digest });
-        let (request, blocks) = (RequestToken(token), first..first + count);
-        self.shards[shard].digest(request, object, blocks, &mut self.disk, &mut self.outcomes);
+        let request = self.begun(object, first, count, Doing::Digest);
+        self.shards[shard].digest(request, object, first..first + count, &mut self.disk, &mut self.outcomes);
     }
 
     fn digested(&mut self, op: &Op, lab: &mut Lab) {
@@ -802,7 +823,7 @@ impl World {
         }
         let shard = self.shard_of(object);
         for block in first..first + count {
-            self.model.entry((object, block)).or_default().maybe_lost = true;
+            self.model.entry((object, block)).or_default().begin_lose();
             lab.coverage.loses_of_pending += u64::from(self.shards[shard].is_pending(object, block));
         }
         let replicated = self.rng.below(8) < self.plan.replicated;
@@ -813,11 +834,9 @@ impl World {
         let blocks = first..first + count;
         self.presences.begin(object, &blocks, self.told(version));
         lab.coverage.loses += 1;
-        let token = self.next_token;
-        self.next_token += 1;
-        self.ops.push(Op { token, object, first, count, doing: Doing::Lose { version } });
+        let request = self.begun(object, first, count, Doing::Lose { version });
         let version = self.told(version);
-        self.shards[shard].lose(RequestToken(token), object, blocks, copies, version);
+        self.shards[shard].lose(request, object, blocks, copies, version);
     }
 
     fn reserves(&self, object: u32, first: u64, count: u64) -> bool {
@@ -836,7 +855,9 @@ impl World {
         }
         lab.coverage.unmaps += 1;
         self.presences.begin_removal(object, &(first..u64::MAX));
-        self.ops.push(Op { token: u32::MAX, object, first, count: u64::MAX - first, doing: Doing::Unmap });
+        let (token, count) = (u32::MAX, u64::MAX - first);
+        let (needs_slots, met_full) = (false, false);
+        self.ops.push(Op { token, object, first, count, doing: Doing::Unmap, needs_slots, met_full });
         let shard = self.shard_of(object);
         self.shards[shard].unmap(object, first);
     }
@@ -857,11 +878,9 @@ impl World {
         }
         lab.coverage.trims += 1;
         self.presences.begin_removal(object, &gone);
-        let token = self.next_token;
-        self.next_token += 1;
-        self.ops.push(Op { token, object, first, count, doing: Doing::Trim });
+        let request = self.begun(object, first, count, Doing::Trim);
         let shard = self.shard_of(object);
-        self.shards[shard].unmap_range(RequestToken(token), object, gone);
+        self.shards[shard].unmap_range(request, object, gone);
     }
 
     fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
@@ -874,6 +893,10 @@ impl World {
 
     /// Takes what the shards tell.
     fn collect(&mut self, lab: &mut Lab) {
+        // Extents that went since the last time are still counted here.
+        if self.held_back.is_empty() && self.presences.most() >= self.layout.slots() as usize {
+            self.ops.iter_mut().for_each(|op| op.met_full = true);
+        }
         for outcome in std::mem::take(&mut self.outcomes) {
             let at = self.ops.iter().position(|op| op.token == outcome.request.0).expect("one outcome each");
             let op = self.ops.swap_remove(at);
@@ -906,6 +929,13 @@ impl World {
         let region = Arc::clone(self.disk.pool.region());
         let what = format!("{op:?}");
         let salvages = matches!(op.doing, Doing::Salvage);
+        let takes_slots =
+            matches!(op.doing, Doing::Write { .. } | Doing::Reserve { .. } | Doing::Lose { .. });
+        let may_lack_slots = takes_slots && op.needs_slots && op.met_full;
+        assert!(
+            may_lack_slots || outcome.result != Err(StoreError::NoSpace),
+            "{what}: there is a slot for it"
+        );
         match (&op.doing, outcome.result) {
             (Doing::Digest, Ok(())) => return self.digested(&op, lab),
             (Doing::Digest, Err(error)) => panic!("{what}: {error:?}"),
@@ -951,10 +981,8 @@ impl World {
                 self.presences.done(op.object, &(op.first..op.first + op.count), version);
                 for ((block, mask), values) in (op.first..).zip(masks).zip(&values) {
                     let known = self.model.get_mut(&(op.object, block)).unwrap();
-                    // A write of the whole block that ended with an error may have made it good all the same.
-                    let may_be_good = !known.bad || known.maybe.iter().any(|(mask, _)| *mask == u8::MAX);
                     assert!(
-                        may_be_good || mask == u8::MAX,
+                        known.may_be_good() || mask == u8::MAX,
                         "{what}: a bad block was merged into: {known:x?}"
                     );
                     lab.coverage.lost_made_whole += u64::from(known.lost);
@@ -962,17 +990,26 @@ impl World {
                     known.acknowledge(mask, values);
                 }
             }
-            (Doing::Write { .. }, Err(error)) => {
-                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
+            (Doing::Write { masks, values, .. }, Err(error)) => {
+                let blocks = op.first..op.first + op.count;
+                self.check_error(&what, op.object, blocks.clone(), error, lab);
+                let undone_from = undone_from(&blocks, error);
+                self.presences.failed(op.object, &blocks, undone_from);
+                for ((block, mask), values) in blocks.zip(masks).zip(&values) {
+                    if block >= undone_from {
+                        self.model.get_mut(&(op.object, block)).unwrap().refuse(mask, values);
+                    }
+                }
             }
             (Doing::Reserve { is_there }, Ok(())) => {
                 lab.coverage.reserved += u64::from(!is_there);
                 self.presences.done(op.object, &(op.first..op.first + op.count), 0);
             }
-            (Doing::Reserve { is_there }, Err(error)) => {
+            (Doing::Reserve { .. }, Err(error)) => {
                 lab.coverage.refused_reserves += u64::from(error == StoreError::NoSpace);
-                assert!(!is_there || error != StoreError::NoSpace, "{what}: {error:?}, and it has its slot");
                 self.check_error(&what, op.object, op.first..op.first, error, lab);
+                let blocks = op.first..op.first + op.count;
+                self.presences.failed(op.object, &blocks, undone_from(&blocks, error));
             }
             (Doing::Lose { version }, Ok(())) => {
                 let (blocks, version) = (op.first..op.first + op.count, self.told(version));
@@ -988,7 +1025,13 @@ impl World {
                 }
             }
             (Doing::Lose { .. }, Err(error)) => {
-                self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
+                let blocks = op.first..op.first + op.count;
+                self.check_error(&what, op.object, blocks.clone(), error, lab);
+                let undone_from = undone_from(&blocks, error);
+                self.presences.failed(op.object, &blocks, undone_from);
+                for block in blocks {
+                    self.model.get_mut(&(op.object, block)).unwrap().end_lose(block < undone_from);
+                }
             }
             (Doing::Trim, Ok(())) => {
                 let gone = op.first..op.first + op.count;
@@ -1005,14 +1048,7 @@ impl World {
         }
     }
 
-    fn check_error(
-        &self,
-        what: &str,
-        object: u32,
-        blocks: std::ops::Range<u64>,
-        error: StoreError,
-        lab: &mut Lab,
-    ) {
+    fn check_error(&self, what: &str, object: u32, blocks: Range<u64>, error: StoreError, lab: &mut Lab) {
         lab.coverage.named_errors += 1;
         let bad =
             || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
@@ -1024,8 +1060,7 @@ impl World {
             }
             StoreError::NoSpace => {
                 lab.coverage.no_space += 1;
-                // Requests reach into the extent behind the last one.
-                self.layout.slots() < self.plan.objects * (self.plan.extents + 1)
+                true
             }
             StoreError::NoMemory => {
                 lab.coverage.no_memory += 1;
@@ -1238,11 +1273,8 @@ impl World {
             }
             let Some(chunk) = self.disk.pool.take_chunk() else { continue };
             blocks.push(chunk);
-            let token = self.next_token;
-            self.next_token += 1;
-            self.ops.push(Op { token, object, first: block, count: 1, doing: Doing::Read });
+            let request = self.begun(object, block, 1, Doing::Read);
             let shard = self.shard_of(object);
-            let request = RequestToken(token);
             self.shards[shard].read(request, object, block, blocks, &mut self.disk, &mut self.outcomes);
             self.collect(lab);
             while self.disk.in_flight() > 0 {
