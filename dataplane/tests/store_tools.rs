@@ -8,11 +8,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
 use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
 use torus_dataplane::store::BLOCK_BYTES;
 use torus_dataplane::store::extent::extents::FreeSlot;
-use torus_dataplane::store::extent::format::{SUPERBLOCK_OFFSETS, Superblock};
+use torus_dataplane::store::extent::format::{Epochs, ReplicaState, SUPERBLOCK_OFFSETS, Superblock};
 use torus_dataplane::store::extent::opening::{self, Identity, Opened};
 use torus_dataplane::store::extent::recovery;
 use torus_dataplane::store::extent::shard::{Copies, WriteTerms};
@@ -324,6 +325,59 @@ fn a_torn_end_of_the_journal_is_no_damage() {
         (check["clean"].as_bool(), check["shards"][0]["torn_tail"].as_bool()),
         (Some(true), Some(true))
     );
+}
+
+#[test]
+fn what_is_kept_of_replicas_is_shown_and_belongs_to_a_volume() {
+    let fixture = written(Left::AtRest);
+    let path = fixture.path();
+    let Opened { store, mut shards, .. } = open(&fixture.path);
+    let mut disk = FileDisk::new(store.device().file().try_clone().unwrap());
+    let volume = *store.catalog().get(VOLUMES[1]).unwrap();
+    let state = ReplicaState {
+        takeover: 7,
+        start: 3,
+        head: NodeId([0x44; 16]),
+        revision: 99,
+        epochs: Epochs::new(vec![(5, 2), (9, 1)]).unwrap(),
+    };
+    let shard = &mut shards[usize::from(volume.shard)];
+    let state = Arc::new(state);
+    disk.run(shard, |shard, request| shard.persist(request, volume.object, Arc::clone(&state))).unwrap();
+    assert_eq!(shard.state(volume.object), Some(&state));
+    let copies = Copies::Others { stable_version: 0 };
+    disk.run(shard, |shard, request| shard.unmap_range(request, volume.object, 1024..2048, copies, 1234))
+        .unwrap();
+    shards.into_iter().for_each(|shard| disk.close(shard));
+    drop((store, disk));
+
+    let head = state.head.to_string();
+    let text = expect(&["dump", path], 0, &["replica of", "7.3", &head]);
+    let row = text.lines().find(|line| line.contains(&head)).unwrap();
+    assert!(row.starts_with(&VOLUMES[1].to_string()), "{row}");
+    let dump = json(&["dump", path, "--journal", "--volume", &VOLUMES[1].to_string(), "--json"]);
+    let replica = &dump["replicas"][0];
+    assert_eq!(
+        (&replica["revision"], &replica["highest_version"]),
+        (&serde_json::json!(99), &serde_json::json!(1234))
+    );
+    assert_eq!(replica["epochs"][1], serde_json::json!({ "partition": 9, "epoch": 1 }));
+    let extent = &dump["volume"]["extents"][1];
+    let seen = [&extent["version"], &extent["active"], &extent["hollow"], &extent["data"]];
+    assert_eq!(serde_json::json!(seen), serde_json::json!([1234, true, true, 0]));
+    let said = format!("object {}: generation 7.3 of {head}, revision 99, 2 epochs", volume.object);
+    expect(&["dump", path, "--journal"], 0, &["persist", &said, "goes when all copies know"]);
+    expect(&["check", path, "--data"], 0, &["clean"]);
+
+    // Without its volume nobody reads it.
+    let Opened { mut store, shards, .. } = open(&fixture.path);
+    let mut catalog = store.catalog().clone();
+    catalog.remove(VOLUMES[1]);
+    store.commit(catalog).unwrap();
+    let mut disk = FileDisk::new(store.device().file().try_clone().unwrap());
+    shards.into_iter().for_each(|shard| disk.close(shard));
+    drop((store, disk));
+    expect(&["check", path], 1, &["1 states of replicas belong to no volume"]);
 }
 
 #[test]

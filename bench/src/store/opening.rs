@@ -145,7 +145,8 @@ fn write_shard(file: &File, layout: &Superblock, shard: u16, object: u32) -> any
         file.write_all_at(&page_bytes, layout.page_offset(slot, 1))?;
         let page_crc = crc32c::crc32c(&page_bytes);
         let active = extent < layout.active_max;
-        Entry { object, extent, slot, page_crc, version: VERSION, which: 1, active }.encode(&mut table);
+        Entry { object, extent, slot, page_crc, version: VERSION, which: 1, active, hollow: false }
+            .encode(&mut table);
     }
     let header = CheckpointHeader {
         sequence: 2,

@@ -27,11 +27,13 @@ pub mod shared;
 mod sim;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use af_xdp::region::Pool;
 use torus_uring::{Blocks, IoError};
 
 use self::extents::HeldExtent;
+use self::format::ReplicaState;
 use self::shard::{BlockDigest, Copies, Object, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms};
 use super::{Disk, Operation, Outcome, RequestToken, Store};
 
@@ -166,6 +168,40 @@ impl ExtentStore {
         self.shard(object.shard).lose(request, object.number, blocks, copies, version);
     }
 
+    /// Begins to take blocks from a layer: they read as zeros then; the outcome has no blocks. Extents that go as a whole are listed
+    /// until the stable mark has passed `version`, unless the copy is the only one. The caller orders it as a write.
+    pub fn unmap_range(
+        &mut self,
+        request: RequestToken,
+        object: Object,
+        blocks: Range<u64>,
+        copies: Copies,
+        version: u64,
+    ) {
+        let blocks = blocks.start.min(BLOCKS_END)..blocks.end.min(BLOCKS_END);
+        self.shard(object.shard).unmap_range(request, object.number, blocks, copies, version);
+    }
+
+    /// Begins to keep what a replica of a layer must not forget, instead of what was kept before; the outcome, which has no blocks, is
+    /// good when it is durable. A crash leaves it or what was there before; of several those that were asked for later count.
+    pub fn persist(&mut self, request: RequestToken, object: Object, state: Arc<ReplicaState>) {
+        self.shard(object.shard).persist(request, object.number, state);
+    }
+
+    /// What is durably kept of a layer's replica: what was asked for last and has become durable, before the store was opened or
+    /// since.
+    #[must_use]
+    pub fn state(&self, object: Object) -> Option<&Arc<ReplicaState>> {
+        self.of(object).state(object.number)
+    }
+
+    /// The head says that every write of a layer with a version up to this is on all in-sync copies.
+    pub fn set_stable(&mut self, object: Object, version: u64) {
+        if self.untouched(object.shard).set_stable(object.number, version) {
+            self.touched |= 1 << object.shard;
+        }
+    }
+
     /// Begins to take from a layer every block from `from_block` on; the shard tells when it has.
     pub fn unmap(&mut self, object: Object, from_block: u64) {
         self.shard(object.shard).unmap(object.number, from_block);
@@ -178,7 +214,7 @@ impl ExtentStore {
     }
 
     /// Appends the extents of a layer that are in the activity log, in no order. Gives the highest version written to the
-    /// layer: to an extent that is there, or has gone since the store was opened; 0 for none.
+    /// layer, 0 for none; with a state of its replica that never goes back, whatever happens to its extents.
     #[must_use]
     pub fn survey(&self, object: Object, active: &mut Vec<HeldExtent>) -> u64 {
         self.of(object).survey(object.number, active)
@@ -264,7 +300,7 @@ impl Store for ExtentStore {
             }
             Operation::Unmap { first_block, count } => {
                 let blocks = first_block..first_block.saturating_add(count).min(BLOCKS_END);
-                self.shard(volume.shard).unmap_range(request, volume.number, blocks);
+                self.unmap_range(request, *volume, blocks, Copies::Sole, 0);
             }
             // Whatever was acknowledged is durable.
             Operation::Flush => outcomes.push(Outcome { request, blocks: Blocks::new(), result: Ok(()) }),

@@ -86,6 +86,7 @@ struct Totals {
     suspect_regions: u32,
     damaged_superblocks: usize,
     extents_without_volume: usize,
+    replicas_without_volume: usize,
     verified_bytes: u64,
 }
 
@@ -140,10 +141,11 @@ fn check(looked: &Looked, data: bool) -> anyhow::Result<Report> {
         let blocks_to_place = image.unplaced().len();
         let mut extents: Vec<&Extent> = recovered.extents.iter().map(|(_, extent)| extent).collect();
         extents.sort_unstable_by_key(|extent| extent.slot);
-        let in_shard = |extent: &&&Extent| {
-            looked.catalog.of_object(extent.object).is_some_and(|volume| volume.shard == shard)
-        };
-        totals.extents_without_volume += extents.len() - extents.iter().filter(in_shard).count();
+        let is_here =
+            |object: u32| looked.catalog.of_object(object).is_some_and(|volume| volume.shard == shard);
+        totals.extents_without_volume += extents.iter().filter(|extent| !is_here(extent.object)).count();
+        totals.replicas_without_volume +=
+            recovered.extents.states().filter(|state| !is_here(state.object)).count();
         let (lost_blocks, faults_before) = (lost_blocks(&extents), faults.blocks);
         check_journal(shard, image, &extents, &mut faults)?;
         for extent in &extents {
@@ -174,7 +176,8 @@ fn check(looked: &Looked, data: bool) -> anyhow::Result<Report> {
         && totals.lost_blocks == 0
         && totals.suspect_regions == 0
         && totals.damaged_superblocks == 0
-        && totals.extents_without_volume == 0;
+        && totals.extents_without_volume == 0
+        && totals.replicas_without_volume == 0;
     Ok(Report {
         path: looked.device.path().display().to_string(),
         store: looked.layout.store.to_string(),
@@ -354,6 +357,10 @@ impl Report {
             (
                 self.totals.extents_without_volume as u64,
                 "extents belong to no volume: their space is taken and nobody reads them",
+            ),
+            (
+                self.totals.replicas_without_volume as u64,
+                "states of replicas belong to no volume: their room is taken and nobody reads them",
             ),
             (
                 u64::from(self.totals.suspect_regions),

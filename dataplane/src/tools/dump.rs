@@ -11,7 +11,7 @@ use super::sizes;
 use super::table::{Table, print_pairs};
 use crate::store::extent::catalog::{Volume, VolumeState};
 use crate::store::extent::extents::Extent;
-use crate::store::extent::format::{BLOCK, Record, Sum, VERSION};
+use crate::store::extent::format::{BLOCK, LayerState, Record, Sum, VERSION};
 use crate::store::extent::recovery::{self, Found};
 use crate::store::{EXTENT_BYTES, SECTOR_BYTES};
 
@@ -63,6 +63,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     print_superblock(&looked);
     print_checkpoints(&looked);
     print_volumes(&looked);
+    print_replicas(&looked);
     for (shard, journal) in journals.iter().enumerate() {
         print_journal(shard, journal);
     }
@@ -195,6 +196,35 @@ fn print_volumes(looked: &Looked) {
     }
 }
 
+/// What is kept of replicas, by layer.
+fn states_of(looked: &Looked) -> Vec<LayerState> {
+    let mut states: Vec<LayerState> =
+        looked.images.iter().flat_map(|image| image.recovered.extents.states()).collect();
+    states.sort_unstable_by_key(|state| state.object);
+    states
+}
+
+fn print_replicas(looked: &Looked) {
+    let states = states_of(looked);
+    if states.is_empty() {
+        return;
+    }
+    println!();
+    let headings = ["replica of", "generation", "head", "revision", "epochs", "highest version"];
+    let mut table = Table::new(&headings, &[0, 2]);
+    for LayerState { object, version, state } in states {
+        table.row([
+            looked.volume_name(object),
+            format!("{}.{}", state.takeover, state.start),
+            state.head.to_string(),
+            state.revision.to_string(),
+            state.epochs.all().len().to_string(),
+            version.to_string(),
+        ]);
+    }
+    table.print();
+}
+
 fn print_journal(shard: usize, journal: &recovery::Journal) {
     let checkpoint = &journal.checkpoint;
     println!();
@@ -242,7 +272,7 @@ fn sum_text(sum: Sum) -> String {
 
 fn record_cells(record: &Record) -> [String; 9] {
     let no = String::new;
-    let slot = record.slot().to_string();
+    let slot = record.slot().map_or_else(no, |slot| slot.to_string());
     match *record {
         Record::Set { block, sum, before, version, in_journal, .. } => [
             no(),
@@ -266,7 +296,7 @@ fn record_cells(record: &Record) -> [String; 9] {
             no(),
             format!("extent {extent} of object {object}"),
         ],
-        Record::Clear { block, count, state, version, .. } => [
+        Record::Clear { block, count, state, version, hollow, .. } => [
             no(),
             "clear".to_owned(),
             slot,
@@ -275,12 +305,35 @@ fn record_cells(record: &Record) -> [String; 9] {
             sum_text(state),
             no(),
             version.to_string(),
-            no(),
+            if hollow { "goes when all copies know" } else { "" }.to_owned(),
         ],
-        Record::Free { .. } => plain("free", slot),
+        Record::Free { object, version, .. } => {
+            of_layer("free", slot, version, format!("was of object {object}"))
+        }
+        Record::Persist(ref state) => {
+            let what = format!("object {}: {}", state.object, state_text(state));
+            of_layer("persist", slot, state.version, what)
+        }
+        Record::Forget { object } => {
+            let mut cells = plain("forget", slot);
+            cells[8] = format!("object {object}");
+            cells
+        }
+        Record::Keep { .. } => plain("keep", slot),
         Record::Activate { .. } => plain("activate", slot),
         Record::Deactivate { .. } => plain("deactivate", slot),
     }
+}
+
+fn of_layer(name: &str, slot: String, version: u64, what: String) -> [String; 9] {
+    let mut cells = plain(name, slot);
+    (cells[7], cells[8]) = (version.to_string(), what);
+    cells
+}
+
+fn state_text(LayerState { state, .. }: &LayerState) -> String {
+    let (takeover, start, epochs) = (state.takeover, state.start, state.epochs.all().len());
+    format!("generation {takeover}.{start} of {}, revision {}, {epochs} epochs", state.head, state.revision)
 }
 
 fn plain(name: &str, slot: String) -> [String; 9] {
@@ -291,8 +344,10 @@ fn plain(name: &str, slot: String) -> [String; 9] {
 fn print_extents(looked: &Looked, volume: &Volume) {
     println!();
     println!("volume {}", volume.id);
-    let mut table =
-        Table::new(&["extent", "slot", "version", "data", "zeros", "lost", "active", "suspect"], &[6, 7]);
+    let mut table = Table::new(
+        &["extent", "slot", "version", "data", "zeros", "lost", "active", "suspect", "hollow"],
+        &[6, 7, 8],
+    );
     let word = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
     for extent in extents_of(looked, volume) {
         let (data, zeros, lost) = states(extent);
@@ -305,6 +360,7 @@ fn print_extents(looked: &Looked, volume: &Volume) {
             lost.to_string(),
             word(extent.active),
             word(extent.suspect),
+            word(extent.hollow),
         ]);
     }
     if table.is_empty() {
@@ -362,6 +418,7 @@ fn as_json(looked: &Looked, volume: Option<&Volume>, journals: Option<&Vec<recov
         "superblocks": copies.collect::<Vec<_>>(),
         "shards": shards.collect::<Vec<_>>(),
         "volumes": volumes.collect::<Vec<_>>(),
+        "replicas": states_of(looked).iter().map(state_json).collect::<Vec<_>>(),
     });
     if let Some(volume) = volume {
         let extents = extents_of(looked, volume).into_iter().map(|extent| {
@@ -375,6 +432,7 @@ fn as_json(looked: &Looked, volume: Option<&Volume>, journals: Option<&Vec<recov
                 "lost": lost,
                 "active": extent.active,
                 "suspect": extent.suspect,
+                "hollow": extent.hollow,
             })
         });
         value["volume"] = json!({ "id": volume.id.to_string(), "extents": extents.collect::<Vec<_>>() });
@@ -405,6 +463,20 @@ fn journal_json(journal: &recovery::Journal) -> Value {
     })
 }
 
+fn state_json(LayerState { object, version, state }: &LayerState) -> Value {
+    let epochs = state.epochs.all().iter();
+    let epochs = epochs.map(|(partition, epoch)| json!({ "partition": partition, "epoch": epoch }));
+    json!({
+        "object": object,
+        "highest_version": version,
+        "takeover": state.takeover,
+        "start": state.start,
+        "head": state.head.to_string(),
+        "revision": state.revision,
+        "epochs": epochs.collect::<Vec<_>>(),
+    })
+}
+
 fn record_json(record: &Record) -> Value {
     match *record {
         Record::Set { slot, block, sum, before, version, in_journal } => json!({
@@ -414,11 +486,20 @@ fn record_json(record: &Record) -> Value {
         Record::Allocate { slot, object, extent } => {
             json!({ "record": "allocate", "slot": slot, "object": object, "extent": extent })
         }
-        Record::Free { slot } => json!({ "record": "free", "slot": slot }),
-        Record::Clear { slot, block, count, state, version } => json!({
+        Record::Free { slot, object, version } => {
+            json!({ "record": "free", "slot": slot, "object": object, "version": version })
+        }
+        Record::Clear { slot, block, count, state, version, hollow } => json!({
             "record": "clear", "slot": slot, "block": block, "count": count, "state": sum_text(state),
-            "version": version,
+            "version": version, "hollow": hollow,
         }),
+        Record::Keep { slot } => json!({ "record": "keep", "slot": slot }),
+        Record::Persist(ref state) => {
+            let mut value = state_json(state);
+            value["record"] = "persist".into();
+            value
+        }
+        Record::Forget { object } => json!({ "record": "forget", "object": object }),
         Record::Activate { slot } => json!({ "record": "activate", "slot": slot }),
         Record::Deactivate { slot } => json!({ "record": "deactivate", "slot": slot }),
     }

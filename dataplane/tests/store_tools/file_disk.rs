@@ -53,6 +53,18 @@ impl FileDisk {
         outcome.result
     }
 
+    /// Has a shard do something that needs no memory of frames, and waits for the outcome.
+    pub(crate) fn run(
+        &mut self,
+        shard: &mut Shard,
+        begin: impl FnOnce(&mut Shard, RequestToken),
+    ) -> Result<(), StoreError> {
+        let mut outcomes = Vec::new();
+        begin(shard, RequestToken(1));
+        self.turn_until(shard, &mut outcomes, |outcomes| !outcomes.is_empty());
+        outcomes.pop().unwrap().result
+    }
+
     /// Brings a shard to rest and takes it apart.
     pub(crate) fn close(&mut self, mut shard: Box<Shard>) {
         shard.close();

@@ -6,15 +6,17 @@
 //! * A slot belongs to one extent. It is given to another only when its former extent's end is durable and none of its
 //!   writes is in flight.
 //! * An extent's place in the table ([`ExtentId`]) does not change while it lives.
-//! * The highest version of a layer is none below that of any extent that it has or had since the shard was opened.
+//! * The highest version of a layer is none below that of any extent that it has or had: since the shard was opened, and since a
+//!   state of its replica was first made durable.
 
 mod order;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 
 use self::order::Order;
-use super::format::{EXTENT_BLOCKS, Sum, SumPage};
+use super::format::{EXTENT_BLOCKS, LayerState, ReplicaState, Sum, SumPage};
 
 /// Place of an extent in its shard's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -74,6 +76,8 @@ pub struct Extent {
     pub activating: bool,
     /// Its way out of the activity log is on the way to the journal.
     pub deactivating: bool,
+    /// All of it was taken away, durably: it goes when that is on every copy.
+    pub hollow: bool,
     /// Its region was written since the activity log last looked for one to leave.
     pub touched: bool,
     /// CRC32C of the sum page that the checkpoint in progress has written.
@@ -127,8 +131,11 @@ pub struct HeldExtent {
 /// What the extents of a layer have in common.
 #[derive(Debug)]
 struct Layer {
+    object: u32,
     /// The highest version written to any of them.
     highest: u64,
+    /// What its replica has made durable.
+    state: Option<Arc<ReplicaState>>,
 }
 
 /// All extents of a shard.
@@ -256,7 +263,7 @@ impl Extents {
     /// The place of a layer among the layers.
     fn layer(&mut self, object: u32) -> u32 {
         *self.layer_of.entry(object).or_insert_with(|| {
-            self.layers.push(Layer { highest: 0 });
+            self.layers.push(Layer { object, highest: 0, state: None });
             u32::try_from(self.layers.len() - 1).expect("layers are numbered by 32 bits")
         })
     }
@@ -274,6 +281,45 @@ impl Extents {
     #[must_use]
     pub fn highest_version(&self, object: u32) -> u64 {
         self.layer_of.get(&object).map_or(0, |layer| self.layers[*layer as usize].highest)
+    }
+
+    /// A version of a layer is known that no extent of it has any more.
+    pub fn raise(&mut self, object: u32, version: u64) {
+        let layer = self.layer(object) as usize;
+        let highest = &mut self.layers[layer].highest;
+        *highest = version.max(*highest);
+    }
+
+    /// What a layer's replica has made durable.
+    #[must_use]
+    pub fn state(&self, object: u32) -> Option<&Arc<ReplicaState>> {
+        self.layers[*self.layer_of.get(&object)? as usize].state.as_ref()
+    }
+
+    /// A state of a layer's replica is durable.
+    pub fn persisted(&mut self, LayerState { object, version, state }: LayerState) {
+        self.raise(object, version);
+        let layer = self.layer(object) as usize;
+        self.layers[layer].state = Some(state);
+    }
+
+    /// It is durable that a layer has ended. What is written to it all the same begins anew.
+    pub fn forgotten(&mut self, object: u32) {
+        let (mut highest, mut next) = (0, Some(0));
+        while let Some((_, extent)) = next.and_then(|next| self.first_from(object, next)) {
+            highest = extent.version.max(highest);
+            next = extent.number.checked_add(1);
+        }
+        let layer = self.layer(object) as usize;
+        (self.layers[layer].highest, self.layers[layer].state) = (highest, None);
+    }
+
+    /// Layers of which a state is kept, in no order.
+    pub fn states(&self) -> impl Iterator<Item = LayerState> {
+        self.layers.iter().filter_map(|layer| {
+            let state = Arc::clone(layer.state.as_ref()?);
+            Some(LayerState { object: layer.object, version: layer.highest, state })
+        })
     }
 
     /// A layer's first extent from a number on.
@@ -297,6 +343,18 @@ impl Extent {
         HeldExtent { number: self.number, version: self.version, active }
     }
 
+    /// Blocks of it were given a state without data; `hollow` where all of it was taken away.
+    pub fn cleared(&mut self, block: u16, count: u16, state: Sum, hollow: bool) {
+        self.sums[usize::from(block)..][..usize::from(count)].fill(state);
+        self.hollow = hollow || self.hollow && state == Sum::ABSENT;
+    }
+
+    /// A block of it was written.
+    pub fn set(&mut self, block: u16, sum: Sum) {
+        self.sums[usize::from(block)] = sum;
+        self.hollow = false;
+    }
+
     /// An extent that a slot was just given to.
     #[must_use]
     pub fn allocated(object: u32, number: u32, free: FreeSlot, lsn: u64) -> Extent {
@@ -315,6 +373,7 @@ impl Extent {
             suspect: false,
             activating: false,
             deactivating: false,
+            hollow: false,
             touched: false,
             next_page_crc: None,
             writes_in_flight: 0,

@@ -14,14 +14,18 @@
 //! * Every structure carries a checksum over all its bytes, and what ties it to its store and place, so that a copy of it
 //!   somewhere else is not taken for it.
 
+mod state;
+
 use cluster_map::{ClusterId, NodeId, StoreId};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::store::{BLOCK_BYTES, EXTENT_BYTES};
 
+pub use self::state::{EPOCHS_MAX, Epochs, LayerState, ReplicaState, STATE_UNITS_MAX};
+
 /// Layout version that this code writes; the only one that it reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a block, as file offsets count.
 pub const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Blocks of an extent.
@@ -51,6 +55,9 @@ pub const JOURNAL_BLOCKS_MAX: u32 = 1 << 16;
 pub const COUNT_END: u64 = 1 << 63;
 /// Records of a batch, at most, if none of them are neighbours: those share what they have in common, see [`Packing`].
 pub const RECORDS_MAX: usize = (BLOCK_BYTES - BATCH_HEADER_BYTES) / RECORD_BYTES;
+/// Fewest and most blocks of a checkpoint for states of replicas, where a store's size says how many: each has room for one of the
+/// largest, and for five of 64 epochs.
+const STATE_BLOCKS: std::ops::RangeInclusive<u32> = 8..=256;
 /// Most data blocks of a batch: long enough to spread the cost of a sync, short enough that the next batch starts soon.
 pub const BATCH_BLOCKS_MAX: usize = 128;
 
@@ -60,8 +67,12 @@ const BATCH_MAGIC: [u8; 4] = *b"TJRN";
 
 /// Bytes at the beginning of a batch's header block.
 const BATCH_HEADER_BYTES: usize = 128;
-/// Bytes of a record.
-const RECORD_BYTES: usize = 24;
+/// Bytes of a record, and of each unit of one that takes several.
+pub const RECORD_BYTES: usize = 24;
+/// Bytes of a replica's state without its epochs.
+const RAW_STATE_BYTES: usize = 40;
+const _: () = assert!(STATE_UNITS_MAX <= RECORDS_MAX, "a batch has room for a state");
+const _: () = assert!(STATE_UNITS_MAX * RECORD_BYTES <= BLOCK_BYTES, "a block has room for a state");
 /// Bytes of an entry of a checkpoint.
 pub const ENTRY_BYTES: usize = 32;
 const ENTRIES_PER_BLOCK: usize = BLOCK_BYTES / ENTRY_BYTES;
@@ -152,6 +163,8 @@ pub struct Superblock {
     pub journal_blocks: u32,
     /// Blocks of each checkpoint, its header among them.
     pub checkpoint_blocks: u32,
+    /// How many of those are room for states of replicas.
+    pub state_blocks: u32,
     /// Regions in the activity log of a shard; more only while none of them can leave it.
     pub active_max: u32,
     /// See [`JournalKey`].
@@ -188,7 +201,8 @@ struct RawSuperblock {
     active_max: U32,
     journal_key: [u8; 16],
     segments: [RawSegment; SEGMENTS_MAX],
-    reserved: [u8; BLOCK_BYTES - 312],
+    state_blocks: U32,
+    reserved: [u8; BLOCK_BYTES - 316],
 }
 const _: () = assert!(size_of::<RawSegment>() == 24);
 const _: () = assert!(size_of::<RawSuperblock>() == BLOCK_BYTES);
@@ -227,7 +241,12 @@ impl Superblock {
             shape.journal_blocks.unwrap_or(suited).clamp(JOURNAL_BLOCKS_MIN, JOURNAL_BLOCKS_MAX);
         let extents_max = u32::try_from((device_bytes / EXTENT_BYTES).min(u64::from(u32::MAX / GROWTH_MAX)));
         let entries_max = extents_max.expect("clamped").checked_mul(GROWTH_MAX)?;
-        let checkpoint_blocks = 1 + entries_max.div_ceil(u32::try_from(ENTRIES_PER_BLOCK).expect("a few"));
+        // A volume has an extent or more of the store, in the long run: one block for each extent that a shard may have.
+        let suited = device_bytes / EXTENT_BYTES / u64::from(shards);
+        let state_blocks =
+            u32::try_from(suited).unwrap_or(u32::MAX).clamp(*STATE_BLOCKS.start(), *STATE_BLOCKS.end());
+        let entry_blocks = entries_max.div_ceil(u32::try_from(ENTRIES_PER_BLOCK).expect("a few"));
+        let checkpoint_blocks = 1 + entry_blocks + state_blocks;
         let mut superblock = Superblock {
             cluster,
             store,
@@ -238,6 +257,7 @@ impl Superblock {
             shards,
             journal_blocks,
             checkpoint_blocks,
+            state_blocks,
             active_max: 1024,
             journal_key,
             segments: [Segment::default(); SEGMENTS_MAX],
@@ -270,7 +290,13 @@ impl Superblock {
     /// Entries that a checkpoint has room for.
     #[must_use]
     pub fn entries_max(&self) -> u32 {
-        (self.checkpoint_blocks - 1) * u32::try_from(ENTRIES_PER_BLOCK).expect("a few")
+        (self.checkpoint_blocks - 1 - self.state_blocks) * u32::try_from(ENTRIES_PER_BLOCK).expect("a few")
+    }
+
+    /// Units of a record that a checkpoint has room for in states of replicas.
+    #[must_use]
+    pub fn state_units_max(&self) -> usize {
+        self.state_blocks as usize * BLOCK_BYTES / RECORD_BYTES
     }
 
     /// Where a checkpoint of a shard is, bytes; `which` is 0 or 1.
@@ -354,7 +380,8 @@ impl Superblock {
                 slots: U32::new(segment.slots),
                 reserved: U32::ZERO,
             }),
-            reserved: [0; BLOCK_BYTES - 312],
+            state_blocks: U32::new(self.state_blocks),
+            reserved: [0; BLOCK_BYTES - 316],
         };
         raw.crc = U32::new(crc32c::crc32c(raw.as_bytes()));
         raw.as_bytes().to_vec()
@@ -379,6 +406,7 @@ impl Superblock {
             shards: raw.shards.get(),
             journal_blocks: raw.journal_blocks.get(),
             checkpoint_blocks: raw.checkpoint_blocks.get(),
+            state_blocks: raw.state_blocks.get(),
             active_max: raw.active_max.get(),
             journal_key: raw.journal_key,
             segments: raw.segments.map(|segment| Segment {
@@ -394,8 +422,9 @@ impl Superblock {
     fn check(&self) -> bool {
         let sane = (1..=SHARDS_MAX).contains(&self.shards)
             && (JOURNAL_BLOCKS_MIN..=JOURNAL_BLOCKS_MAX).contains(&self.journal_blocks)
-            && self.checkpoint_blocks >= 2
             && self.checkpoint_blocks <= u32::MAX / 256
+            && self.state_blocks >= 1
+            && self.checkpoint_blocks.checked_sub(self.state_blocks).is_some_and(|others| others >= 2)
             && self.active_max > 0
             && self.open_count < COUNT_END;
         if !sane {
@@ -517,6 +546,12 @@ pub struct CheckpointHeader {
     pub entries: u32,
     /// CRC32C of the entries.
     pub entries_crc: u32,
+    /// States of replicas behind the entries.
+    pub states: u32,
+    /// What they take, units of a record.
+    pub state_units: u32,
+    /// CRC32C of the states.
+    pub states_crc: u32,
     /// The run of the scrub that is or was under way.
     pub scrub_run: u64,
     /// Slots that it has behind it.
@@ -543,7 +578,10 @@ struct RawCheckpoint {
     scrub_cursor: U32,
     scrub_run: U64,
     scrub_errors: U32,
-    reserved: [u8; BLOCK_BYTES - 84],
+    states: U32,
+    state_units: U32,
+    states_crc: U32,
+    reserved: [u8; BLOCK_BYTES - 96],
 }
 const _: () = assert!(size_of::<RawCheckpoint>() == BLOCK_BYTES);
 
@@ -575,7 +613,10 @@ impl CheckpointHeader {
             scrub_cursor: U32::new(self.scrub_cursor),
             scrub_run: U64::new(self.scrub_run),
             scrub_errors: U32::new(self.scrub_errors),
-            reserved: [0; BLOCK_BYTES - 84],
+            states: U32::new(self.states),
+            state_units: U32::new(self.state_units),
+            states_crc: U32::new(self.states_crc),
+            reserved: [0; BLOCK_BYTES - 96],
         };
         raw.crc = U32::new(crc32c::crc32c(raw.as_bytes()));
         bytes[..BLOCK_BYTES].copy_from_slice(raw.as_bytes());
@@ -604,6 +645,9 @@ impl CheckpointHeader {
             chain: raw.chain.get(),
             entries: raw.entries.get(),
             entries_crc: raw.entries_crc.get(),
+            states: raw.states.get(),
+            state_units: raw.state_units.get(),
+            states_crc: raw.states_crc.get(),
             scrub_run: raw.scrub_run.get(),
             scrub_cursor: raw.scrub_cursor.get(),
             scrub_errors: raw.scrub_errors.get(),
@@ -628,6 +672,8 @@ pub struct Entry {
     pub which: u8,
     /// It is in the activity log.
     pub active: bool,
+    /// All of it was taken away: it goes when that is on every copy.
+    pub hollow: bool,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -644,6 +690,7 @@ struct RawEntry {
 const _: () = assert!(size_of::<RawEntry>() == ENTRY_BYTES);
 const ENTRY_WHICH: u8 = 1;
 const ENTRY_ACTIVE: u8 = 2;
+const ENTRY_HOLLOW: u8 = 4;
 
 impl Entry {
     /// Appends its bytes.
@@ -654,7 +701,9 @@ impl Entry {
             slot: U32::new(self.slot),
             page_crc: U32::new(self.page_crc),
             version: U64::new(self.version),
-            flags: (self.which & 1) | if self.active { ENTRY_ACTIVE } else { 0 },
+            flags: (self.which & 1)
+                | if self.active { ENTRY_ACTIVE } else { 0 }
+                | if self.hollow { ENTRY_HOLLOW } else { 0 },
             reserved: [0; 7],
         };
         bytes.extend_from_slice(raw.as_bytes());
@@ -666,7 +715,7 @@ impl Entry {
     /// [`FormatError`].
     pub fn decode(bytes: &[u8]) -> Result<Entry, FormatError> {
         let raw = RawEntry::read_from_bytes(bytes).map_err(|_| FormatError::Length)?;
-        if raw.flags & !(ENTRY_WHICH | ENTRY_ACTIVE) != 0 {
+        if raw.flags & !(ENTRY_WHICH | ENTRY_ACTIVE | ENTRY_HOLLOW) != 0 {
             return Err(FormatError::Value);
         }
         Ok(Entry {
@@ -677,6 +726,7 @@ impl Entry {
             version: raw.version.get(),
             which: raw.flags & ENTRY_WHICH,
             active: raw.flags & ENTRY_ACTIVE != 0,
+            hollow: raw.flags & ENTRY_HOLLOW != 0,
         })
     }
 }
@@ -730,7 +780,7 @@ const _: () = assert!(size_of::<RawBatch>() == BATCH_HEADER_BYTES);
 const BATCH_REST: u8 = 1;
 
 /// One change of a shard.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
     /// A block was written.
     Set {
@@ -760,6 +810,10 @@ pub enum Record {
     Free {
         /// The slot.
         slot: u32,
+        /// The layer that had it.
+        object: u32,
+        /// The highest version written to the extent: the layer's may not go back with it.
+        version: u64,
     },
     /// Blocks were given a state without data.
     Clear {
@@ -773,6 +827,20 @@ pub enum Record {
         state: Sum,
         /// The version of the change.
         version: u64,
+        /// These are all blocks of the extent, which goes when the change is on every copy.
+        hollow: bool,
+    },
+    /// An extent of which all blocks had been taken away is to stay: somebody relies on its slot.
+    Keep {
+        /// Its slot.
+        slot: u32,
+    },
+    /// What a replica of a layer must not forget has become this.
+    Persist(LayerState),
+    /// Nothing is left of a layer: nor is its state.
+    Forget {
+        /// The layer.
+        object: u32,
     },
     /// An extent entered the activity log.
     Activate {
@@ -807,8 +875,12 @@ mod kind {
     pub(super) const ACTIVATE: u8 = 5;
     pub(super) const DEACTIVATE: u8 = 6;
     pub(super) const SET_RUN: u8 = 7;
+    pub(super) const PERSIST: u8 = 8;
+    pub(super) const FORGET: u8 = 9;
+    pub(super) const KEEP: u8 = 10;
 }
 const IN_JOURNAL: u8 = 1;
+const HOLLOW: u8 = 1;
 
 /// The sums of blocks of a run, behind the record that begins it: as long as a record.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Default, Clone, Copy)]
@@ -818,8 +890,8 @@ const _: () = assert!(size_of::<RawSums>() == RECORD_BYTES);
 const SUMS_PER_UNIT: usize = RECORD_BYTES / 8;
 
 /// What records take in a batch, in units of a record: blocks side by side that were written by one write take one together, and
-/// one for each three of them.
-#[derive(Debug, Clone, Copy, Default)]
+/// one for each three of them; states of replicas what they need.
+#[derive(Debug, Clone, Default)]
 pub struct Packing {
     units_before: usize,
     /// Blocks of the run at the end, and its last one.
@@ -829,14 +901,19 @@ pub struct Packing {
 
 impl Packing {
     /// Another record follows.
-    pub fn add(&mut self, record: Record) {
-        if self.last.is_some_and(|last| last.is_followed_by(&record)) {
+    pub fn add(&mut self, record: &Record) {
+        if self.last.as_ref().is_some_and(|last| last.is_followed_by(record)) {
             self.run += 1;
         } else {
             self.units_before = self.units();
             self.run = 1;
         }
-        self.last = Some(record);
+        if let Record::Persist(state) = record {
+            self.units_before += state.units();
+            self.run = 0;
+        }
+        // Only these are followed by others.
+        self.last = matches!(record, Record::Set { .. }).then(|| record.clone());
     }
 
     /// What they take.
@@ -846,40 +923,51 @@ impl Packing {
     }
 }
 
+fn units_of_all(run: &[Record]) -> usize {
+    match run {
+        [Record::Persist(state)] => state.units(),
+        run => units_of_run(run.len()),
+    }
+}
+
 fn units_of_run(records: usize) -> usize {
     if records < 2 { records } else { 1 + records.div_ceil(SUMS_PER_UNIT) }
 }
 
 impl Record {
-    /// The slot that it concerns.
+    /// The slot that it concerns; `None` for one that concerns a layer.
     #[must_use]
-    pub fn slot(&self) -> u32 {
+    pub fn slot(&self) -> Option<u32> {
         match *self {
             Record::Set { slot, .. }
             | Record::Allocate { slot, .. }
-            | Record::Free { slot }
+            | Record::Free { slot, .. }
             | Record::Clear { slot, .. }
+            | Record::Keep { slot }
             | Record::Activate { slot }
-            | Record::Deactivate { slot } => slot,
+            | Record::Deactivate { slot } => Some(slot),
+            Record::Persist(_) | Record::Forget { .. } => None,
         }
     }
 
     /// Whether another one is of the next block, and of the same write.
     fn is_followed_by(&self, next: &Record) -> bool {
-        match (*self, *next) {
+        match (self, next) {
             (
                 Record::Set { slot, block, version, in_journal, .. },
                 Record::Set {
                     slot: its_slot, block: its_block, version: its_version, in_journal: its, ..
                 },
-            ) => (slot, block + 1, version, in_journal) == (its_slot, its_block, its_version, its),
+            ) => (slot, block + 1, version, in_journal) == (its_slot, *its_block, its_version, its),
             _ => false,
         }
     }
 
-    fn raw(self) -> RawRecord {
-        let none = RawRecord { slot: U32::new(self.slot()), ..RawRecord::default() };
-        match self {
+    /// Its bytes, where it takes one unit.
+    fn raw(&self) -> RawRecord {
+        let slot = U32::new(self.slot().unwrap_or_default());
+        let none = RawRecord { slot, ..RawRecord::default() };
+        match *self {
             Record::Set { block, sum, before, version, in_journal, .. } => RawRecord {
                 kind: kind::SET,
                 flags: if in_journal { IN_JOURNAL } else { 0 },
@@ -892,17 +980,23 @@ impl Record {
             Record::Allocate { object, extent, .. } => {
                 RawRecord { kind: kind::ALLOCATE, first: U32::new(object), second: U32::new(extent), ..none }
             }
-            Record::Free { .. } => RawRecord { kind: kind::FREE, ..none },
-            Record::Clear { block, count, state, version, .. } => RawRecord {
+            Record::Free { object, version, .. } => {
+                RawRecord { kind: kind::FREE, first: U32::new(object), version: U64::new(version), ..none }
+            }
+            Record::Clear { block, count, state, version, hollow, .. } => RawRecord {
                 kind: kind::CLEAR,
+                flags: if hollow { HOLLOW } else { 0 },
                 block: U16::new(block),
                 first: U32::new(u32::from(count)),
                 second: U32::new(state.0),
                 version: U64::new(version),
                 ..none
             },
+            Record::Keep { .. } => RawRecord { kind: kind::KEEP, ..none },
             Record::Activate { .. } => RawRecord { kind: kind::ACTIVATE, ..none },
             Record::Deactivate { .. } => RawRecord { kind: kind::DEACTIVATE, ..none },
+            Record::Forget { object } => RawRecord { kind: kind::FORGET, first: U32::new(object), ..none },
+            Record::Persist(_) => unreachable!("a state takes several units"),
         }
     }
 
@@ -920,13 +1014,19 @@ impl Record {
                 in_journal: raw.flags == IN_JOURNAL,
             }),
             (kind::ALLOCATE, 0) => Ok(Record::Allocate { slot, object: first, extent: second }),
-            (kind::FREE, 0) => Ok(Record::Free { slot }),
-            (kind::CLEAR, 0)
+            (kind::FREE, 0) => Ok(Record::Free { slot, object: first, version: raw.version.get() }),
+            (kind::CLEAR, 0 | HOLLOW)
                 if !Sum(second).is_data() && block < blocks && first <= u32::from(blocks - block) =>
             {
                 let count = u16::try_from(first).expect("at most an extent's blocks");
-                Ok(Record::Clear { slot, block, count, state: Sum(second), version: raw.version.get() })
+                let (state, hollow) = (Sum(second), raw.flags == HOLLOW);
+                if hollow && (count < blocks || state != Sum::ABSENT) {
+                    return Err(FormatError::Value);
+                }
+                Ok(Record::Clear { slot, block, count, state, version: raw.version.get(), hollow })
             }
+            (kind::KEEP, 0) => Ok(Record::Keep { slot }),
+            (kind::FORGET, 0) => Ok(Record::Forget { object: first }),
             (kind::ACTIVATE, 0) => Ok(Record::Activate { slot }),
             (kind::DEACTIVATE, 0) => Ok(Record::Deactivate { slot }),
             _ => Err(FormatError::Value),
@@ -936,6 +1036,10 @@ impl Record {
 
 /// Writes records of a run, or one record, over the units that they take.
 fn encode_run(run: &[Record], bytes: &mut [u8]) {
+    if let [Record::Persist(state)] = run {
+        state.encode(bytes);
+        return;
+    }
     let (head, rest) = bytes.split_at_mut(RECORD_BYTES);
     if let [record] = run {
         head.copy_from_slice(record.raw().as_bytes());
@@ -1024,7 +1128,7 @@ pub fn encode_batch(header: &BatchHeader, name: JournalName, records: &[Record],
     }
     let mut at = 0;
     for run in records.chunk_by(Record::is_followed_by) {
-        let len = units_of_run(run.len()) * RECORD_BYTES;
+        let len = units_of_all(run) * RECORD_BYTES;
         encode_run(run, &mut body[at..at + len]);
         at += len;
     }
@@ -1073,11 +1177,17 @@ pub fn decode_batch(
     let mut rest = body;
     while records.len() < count {
         let (raw, behind) = RawRecord::ref_from_prefix(rest).map_err(|_| FormatError::Length)?;
-        rest = behind;
-        if raw.kind == kind::SET_RUN {
-            rest = decode_run(raw, rest, &mut records)?;
-        } else {
-            records.push(Record::of_raw(raw)?);
+        match raw.kind {
+            kind::SET_RUN => rest = decode_run(raw, behind, &mut records)?,
+            kind::PERSIST => {
+                let (state, behind) = LayerState::decode(rest)?;
+                rest = behind;
+                records.push(Record::Persist(state));
+            }
+            _ => {
+                rest = behind;
+                records.push(Record::of_raw(raw)?);
+            }
         }
     }
     if records.len() > count {
@@ -1121,7 +1231,7 @@ mod tests {
         let (found, _, found_records) = decode_batch(&bytes, NAME, 0).unwrap();
         assert_eq!(found, header);
         let mut packing = Packing::default();
-        records.iter().for_each(|record| packing.add(*record));
+        records.iter().for_each(|record| packing.add(record));
         (found_records, packing.units())
     }
 
@@ -1138,15 +1248,49 @@ mod tests {
             set(4, 11, 8, false),
             set(4, 12, 8, true),
             set(4, 14, 8, true),
-            Record::Free { slot: 9 },
+            Record::Free { slot: 9, object: 1, version: 5 },
             set(4, 15, 8, true),
             set(4, 16, 8, true),
             Record::Activate { slot: 1 },
         ];
         assert_eq!(packed(&others), (others.to_vec(), others.len()));
         let full: Vec<Record> =
-            (0..RECORDS_MAX).map(|at| Record::Free { slot: u32::try_from(at).unwrap() }).collect();
+            (0..RECORDS_MAX).map(|at| Record::Activate { slot: u32::try_from(at).unwrap() }).collect();
         assert_eq!(packed(&full), (full.clone(), RECORDS_MAX));
+    }
+
+    #[test]
+    fn a_state_takes_its_units_between_runs() {
+        let state = |object: u32, epochs: u32| {
+            let epochs = Epochs::new((0..epochs).map(|at| (at, 9)).collect()).unwrap();
+            let state = std::sync::Arc::new(ReplicaState { epochs, ..ReplicaState::default() });
+            Record::Persist(LayerState { object, version: 3, state })
+        };
+        let records = [
+            set(3, 9, 7, false),
+            state(1, 0),
+            set(3, 10, 7, false),
+            set(3, 11, 7, false),
+            state(1, 2),
+            state(2, 3),
+            Record::Forget { object: 1 },
+        ];
+        assert_eq!(packed(&records), (records.to_vec(), 1 + 3 + 2 + 4 + 5 + 1));
+        let largest = [state(7, 256)];
+        assert_eq!(packed(&largest), (largest.to_vec(), STATE_UNITS_MAX));
+    }
+
+    #[test]
+    fn only_a_whole_extent_becomes_hollow() {
+        let (slot, version) = (1, 5);
+        let clear = |block: u16, count: u16, state: Sum| {
+            let record = Record::Clear { slot, block, count, state, version, hollow: true };
+            Record::of_raw(&record.raw()).map(|found| assert_eq!(found, record))
+        };
+        assert_eq!(clear(0, 1024, Sum::ABSENT), Ok(()));
+        for (block, count, state) in [(0, 1023, Sum::ABSENT), (1, 1023, Sum::ABSENT), (0, 1024, Sum::LOST)] {
+            assert_eq!(clear(block, count, state), Err(FormatError::Value));
+        }
     }
 
     #[test]

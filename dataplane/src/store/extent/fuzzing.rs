@@ -11,6 +11,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::Arc;
 
 use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
 
@@ -18,8 +19,8 @@ use super::catalog::Catalog;
 use super::extents::{Extent, fresh_page};
 use super::format::{
     BLOCK, BatchHeader, COUNT_END, CheckpointHeader, DEVICE_BYTES_MIN, ENTRY_BYTES, EXTENT_BLOCKS, Entry,
-    JournalName, RECORDS_MAX, Record, Segment, Shape, ShardName, Sum, Superblock, decode_batch, decode_page,
-    encode_batch, encode_page,
+    Epochs, JournalName, LayerState, RECORD_BYTES, RECORDS_MAX, Record, ReplicaState, Segment, Shape,
+    ShardName, Sum, Superblock, decode_batch, decode_page, encode_batch, encode_page,
 };
 use super::recovery::{self, Image, Medium, RecoveryError};
 use crate::store::{BLOCK_BYTES, EXTENT_BYTES};
@@ -40,6 +41,7 @@ mod kind {
     pub(super) const PAGE: u8 = 4;
     pub(super) const BATCH: u8 = 5;
     pub(super) const DEVICE: u8 = 6;
+    pub(super) const STATE: u8 = 7;
 }
 
 /// How far bytes have come.
@@ -89,6 +91,7 @@ pub fn store(bytes: &[u8]) -> Reached {
             page(rest, &block);
             reached.decoded += 1;
         }
+        kind::STATE => reached.decoded += u64::from(state(rest)),
         kind::BATCH => {
             seal(&mut block, BATCH_CRC_AT);
             reached.decoded += u64::from(batch(rest)) + u64::from(batch(&block));
@@ -167,6 +170,15 @@ fn entry(bytes: &[u8]) -> bool {
     let mut again = Vec::new();
     entry.encode(&mut again);
     assert_eq!(Entry::decode(&again), Ok(entry));
+    true
+}
+
+fn state(bytes: &[u8]) -> bool {
+    let Ok((state, rest)) = LayerState::decode(bytes) else { return false };
+    let mut again = vec![1; state.units() * RECORD_BYTES];
+    state.encode(&mut again);
+    assert!(again == bytes[..bytes.len() - rest.len()]);
+    assert_eq!(LayerState::decode(&again), Ok((state, &[][..])));
     true
 }
 
@@ -357,6 +369,8 @@ fn record(layout: &Superblock, input: &mut Input<'_>) -> (Record, Option<u8>) {
     let what = input.byte();
     let slot = input.slot(layout);
     match what & 7 {
+        // Of layers, and of extents that are hollow.
+        _ if what >> 5 == 1 => (layer_record(what & 7, slot, input), None),
         0 | 1 => {
             let (block, content, in_journal) = (input.u16() % blocks, input.byte(), what >> 3 & 1 == 1);
             let sum = Sum::of(&[content; BLOCK_BYTES]);
@@ -368,16 +382,38 @@ fn record(layout: &Superblock, input: &mut Input<'_>) -> (Record, Option<u8>) {
             let (object, extent) = (input.below(4).into(), input.below(4).into());
             (Record::Allocate { slot, object, extent }, None)
         }
-        4 => (Record::Free { slot }, None),
+        4 => (Record::Free { slot, object: input.below(4).into(), version: input.byte().into() }, None),
         5 => {
             let block = input.u16() % blocks;
             let count = input.u16() % (blocks - block + 1);
             let (state, version) = (Sum(input.below(3).into()), input.byte().into());
-            (Record::Clear { slot, block, count, state, version }, None)
+            (Record::Clear { slot, block, count, state, version, hollow: false }, None)
         }
         6 => (Record::Activate { slot }, None),
         _ => (Record::Deactivate { slot }, None),
     }
+}
+
+fn layer_record(what: u8, slot: u32, input: &mut Input<'_>) -> Record {
+    let object = input.below(4).into();
+    match what {
+        0 => Record::Forget { object },
+        1 => Record::Keep { slot },
+        2 | 3 => {
+            let count = u16::try_from(EXTENT_BLOCKS).expect("1024");
+            let version = input.byte().into();
+            Record::Clear { slot, block: 0, count, state: Sum::ABSENT, version, hollow: true }
+        }
+        _ => Record::Persist(layer_state(object, input)),
+    }
+}
+
+fn layer_state(object: u32, input: &mut Input<'_>) -> LayerState {
+    let (takeover, start, revision) = (input.byte().into(), input.byte().into(), input.byte().into());
+    let epochs = (0..u32::from(input.below(5))).map(|partition| (partition, input.byte().into()));
+    let epochs = Epochs::new(epochs.collect()).expect("a few, in order");
+    let state = ReplicaState { takeover, start, head: NodeId([input.byte(); 16]), revision, epochs };
+    LayerState { object, version: input.byte().into(), state: Arc::new(state) }
 }
 
 fn write_batch(media: &Media<'_>, shard: u16, writer: &mut Writer, input: &mut Input<'_>) {
@@ -388,7 +424,8 @@ fn write_batch(media: &Media<'_>, shard: u16, writer: &mut Writer, input: &mut I
     let position = if has(twist::PLACE) { input.u32() % layout.journal_blocks } else { writer.head };
     let open_count = if has(twist::OPEN_COUNT) { input.byte().into() } else { layout.open_count };
     let placed_lsn = if has(twist::PLACED) { input.u64() } else { 0 };
-    let count = usize::from(input.byte()) % (RECORDS_MAX + 1);
+    // Records of several units are longer than these.
+    let count = usize::from(input.byte()) % (RECORDS_MAX / 5 + 1);
     let (records, data): (Vec<Record>, Vec<Option<u8>>) =
         std::iter::from_fn(|| (!input.0.is_empty()).then(|| record(layout, input))).take(count).unzip();
     let data: Vec<u8> = data.into_iter().flatten().collect();
@@ -443,20 +480,33 @@ fn write_checkpoint(media: &Media<'_>, shard: u16, writer: &mut Writer, input: &
         if flags >> 2 & 1 == 1 {
             page_crc ^= 1;
         }
-        let (which, active, version) = (flags & 1, flags >> 1 & 1 == 1, u64::from(flags >> 3));
+        let (which, active, version) = (flags & 1, flags >> 1 & 1 == 1, u64::from(flags >> 4));
+        let hollow = flags >> 3 & 1 == 1;
         if slot < layout.slots() {
             media.block(layout.page_offset(slot, which), |block| block.copy_from_slice(&page));
         }
-        Entry { object, extent, slot, page_crc, version, which, active }.encode(&mut table);
+        Entry { object, extent, slot, page_crc, version, which, active, hollow }.encode(&mut table);
         entries += 1;
     }
+    let states_at = table.len();
+    let states = input.below(4).into();
+    for _ in 0..states {
+        let state = layer_state(input.below(4).into(), input);
+        let at = table.len();
+        table.resize(at + state.units() * RECORD_BYTES, 0);
+        state.encode(&mut table[at..]);
+    }
+    let (of_entries, of_states) = table.split_at(states_at);
     let header = CheckpointHeader {
         sequence: writer.sequence,
         lsn: writer.lsn,
         tail: writer.head,
         chain: writer.chain,
         entries: if has(twist::COUNT) { input.u32() } else { entries },
-        entries_crc: crc32c::crc32c(&table) ^ u32::from(has(twist::CRC)),
+        entries_crc: crc32c::crc32c(of_entries) ^ u32::from(has(twist::CRC)),
+        states,
+        state_units: u32::try_from(of_states.len() / RECORD_BYTES).expect("a few"),
+        states_crc: crc32c::crc32c(of_states),
         ..CheckpointHeader::default()
     };
     // What follows begins somewhere, wherever the checkpoint says that it does.
@@ -533,9 +583,13 @@ fn check(layout: &Superblock, shard: u16, media: &Media<'_>, image: &Image) {
     assert!(state.head < layout.journal_blocks && state.tail < layout.journal_blocks);
     assert_eq!(state.lsn, journal.checkpoint.lsn + image.findings.batches);
     let extents = &image.recovered.extents;
+    let state_units: usize = extents.states().map(|state| state.units()).sum();
+    assert!(state_units <= layout.state_units_max());
     assert_eq!(extents.len() as usize, extents.iter().count());
     for (id, extent) in extents.iter() {
         assert!(extent.slot < layout.slots());
+        assert!(!extent.hollow || extent.sums.iter().all(|sum| *sum == Sum::ABSENT));
+        assert!(extents.highest_version(extent.object) >= extent.version);
         assert_eq!(extents.find(extent.object, extent.number), Some(id));
     }
     for (slot, block, position, sum) in image.unplaced() {
@@ -548,8 +602,10 @@ fn check(layout: &Superblock, shard: u16, media: &Media<'_>, image: &Image) {
 fn assert_same(one: &Image, other: &Image) {
     assert_eq!(one.findings, other.findings);
     assert!(one.unplaced().eq(other.unplaced()));
-    let (one, other) = (&one.recovered, &other.recovered);
+    let (one, others) = (&one.recovered, &other.recovered);
+    let other = others;
     assert_eq!(one.journal, other.journal);
+    assert!(one.extents.states().eq(other.extents.states()));
     let rest = |recovered: &super::shard::Recovered| {
         let super::shard::Recovered { last_record_lsn, marked_placed_lsn, .. } = *recovered;
         (last_record_lsn, marked_placed_lsn, recovered.checkpoint_sequence, recovered.checkpoint_which)
@@ -559,10 +615,12 @@ fn assert_same(one: &Image, other: &Image) {
     for ((id, extent), (other_id, other)) in one.extents.iter().zip(other.extents.iter()) {
         let of = |extent: &Extent| {
             let Extent { object, number, slot, version, which, page_crc, .. } = *extent;
-            let Extent { allocated_lsn, dirty, active, suspect, .. } = *extent;
-            (object, number, slot, version, which, page_crc, allocated_lsn, dirty, active, suspect)
+            let Extent { allocated_lsn, dirty, active, suspect, hollow, .. } = *extent;
+            let flags = (dirty, active, suspect, hollow);
+            (object, number, slot, version, which, page_crc, allocated_lsn, flags)
         };
         assert_eq!((id, of(extent)), (other_id, of(other)));
+        assert_eq!(one.extents.highest_version(extent.object), others.extents.highest_version(extent.object));
         assert!(extent.sums == other.sums);
     }
 }
@@ -588,11 +646,25 @@ impl Script {
     }
 
     /// A checkpoint; each entry has object, extent, slot, flags and sum.
-    fn checkpoint(mut self, shard: u8, twists: u8, fields: &[u8], entries: &[[u8; 5]]) -> Script {
+    fn checkpoint(self, shard: u8, twists: u8, fields: &[u8], entries: &[[u8; 5]]) -> Script {
+        self.checkpoint_with(shard, twists, fields, entries, &[])
+    }
+
+    /// The same, with states of replicas, each as [`layer_state`] takes it behind its object.
+    fn checkpoint_with(
+        mut self,
+        shard: u8,
+        twists: u8,
+        fields: &[u8],
+        entries: &[[u8; 5]],
+        states: &[&[u8]],
+    ) -> Script {
         self.0.extend([event::CHECKPOINT << 1 | shard, twists]);
         self.0.extend_from_slice(fields);
         self.0.push(u8::try_from(entries.len()).expect("a few"));
         self.0.extend(entries.iter().flatten());
+        self.0.push(u8::try_from(states.len()).expect("a few"));
+        self.0.extend(states.iter().copied().flatten());
         self
     }
 
@@ -611,6 +683,10 @@ fn set(slot: u8, block: u8, content: u8) -> Vec<u8> {
 
 fn set_in_place(slot: u8, block: u8, content: u8) -> Vec<u8> {
     vec![0, slot, block, 0, content, 1]
+}
+
+fn persist(slot: u8, object: u8, takeover: u8) -> Vec<u8> {
+    vec![0x24, slot, object, takeover, 1, 2, 2, 3, 4, 5, 6]
 }
 
 fn allocate(slot: u8, object: u8, extent: u8) -> Vec<u8> {
@@ -639,24 +715,31 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let header = CheckpointHeader { sequence: 2, lsn: 3, tail: 4, ..CheckpointHeader::default() };
     header.encode(ShardName { store: STORE, shard: 0 }, 0, &mut checkpoint);
     let mut entry = Vec::new();
-    Entry { object: 1, extent: 2, slot: 3, page_crc: 4, version: 5, which: 1, active: true }
+    Entry { object: 1, extent: 2, slot: 3, page_crc: 4, version: 5, which: 1, active: true, hollow: false }
         .encode(&mut entry);
     let of_page: Vec<u8> = [Sum::ABSENT, Sum::ZERO, Sum::LOST, Sum::of(b"data")]
         .iter()
         .flat_map(|sum| sum.0.to_le_bytes())
         .collect();
+    let of_layer = layer_state(2, &mut Input(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]));
+    let mut state = vec![0; of_layer.units() * RECORD_BYTES];
+    of_layer.encode(&mut state);
     let mut batch = vec![0; BLOCK_BYTES];
     let (slot, version) = (1, 7);
     let sum = Sum::of(b"data");
     let records = [
         Record::Allocate { slot, object: 2, extent: 3 },
         Record::Set { slot, block: 4, sum, before: Sum::ABSENT, version, in_journal: true },
-        Record::Clear { slot, block: 8, count: 9, state: Sum::ZERO, version },
+        Record::Clear { slot, block: 8, count: 9, state: Sum::ZERO, version, hollow: false },
         Record::Activate { slot },
+        Record::Clear { slot, block: 0, count: 1024, state: Sum::ABSENT, version, hollow: true },
+        Record::Persist(of_layer.clone()),
+        Record::Keep { slot },
         Record::Deactivate { slot },
-        Record::Free { slot },
+        Record::Free { slot, object: 2, version },
+        Record::Forget { object: 2 },
     ];
-    let header = BatchHeader { lsn: 1, data_blocks: 1, records: 6, ..BatchHeader::default() };
+    let header = BatchHeader { lsn: 1, data_blocks: 1, records: 10, ..BatchHeader::default() };
     encode_batch(&header, JournalName { key: KEY, shard: 0 }, &records, &mut batch);
 
     let written = |journal: u8| {
@@ -685,7 +768,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         (
             "device-hands",
             written(2)
-                .batch(0, 0, &[], &[vec![4, 0]])
+                .batch(0, 0, &[], &[vec![4, 0, 1, 9]])
                 .batch(1, 0, &[], &[allocate(0, 2, 1), set(0, 5, 0xb1)])
                 .batch(0, 0, &[], &[allocate(2, 1, 0), set(2, 5, 0xb2)]),
         ),
@@ -698,7 +781,38 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 &[vec![6, 0], set_in_place(0, 9, 1), vec![5, 0, 4, 0, 2, 0, 1, 3]],
             ),
         ),
-        ("device-gap", written(2).batch(0, 0, &[], &[set(0, 5, 1)]).patch(0, false, 4, 100)),
+        (
+            "device-replicas",
+            written(2)
+                .batch(0, 0, &[], &[persist(0, 1, 4), persist(1, 1, 5)])
+                .batch(0, 0, &[], &[persist(0, 1, 6), vec![0x22, 0, 1, 9]])
+                .batch(1, 0, &[], &[persist(1, 2, 7), vec![0x20, 1, 2]])
+                .batch(0, 0, &[], &[vec![0x21, 0, 1]]),
+        ),
+        (
+            "device-kept-replicas",
+            Script::new(3, 8, 1)
+                .checkpoint_with(
+                    0,
+                    twist::SECOND,
+                    &[],
+                    &[[1, 0, 0, 10, 0]],
+                    &[&[1, 4, 5, 6, 1, 9, 7, 30], &[2, 5, 5, 6, 0, 7, 40]],
+                )
+                .batch(0, 0, &[], &[vec![4, 0, 1, 50], persist(0, 2, 8)]),
+        ),
+        (
+            "device-replica-twice",
+            Script::new(3, 8, 1).checkpoint_with(
+                0,
+                twist::SECOND,
+                &[],
+                &[],
+                &[&[1, 4, 5, 6, 0, 7, 30], &[1, 5, 5, 6, 0, 7, 40]],
+            ),
+        ),
+        ("device-hollow-data", written(2).checkpoint(0, twist::SECOND, &[], &[[1, 0, 0, 8, 9]])),
+        ("device-gap", written(2).batch(0, 0, &[], &[set(0, 5, 1)]).patch(0, false, 20, 100)),
         ("device-contradiction", written(2).batch(0, 0, &[], &[allocate(3, 1, 0)])),
         ("device-two-owners", written(2).batch(1, 0, &[], &[allocate(0, 2, 2)])),
         ("device-beyond", written(2).batch(0, 0, &[], &[allocate(254, 3, 3)])),
@@ -715,7 +829,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             written(1)
                 .checkpoint(0, twist::SECOND, &[], &[[1, 0, 0, 0, 9]])
                 .batch(0, 0, &[], &[set(0, 1, 1)])
-                .patch(0, false, 2, 48),
+                .patch(0, false, 10, 48),
         ),
         (
             "device-strange-checkpoint",
@@ -746,6 +860,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("entry", [&[kind::ENTRY], &entry[..]].concat()),
         ("page", cut(kind::PAGE, &of_page)),
         ("batch", cut(kind::BATCH, &batch)),
+        ("state", [&[kind::STATE], &state[..]].concat()),
     ];
     structures.into_iter().chain(devices.map(|(name, script)| (name, script.0))).collect()
 }
@@ -830,7 +945,7 @@ mod tests {
         for (name, bytes) in seeds() {
             let reached = store(&bytes);
             let refused = match name {
-                "device-gap" | "device-contradiction" | "device-beyond" => 1,
+                "device-gap" | "device-contradiction" | "device-beyond" | "device-hollow-data" => 1,
                 "device-strange-batches" => 2,
                 _ => 0,
             };

@@ -87,6 +87,25 @@ impl Driven {
         let Driven { pool, file, store, ends, outcomes, .. } = self;
         let mut disk = FileDisk { file, pool, ends };
         store.start(RequestToken(0), &object, operation, &mut disk, outcomes);
+        self.end()
+    }
+
+    /// One request that needs no memory of frames, until it has ended.
+    pub(crate) fn ask(
+        &mut self,
+        begin: impl FnOnce(&mut ExtentStore, RequestToken),
+    ) -> Result<(), StoreError> {
+        begin(&mut self.store, RequestToken(0));
+        self.end().map(|blocks| release_blocks(&mut self.pool, blocks))
+    }
+
+    /// What cores have of the store.
+    pub(crate) fn store(&mut self) -> &mut ExtentStore {
+        &mut self.store
+    }
+
+    /// Goes on until the one request has ended.
+    fn end(&mut self) -> Result<Blocks, StoreError> {
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.outcomes.is_empty() {
             assert!(Instant::now() < deadline, "a request never ends");
@@ -132,6 +151,7 @@ impl Driven {
         self.store.dissolve(&mut self.pool);
         assert_eq!(self.pool.free_chunks(), self.pool.chunk_capacity(), "every chunk is back");
     }
+
     /// Lets go of everything as a process does that is killed: nothing is finished.
     pub(crate) fn kill(self) {
         // Their chunks have no other home to go to.

@@ -240,8 +240,8 @@ pub fn format(device: &Device, identity: Identity, shape: Shape) -> Result<Super
         let journal_bytes = u64::from(layout.journal_blocks) * BLOCK;
         device.fill_with_zeros(layout.journal_offset(shard), journal_bytes, |_| true)?;
         for which in 0..2 {
-            let table_bytes =
-                u64::from(layout.checkpoint_blocks.min(1 + layout.slots().div_ceil(128))) * BLOCK;
+            let used_blocks = 1 + layout.slots().div_ceil(128) + layout.state_blocks;
+            let table_bytes = u64::from(layout.checkpoint_blocks.min(used_blocks)) * BLOCK;
             device.fill_with_zeros(layout.checkpoint_offset(shard, which), table_bytes, |_| true)?;
         }
         let first = recovery::first_checkpoint(&layout, shard);
@@ -439,8 +439,9 @@ mod tests {
 
     use super::*;
     use crate::store::extent::extents::FreeSlot;
+    use crate::store::extent::format::{Epochs, ReplicaState};
     use crate::store::extent::on_file::Driven;
-    use crate::store::extent::shard::Object;
+    use crate::store::extent::shard::{Copies, Object};
     use crate::store::{EXTENT_BYTES, StoreError};
 
     const OURS: ClusterId = ClusterId([1; 16]);
@@ -680,5 +681,80 @@ mod tests {
             }
         });
         assert_eq!((free, same), (Vec::new(), more));
+    }
+
+    #[test]
+    fn what_is_kept_of_a_replica_is_there_when_the_store_is_opened_again() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let volumes = [Object { shard: 0, number: 0 }, Object { shard: 1, number: 1 }];
+        let state = |takeover: u64| {
+            let epochs = Epochs::new(vec![(3, takeover)]).unwrap();
+            Arc::new(ReplicaState { takeover, epochs, ..ReplicaState::default() })
+        };
+        with_shard(&path, |driven| {
+            for (takeover, volume) in [(1, volumes[0]), (2, volumes[0]), (5, volumes[1])] {
+                driven.ask(|store, request| store.persist(request, volume, state(takeover))).unwrap();
+                assert_eq!(driven.store().state(volume), Some(&state(takeover)));
+            }
+        });
+        with_shard(&path, |driven| {
+            assert_eq!(driven.store().state(volumes[0]), Some(&state(2)));
+            assert_eq!(driven.store().state(volumes[1]), Some(&state(5)));
+            // The layer ends, and so does its state.
+            driven.unmap(volumes[1], 0);
+            for _ in 0..10 {
+                driven.turn();
+            }
+            assert_eq!(driven.store().state(volumes[1]), None);
+        });
+        with_shard(&path, |driven| {
+            assert_eq!(driven.store().state(volumes[0]), Some(&state(2)));
+            assert_eq!(driven.store().state(volumes[1]), None);
+        });
+    }
+
+    #[test]
+    fn what_is_unmapped_on_one_of_several_copies_is_listed_until_all_have_it() {
+        let folder = folder();
+        let path = folder.path().join("s");
+        let volume = Object { shard: 1, number: 0 };
+        let listed = |driven: &mut Driven| {
+            let (mut held, mut active) = (Vec::new(), Vec::new());
+            assert!(driven.store().list(volume, 0, 9, &mut held));
+            let highest = driven.store().survey(volume, &mut active);
+            assert!(active.iter().all(|extent| extent.active));
+            (held.iter().map(|held| (held.number, held.version)).collect::<Vec<_>>(), active.len(), highest)
+        };
+        let state = Arc::new(ReplicaState::default());
+        with_shard(&path, |driven| {
+            driven.ask(|store, request| store.persist(request, volume, state)).unwrap();
+            for extent in 0..2 {
+                driven.write(volume, extent * 1024 + 5, 7).unwrap();
+            }
+            // A layer without other copies gives the room back at once.
+            driven
+                .ask(|store, request| store.unmap_range(request, volume, 0..1024, Copies::Sole, 0))
+                .unwrap();
+            assert_eq!(listed(driven).0.iter().map(|held| held.0).collect::<Vec<_>>(), [1]);
+            let copies = Copies::Others { stable_version: 50 };
+            driven.ask(|store, request| store.unmap_range(request, volume, 0..8192, copies, 51)).unwrap();
+            assert_eq!(listed(driven), (vec![(1, 51)], 1, 51));
+            assert_eq!(driven.read(volume, 1024 + 5), 0);
+        });
+        with_shard(&path, |driven| {
+            assert_eq!(listed(driven), (vec![(1, 51)], 1, 51));
+            driven.store().set_stable(volume, 50);
+            driven.turn();
+            assert_eq!(listed(driven), (vec![(1, 51)], 1, 51));
+            assert_ne!(driven.store().due_ns(), 0, "nothing is to be done");
+            driven.store().set_stable(volume, 51);
+            assert_eq!(driven.store().due_ns(), 0, "a turn has something to do");
+            for _ in 0..10 {
+                driven.turn();
+            }
+            assert_eq!(listed(driven), (vec![], 0, 51));
+        });
+        with_shard(&path, |driven| assert_eq!(listed(driven), (vec![], 0, 51)));
     }
 }

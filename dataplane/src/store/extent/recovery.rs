@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use super::extents::{Extent, Extents, FoldMap, FreeSlot};
 use super::format::{
     BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, ENTRY_BYTES, EXTENT_BLOCKS, Entry, FormatError,
-    JournalName, Record, ShardName, Sum, Superblock, decode_batch, decode_page,
+    JournalName, LayerState, RECORD_BYTES, Record, ShardName, Sum, Superblock, decode_batch, decode_page,
 };
 use super::shard::{JournalState, Recovered, ScrubProgress};
 use crate::device::AlignedBuffer;
@@ -173,6 +173,13 @@ const SLOTS_BETWEEN: u64 = 3;
 /// A batch's header, its checksum, and its records.
 type Decoded = (BatchHeader, u32, Vec<Record>);
 
+/// What a checkpoint has behind its header.
+#[derive(Debug, Default)]
+struct Table {
+    entries: Vec<Entry>,
+    states: Vec<LayerState>,
+}
+
 /// Whole batches; whether a torn one follows; where the next one goes, and the checksum that it repeats.
 type Behind = (Vec<Found>, bool, (u32, u32));
 
@@ -195,9 +202,9 @@ pub fn read<M: Medium>(
     medium: &M,
 ) -> Result<Image, RecoveryError<M::Error>> {
     let mut reader = Reader::new(layout, shard, medium);
-    let (checkpoint, which, entries) = reader.read_checkpoint()?;
+    let (checkpoint, which, table) = reader.read_checkpoint()?;
     let (found, torn_tail, head) = reader.read_journal(&checkpoint)?;
-    reader.replay(&checkpoint, which, entries, &found, torn_tail, head)
+    reader.replay(&checkpoint, which, table, &found, torn_tail, head)
 }
 
 /// Reads a shard's journal, and nothing that it is about.
@@ -262,7 +269,7 @@ impl<'m, M: Medium> Reader<'m, M> {
     }
 
     /// The newest checkpoint that is whole.
-    fn read_checkpoint(&self) -> Result<(CheckpointHeader, usize, Vec<Entry>), RecoveryError<M::Error>> {
+    fn read_checkpoint(&self) -> Result<(CheckpointHeader, usize, Table), RecoveryError<M::Error>> {
         let mut headers = Vec::new();
         let mut why = FormatError::Magic;
         for which in 0..2 {
@@ -276,38 +283,43 @@ impl<'m, M: Medium> Reader<'m, M> {
         }
         headers.sort_unstable_by_key(|(header, _)| std::cmp::Reverse(header.sequence));
         for (header, which) in headers {
-            match self.read_entries(&header, which)? {
-                Ok(entries) => return Ok((header, which, entries)),
+            match self.read_table(&header, which)? {
+                Ok(table) => return Ok((header, which, table)),
                 Err(error) => why = error,
             }
         }
         Err(RecoveryError::NoCheckpoint { shard: self.shard, source: why })
     }
 
-    fn read_entries(
+    fn read_table(
         &self,
         header: &CheckpointHeader,
         which: usize,
-    ) -> Result<Result<Vec<Entry>, FormatError>, RecoveryError<M::Error>> {
-        if header.entries > self.layout.entries_max() || header.tail >= self.layout.journal_blocks {
+    ) -> Result<Result<Table, FormatError>, RecoveryError<M::Error>> {
+        if header.entries > self.layout.entries_max()
+            || header.state_units as usize > self.layout.state_units_max()
+            || header.tail >= self.layout.journal_blocks
+        {
             return Ok(Err(FormatError::Length));
         }
-        let len_bytes = header.entries as usize * ENTRY_BYTES;
-        let mut table = AlignedBuffer::new(len_bytes.next_multiple_of(BLOCK_BYTES));
+        let entries_end = header.entries as usize * ENTRY_BYTES;
+        let end = entries_end + header.state_units as usize * RECORD_BYTES;
+        let mut table = AlignedBuffer::new(end.next_multiple_of(BLOCK_BYTES));
         let offset_bytes = self.layout.checkpoint_offset(self.shard, which) + BLOCK;
-        if len_bytes > 0 {
+        if end > 0 {
             self.read_bytes(offset_bytes, table.bytes_mut())?;
         }
-        let bytes = &table.bytes()[..len_bytes];
-        if crc32c::crc32c(bytes) != header.entries_crc {
+        let (entries, states) = table.bytes()[..end].split_at(entries_end);
+        if crc32c::crc32c(entries) != header.entries_crc || crc32c::crc32c(states) != header.states_crc {
             return Ok(Err(FormatError::Checksum));
         }
         let entries: Result<Vec<Entry>, FormatError> =
-            bytes.chunks_exact(ENTRY_BYTES).map(Entry::decode).collect();
+            entries.chunks_exact(ENTRY_BYTES).map(Entry::decode).collect();
         let slots = self.layout.slots();
         Ok(entries.and_then(|entries| {
             let sane = entries.iter().all(|entry| entry.slot < slots);
-            if sane { Ok(entries) } else { Err(FormatError::Length) }
+            let states = decode_states(states, header.states)?;
+            if sane { Ok(Table { entries, states }) } else { Err(FormatError::Length) }
         }))
     }
 
@@ -412,7 +424,7 @@ impl<'m, M: Medium> Reader<'m, M> {
         &self,
         checkpoint: &CheckpointHeader,
         which: usize,
-        entries: Vec<Entry>,
+        table: Table,
         found: &[Found],
         torn_tail: bool,
         (head, chain): (u32, u32),
@@ -420,7 +432,7 @@ impl<'m, M: Medium> Reader<'m, M> {
         let contradiction = |what| RecoveryError::Contradiction { shard: self.shard, what };
         let slots = self.layout.slots();
         let all = || found.iter().flat_map(|batch| batch.records.iter().map(move |record| (batch, record)));
-        if all().any(|(_, record)| record.slot() >= slots) {
+        if all().any(|(_, record)| record.slot().is_some_and(|slot| slot >= slots)) {
             return Err(contradiction("a record names a slot that the store does not have"));
         }
         // How often each slot changed hands: only records since the last time concern its extent.
@@ -428,7 +440,7 @@ impl<'m, M: Medium> Reader<'m, M> {
         let mut owners: FoldMap<u32, (u32, u32, u64)> = FoldMap::default();
         for (batch, record) in all() {
             match *record {
-                Record::Free { slot } => {
+                Record::Free { slot, .. } => {
                     *hands.entry(slot).or_default() += 1;
                     owners.remove(&slot);
                 }
@@ -443,7 +455,7 @@ impl<'m, M: Medium> Reader<'m, M> {
         let mut by_slot: FoldMap<u32, super::extents::ExtentId> = FoldMap::default();
         let mut keys: FoldMap<(u32, u32), ()> = FoldMap::default();
         let mut lost_blocks = 0;
-        let kept = entries.into_iter().filter(|entry| !hands.contains_key(&entry.slot));
+        let kept = table.entries.into_iter().filter(|entry| !hands.contains_key(&entry.slot));
         let kept: Vec<Entry> = kept.collect();
         let pages = self.read_pages(&kept)?;
         for (entry, page) in kept.iter().zip(pages) {
@@ -458,9 +470,11 @@ impl<'m, M: Medium> Reader<'m, M> {
             extent.which = entry.which;
             extent.page_crc = entry.page_crc;
             extent.active = entry.active;
-            if !is_whole {
+            extent.hollow = entry.hollow;
+            extent.dirty = !is_whole;
+            // Of a hollow one it is known what its page said.
+            if !is_whole && !entry.hollow {
                 extent.sums.fill(Sum::LOST);
-                extent.dirty = true;
                 lost_blocks += u64::from(EXTENT_BLOCKS);
             }
             if by_slot.insert(entry.slot, extents.insert(extent)).is_some() {
@@ -478,6 +492,9 @@ impl<'m, M: Medium> Reader<'m, M> {
             by_slot.insert(*slot, extents.insert(extent));
         }
 
+        for state in table.states {
+            extents.persisted(state);
+        }
         let placed_lsn =
             found.last().map_or(checkpoint.lsn, |batch| batch.header.placed_lsn.max(checkpoint.lsn));
         let mut unplaced = BTreeMap::new();
@@ -489,19 +506,29 @@ impl<'m, M: Medium> Reader<'m, M> {
             for record in &batch.records {
                 records += 1;
                 last_record_lsn = lsn;
-                let slot = record.slot();
+                data += u32::from(is_journaled(record));
+                let Some(slot) = record.slot() else {
+                    match record {
+                        Record::Persist(state) => extents.persisted(state.clone()),
+                        Record::Forget { object } => extents.forgotten(*object),
+                        _ => unreachable!("all others concern a slot"),
+                    }
+                    continue;
+                };
                 if let Record::Free { .. } | Record::Allocate { .. } = record
                     && let Some(left) = hands.get_mut(&slot)
                 {
                     *left -= 1;
                 }
-                data += u32::from(is_journaled(record));
+                if let Record::Free { object, version, .. } = *record {
+                    extents.raise(object, version);
+                }
                 let concerns = hands.get(&slot).is_none_or(|left| *left == 0);
                 let Some(id) = by_slot.get(&slot).filter(|_| concerns) else { continue };
                 match *record {
                     Record::Set { block, sum, version, in_journal, .. } => {
                         let extent = extents.wrote(*id, version);
-                        extent.sums[usize::from(block)] = sum;
+                        extent.set(block, sum);
                         extent.dirty = true;
                         let position = (batch.header.position + data) % self.layout.journal_blocks;
                         if in_journal && lsn > placed_lsn {
@@ -510,19 +537,31 @@ impl<'m, M: Medium> Reader<'m, M> {
                             unplaced.remove(&(slot, block));
                         }
                     }
-                    Record::Clear { block, count, state, version, .. } => {
+                    Record::Clear { block, count, state, version, hollow, .. } => {
                         let extent = extents.wrote(*id, version);
+                        extent.cleared(block, count, state, hollow);
                         for block in block..block + count {
-                            extent.sums[usize::from(block)] = state;
                             unplaced.remove(&(slot, block));
                         }
                         extent.dirty = true;
                     }
+                    Record::Keep { .. } => extents.get_mut(*id).hollow = false,
                     Record::Activate { .. } => extents.get_mut(*id).active = true,
                     Record::Deactivate { .. } => extents.get_mut(*id).active = false,
-                    Record::Free { .. } | Record::Allocate { .. } => {}
+                    Record::Free { .. }
+                    | Record::Allocate { .. }
+                    | Record::Persist(_)
+                    | Record::Forget { .. } => {}
                 }
             }
+        }
+        let is_hollow = |extent: &Extent| extent.sums.iter().all(|sum| *sum == Sum::ABSENT);
+        if extents.iter().any(|(_, extent)| extent.hollow && !is_hollow(extent)) {
+            return Err(contradiction("an extent that was wholly taken away has something"));
+        }
+        let state_units: usize = extents.states().map(|state| state.units()).sum();
+        if state_units > self.layout.state_units_max() {
+            return Err(contradiction("replicas have more state than a checkpoint has room for"));
         }
         let last_lsn = found.last().map_or(checkpoint.lsn, |batch| batch.header.lsn);
         // Only then was nothing in flight. Data may be in place whose record never landed, whatever batch is the last one.
@@ -607,6 +646,21 @@ impl<'m, M: Medium> Reader<'m, M> {
         }
         Ok(pages)
     }
+}
+
+/// So many states of replicas, each of another layer, and nothing else.
+fn decode_states(mut bytes: &[u8], count: u32) -> Result<Vec<LayerState>, FormatError> {
+    let mut states: Vec<LayerState> = Vec::new();
+    let mut seen: FoldMap<u32, ()> = FoldMap::default();
+    for _ in 0..count {
+        let (state, behind) = LayerState::decode(bytes)?;
+        if seen.insert(state.object, ()).is_some() {
+            return Err(FormatError::Value);
+        }
+        states.push(state);
+        bytes = behind;
+    }
+    if bytes.is_empty() { Ok(states) } else { Err(FormatError::Length) }
 }
 
 fn is_journaled(record: &Record) -> bool {

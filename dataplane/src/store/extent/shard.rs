@@ -8,6 +8,8 @@
 //! * `digesting` – what copies of blocks are, for comparison.
 //! * `inventory` – which extents there are.
 //! * `writing` – writes and unmaps, up to the batch that makes them durable.
+//! * `releasing` – extents that were wholly taken away, until every copy knows.
+//! * `states` – what replicas of layers must not forget.
 //! * `batch` – group commit: one batch in flight, and what becomes true when it has ended.
 //! * `placing` – data from the journal to their place, and the syncs that make that durable.
 //! * `checkpoint` – what lets the journal's tail move.
@@ -20,6 +22,7 @@
 //! * At most one write to a block's place is in flight; the newest data win.
 //! * The journal's tail moves when a checkpoint that has all its records, and the data of all its batches, are durable.
 //! * A block is read with the checksum of its newest durable record, or from memory; a mismatch is never data.
+//! * An extent that was wholly taken from one of several copies ends when the head's stable mark has passed its version, not before.
 //! * After a failed journal write or sync nothing more is acknowledged: what is on the device is unknown. Reads go on.
 
 mod batch;
@@ -28,7 +31,9 @@ mod digesting;
 mod inventory;
 mod placing;
 mod reading;
+mod releasing;
 mod scrub;
+mod states;
 mod writing;
 
 use std::collections::VecDeque;
@@ -39,8 +44,8 @@ use af_xdp::region::{Chunk, Pool};
 use slab::Slab;
 use torus_uring::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError};
 
-use super::extents::{ExtentId, Extents, FoldMap};
-use super::format::{BatchHeader, JournalName, Record, ShardName, Superblock};
+use super::extents::{Extent, ExtentId, Extents, FoldMap};
+use super::format::{BatchHeader, JournalName, Record, ReplicaState, ShardName, Superblock};
 use super::shared::{ShardEvent, Shared};
 use crate::store::{Crcs, Disk, Outcome, RequestToken, StoreError, release_blocks};
 
@@ -83,7 +88,9 @@ pub(super) fn ends_read(token: u64) -> bool {
     token >> KIND_SHIFT == kind::READ
 }
 
-/// Whether another in-sync copy of what is written exists.
+/// Whether another in-sync copy of what is changed exists. Where one does, who comes to lead the copies must find what may differ: the
+/// region of the change stays in the activity log, and an extent that is wholly taken away stays listed, until the head's stable mark
+/// has passed the change's version. A sole copy has nobody to differ from, and is told no mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Copies {
     /// None: the block's old content must survive a torn write of it.
@@ -134,6 +141,8 @@ struct Op {
     payload: Blocks,
     /// What is known of its whole blocks.
     crcs: Crcs,
+    /// What is to be kept of a replica, until a batch has it.
+    state: Option<Arc<ReplicaState>>,
     /// Ended parts, with the position of their first block.
     parts: [Option<(u32, Blocks)>; PARTS_INLINE],
     /// The same, beyond those.
@@ -161,6 +170,7 @@ impl Op {
             count,
             payload: Blocks::new(),
             crcs: Crcs::default(),
+            state: None,
             parts: [const { None }; PARTS_INLINE],
             more_parts: Vec::new(),
             reading: 0,
@@ -185,6 +195,8 @@ enum What {
     },
     /// The extent of its one block is to have a slot.
     Reserve,
+    /// Its state is to be kept.
+    Persist,
     /// Up to this block no good copy is left. What is counted are the extents that have some of them.
     Lose {
         to_block: u64,
@@ -197,6 +209,8 @@ enum What {
         from_block: u64,
         to_block: u64,
         next: u32,
+        copies: Copies,
+        version: u64,
     },
 }
 
@@ -278,7 +292,11 @@ pub struct Shard {
     digests: digesting::DigestState,
     /// Regions of the activity log, the longest there first.
     active: VecDeque<ExtentId>,
+    /// Some of those have ended with the batch that is being applied.
+    active_ended: bool,
     stable_versions: FoldMap<u32, u64>,
+    releases: releasing::ReleaseState,
+    states: states::StateRoom,
     events: VecDeque<ShardEvent>,
     /// Empty long lists of chunks, for the next long disk requests.
     spare: Vec<Blocks>,
@@ -329,6 +347,9 @@ impl Shard {
         let Recovered { extents, journal, .. } = recovered;
         let active = extents.iter().filter(|(_, extent)| extent.active).map(|(id, _)| id).collect();
         let dirty = extents.iter().filter(|(_, extent)| extent.dirty).map(|(id, _)| id).collect();
+        let hollow = extents.iter().filter(|(_, extent)| extent.hollow).map(|(id, _)| id);
+        let releases = releasing::ReleaseState::new(hollow, config.layout.slots());
+        let state_units = extents.states().map(|state| state.units()).sum();
         config.shared.counters.allocated.fetch_add(extents.len(), std::sync::atomic::Ordering::Relaxed);
         Shard {
             name: ShardName { store: config.layout.store, shard: config.shard },
@@ -352,12 +373,15 @@ impl Shard {
                 recovered.checkpoint_sequence,
                 recovered.checkpoint_which,
                 dirty,
-                config.layout.slots(),
+                &config.layout,
             ),
             scrub: scrub::ScrubState::new(recovered.scrub),
             digests: digesting::DigestState::default(),
             active,
+            active_ended: false,
             stable_versions: FoldMap::default(),
+            releases,
+            states: states::StateRoom::new(config.layout.state_units_max(), state_units),
             events: VecDeque::with_capacity(64),
             spare: (0..SPARE_LISTS).map(|_| Blocks::with_capacity(BLOCKS_LONG_MAX)).collect(),
             failed: None,
@@ -392,7 +416,7 @@ impl Shard {
     /// Whether nothing is left to do, and the next one to open the shard finds everything in place.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.is_idle() && (self.failed.is_some() || self.is_settled())
+        self.is_idle() && !self.has_gathered() && (self.failed.is_some() || self.is_settled())
     }
 
     /// Whether writes wait for a batch.
@@ -536,7 +560,8 @@ impl Shard {
         }
         // What waits for a slot or for memory looks again soon: others give them back.
         let gathers = !self.ready.is_empty() || self.has_gathered();
-        let goes_on = gathers || !self.unsent.is_empty() || self.checkpoint.is_in_progress();
+        let goes_on =
+            gathers || self.releases_are_due() || !self.unsent.is_empty() || self.checkpoint.is_in_progress();
         let stands = self.in_flight == 0 && goes_on;
         let waits = stands || !self.starved.is_empty();
         let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
@@ -549,10 +574,25 @@ impl Shard {
             .min()
     }
 
-    /// The head says that every write of a layer with a version up to this is on all in-sync copies.
-    pub fn set_stable(&mut self, object: u32, version: u64) {
+    /// The head says that every write of a layer with a version up to this is on all in-sync copies: regions may leave the activity log
+    /// and hollow extents end, up to it. Whether the next turn has something to do for that.
+    pub fn set_stable(&mut self, object: u32, version: u64) -> bool {
         let stable = self.stable_versions.entry(object).or_default();
-        *stable = version.max(*stable);
+        if version <= *stable {
+            return false;
+        }
+        *stable = version;
+        self.releases.look_again()
+    }
+
+    /// Whether every copy has all writes of an extent.
+    fn is_stable(&self, extent: &Extent) -> bool {
+        self.stable_versions.get(&extent.object).is_some_and(|stable| extent.version <= *stable)
+    }
+
+    /// Whether a batch is to look for hollow extents that can end. What rests changes nothing by itself.
+    fn releases_are_due(&self) -> bool {
+        self.releases.is_due() && !self.closing
     }
 
     fn token(&mut self, kind: u64, index: usize) -> u64 {

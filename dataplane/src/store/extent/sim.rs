@@ -71,6 +71,7 @@ fn plan(rng: &mut Rng) -> Plan {
         concurrent: 1 + rng.index(32),
         scrub: rng.one_in(2),
         unmaps: [0, 10, 30][rng.index(3)],
+        persists: 16,
         faults: Faults::default(),
         nest: 40,
     }
@@ -169,6 +170,41 @@ fn a_copy_written_in_place_is_right_or_suspect_after_every_crash() {
         ("refused merges", lab.coverage.refused_merges, 10),
         ("closed without a suspect", lab.coverage.settled, 200),
         ("torn tails", lab.coverage.torn_tails, 300),
+    ]);
+}
+
+#[test]
+fn what_replicas_must_not_forget_survives_every_crash() {
+    let lab = explore("what_replicas_must_not_forget_survives_every_crash", 40_000, |rng| {
+        let plan = plan(rng);
+        Plan {
+            shards: 1 + rng.below(2) as u16,
+            persists: 4,
+            slots: 8 + rng.below(4) as u32,
+            objects: 1 + rng.below(4) as u32,
+            extents: 1 + rng.below(2) as u32,
+            unmaps: 3 + rng.below(5),
+            replicated: 6 + rng.below(3),
+            atomic: rng.one_in(2),
+            longest: plan.longest.min(8),
+            concurrent: 1 + rng.index(12),
+            ..plan
+        }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("states kept", lab.coverage.persisted, 500),
+        ("states that had no room", lab.coverage.refused_persists, 40),
+        ("states found after a crash", lab.coverage.states_after_crash, 10_000),
+        ("states that were not known to be durable", lab.coverage.newer_states, 200),
+        ("states that ended", lab.coverage.forgotten, 20),
+        ("layers whose version was held against what it was", lab.coverage.versions_after_crash, 10_000),
+        ("layers none of whose extents has their version", lab.coverage.versions_of_gone, 500),
+        ("extents seen to be hollow", lab.coverage.hollow, 20),
+        ("hollow extents found after a crash", lab.coverage.hollow_after_crash, 2000),
+        ("hollow extents that may go", lab.coverage.released, 300),
+        ("hollow extents that are to stay", lab.coverage.kept_hollow, 20),
+        ("journals around their end", lab.coverage.wrapped, 1000),
     ]);
 }
 

@@ -14,7 +14,7 @@ use super::writing::Taken;
 use super::{Committed, PENDING_MAX, Pending, Shard, What, kind};
 use crate::store::extent::extents::{ExtentId, FreeSlot};
 use crate::store::extent::format::{
-    BATCH_BLOCKS_MAX, BLOCK, JOURNAL_BLOCKS_MIN, Packing, RECORDS_MAX, Record, Sum, encode_batch,
+    BATCH_BLOCKS_MAX, BLOCK, JOURNAL_BLOCKS_MIN, LayerState, Packing, RECORDS_MAX, Record, Sum, encode_batch,
 };
 use crate::store::extent::shared::Counters;
 use crate::store::{Disk, Durable, Outcome};
@@ -45,7 +45,8 @@ pub(super) enum Applied {
         extent: ExtentId,
     },
     Freed {
-        op: u32,
+        /// The unmap that asked for it, if one did.
+        op: Option<u32>,
         extent: ExtentId,
     },
     Cleared {
@@ -55,6 +56,19 @@ pub(super) enum Applied {
         count: u16,
         state: Sum,
         version: u64,
+        hollow: bool,
+    },
+    Kept {
+        op: u32,
+        extent: ExtentId,
+    },
+    Persisted {
+        op: u32,
+        state: LayerState,
+    },
+    Forgotten {
+        op: u32,
+        object: u32,
     },
 }
 
@@ -118,7 +132,7 @@ impl Batch {
     }
 
     pub(super) fn record(&mut self, record: Record, applied: Applied) {
-        self.packing.add(record);
+        self.packing.add(&record);
         self.records.push(record);
         self.applied.push(applied);
     }
@@ -128,10 +142,31 @@ impl Batch {
         self.packing.units() + records <= RECORDS_MAX
     }
 
-    /// Whether a change of that extent's blocks is in it.
+    /// The versions of what it has of an extent.
+    fn versions_of(&self, id: ExtentId) -> impl Iterator<Item = u64> {
+        self.applied.iter().filter_map(move |applied| match applied {
+            Applied::Set { extent, version, .. } | Applied::Cleared { extent, version, .. }
+                if *extent == id =>
+            {
+                Some(*version)
+            }
+            // It is no change of any block.
+            Applied::Kept { extent, .. } if *extent == id => Some(0),
+            _ => None,
+        })
+    }
+
+    /// Whether a change of that extent is in it, other than of its region.
     fn concerns(&self, id: ExtentId) -> bool {
-        self.applied.iter().any(|applied| {
-            matches!(applied, Applied::Set { extent, .. } | Applied::Cleared { extent, .. } if *extent == id)
+        self.versions_of(id).next().is_some()
+    }
+
+    /// What the last state of a layer in it takes, units of a record; 0 where its end is in it.
+    pub(super) fn state_units(&self, of: u32) -> Option<usize> {
+        self.applied.iter().rev().find_map(|applied| match applied {
+            Applied::Persisted { state, .. } if state.object == of => Some(state.units()),
+            Applied::Forgotten { object, .. } if *object == of => Some(0),
+            _ => None,
         })
     }
 
@@ -187,6 +222,12 @@ impl Shard {
         self.batch.concerns(id) || self.next.concerns(id)
     }
 
+    /// The highest version of an extent, of changes too that have no durable record yet.
+    pub(super) fn newest_version(&self, id: ExtentId) -> u64 {
+        let batched = self.batch.versions_of(id).chain(self.next.versions_of(id));
+        batched.fold(self.extents.get(id).version, u64::max)
+    }
+
     /// Whether a write of that block has no durable record yet.
     pub(super) fn batches_have(&self, id: ExtentId, block: u16) -> bool {
         self.batch.has(id, block) || self.next.has(id, block)
@@ -207,7 +248,7 @@ impl Shard {
     /// Gathers what waits for the next batch, and sends that one if none is in flight.
     pub(super) fn advance_batch(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         if !self.begun && !self.batch.in_flight {
-            if self.ready.is_empty() {
+            if self.ready.is_empty() && !self.releases_are_due() {
                 return;
             }
             // A batch that was torn when the store crashed may lie at the head, whole but for some of its data. Blocks of a
@@ -233,7 +274,8 @@ impl Shard {
         let room = self.journal_room() as usize;
         let waiting = self.pending.len() + self.batch.journaled;
         // The header and at least one block.
-        if self.ready.is_empty() || room < 2 || waiting >= PENDING_MAX {
+        let is_wanted = !self.ready.is_empty() || self.releases_are_due();
+        if !is_wanted || room < 2 || waiting >= PENDING_MAX {
             return;
         }
         self.next.log_is_full = false;
@@ -264,6 +306,9 @@ impl Shard {
         }
         while let Some(at) = self.later.pop_back() {
             self.ready.push_front(at);
+        }
+        if self.releases_are_due() {
+            self.release_hollow();
         }
         self.send_beside(disk);
     }
@@ -433,25 +478,28 @@ impl Shard {
         }
         self.batch.applied = applied;
         self.batch.clear();
+        if std::mem::take(&mut self.active_ended) {
+            let extents = &self.extents;
+            self.active.retain(|id| extents.at(id.0).is_some_and(|(_, extent)| !extent.ended));
+        }
+        self.releases.batch_ended();
     }
 
     fn apply(&mut self, change: Applied, lsn: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         match change {
             Applied::Set { op, extent: id, block, sum, version, chunk } => {
-                self.extents.wrote(id, version).sums[usize::from(block)] = sum;
+                self.extents.wrote(id, version).set(block, sum);
                 self.mark_dirty(id);
                 if let Some(chunk) = chunk {
                     self.make_pending(id, block, lsn, chunk, disk);
                 }
-                self.count_committed(op);
-                self.end_if_committed(op, disk, outcomes);
+                self.end_part(op, disk, outcomes);
             }
             Applied::Allocated { extent: id, op } => {
                 self.mark_dirty(id);
                 self.shared.counters.allocated.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 if let Some(op) = op {
-                    self.count_committed(op);
-                    self.end_if_committed(op, disk, outcomes);
+                    self.end_part(op, disk, outcomes);
                 }
             }
             Applied::Activated { extent: id } => {
@@ -464,24 +512,46 @@ impl Shard {
                 extent.deactivating = false;
                 extent.active = false;
             }
-            Applied::Cleared { op, extent: id, block, count, state, version } => {
+            Applied::Cleared { op, extent: id, block, count, state, version, hollow } => {
                 let extent = self.extents.wrote(id, version);
-                let sums = &mut extent.sums[usize::from(block)..][..usize::from(count)];
                 if state == Sum::LOST {
+                    let sums = &extent.sums[usize::from(block)..][..usize::from(count)];
                     let fresh = sums.iter().filter(|sum| **sum != Sum::LOST).count();
                     Counters::add(&self.shared.counters.lost_blocks, fresh as u64);
                 }
-                sums.fill(state);
+                extent.cleared(block, count, state, hollow);
+                if hollow {
+                    self.releases.add(id);
+                }
                 self.mark_dirty(id);
-                self.count_committed(op);
-                self.end_if_committed(op, disk, outcomes);
+                self.end_part(op, disk, outcomes);
             }
             Applied::Freed { op, extent: id } => {
                 self.free_extent(id, disk);
-                self.count_committed(op);
-                self.end_if_committed(op, disk, outcomes);
+                if let Some(op) = op {
+                    self.end_part(op, disk, outcomes);
+                }
+            }
+            Applied::Kept { op, extent: id } => {
+                self.extents.get_mut(id).hollow = false;
+                self.end_part(op, disk, outcomes);
+            }
+            Applied::Persisted { op, state } => {
+                self.extents.persisted(state);
+                self.end_part(op, disk, outcomes);
+            }
+            Applied::Forgotten { op, object } => {
+                self.extents.forgotten(object);
+                self.stable_versions.remove(&object);
+                self.end_part(op, disk, outcomes);
             }
         }
+    }
+
+    /// A part of a request is durable.
+    fn end_part(&mut self, op: u32, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.count_committed(op);
+        self.end_if_committed(op, disk, outcomes);
     }
 
     fn count_committed(&mut self, op: u32) {
@@ -520,9 +590,8 @@ impl Shard {
     /// The end of an extent is durable.
     fn free_extent(&mut self, id: ExtentId, disk: &mut impl Disk) {
         let extent = self.extents.get(id);
-        if extent.active || extent.activating {
-            self.active.retain(|active| *active != id);
-        }
+        // One look at the log is enough for all that end with a batch: until then no place is given to another extent.
+        self.active_ended |= extent.active || extent.activating;
         if !self.pending.is_empty() {
             for block in 0..extent.sums.len() {
                 let block = u16::try_from(block).expect("below 1024");
@@ -612,10 +681,16 @@ impl Shard {
         for change in applied.drain(..) {
             let (op, chunk) = match change {
                 Applied::Set { op, chunk, .. } => (op, chunk),
-                Applied::Freed { op, .. }
+                Applied::Freed { op: Some(op), .. }
                 | Applied::Cleared { op, .. }
+                | Applied::Kept { op, .. }
+                | Applied::Persisted { op, .. }
+                | Applied::Forgotten { op, .. }
                 | Applied::Allocated { op: Some(op), .. } => (op, None),
-                _ => continue,
+                Applied::Freed { op: None, .. }
+                | Applied::Allocated { op: None, .. }
+                | Applied::Activated { .. }
+                | Applied::Deactivated { .. } => continue,
             };
             if let Some(chunk) = chunk {
                 disk.pool().release(chunk);

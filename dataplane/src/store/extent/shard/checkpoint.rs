@@ -11,7 +11,9 @@ use torus_uring::{Blocks, IoError};
 
 use super::{Shard, kind};
 use crate::store::extent::extents::ExtentId;
-use crate::store::extent::format::{BLOCK, CheckpointHeader, ENTRY_BYTES, Entry, encode_page};
+use crate::store::extent::format::{
+    BLOCK, CheckpointHeader, ENTRY_BYTES, Entry, RECORD_BYTES, Superblock, encode_page,
+};
 use crate::store::extent::shared::Counters;
 use crate::store::{BLOCK_BYTES, Disk, Durable, Outcome};
 
@@ -59,10 +61,16 @@ pub(super) struct CheckpointState {
 }
 
 impl CheckpointState {
-    /// All memory is taken here, for a shard that may come to have all `slots` of its store; none of it is touched before it is
+    /// All memory is taken here, for a shard that may come to have all slots of its store; none of it is touched before it is
     /// needed.
-    pub(super) fn new(sequence: u64, which: usize, mut dirty: Vec<ExtentId>, slots: u32) -> CheckpointState {
-        let slots = slots as usize;
+    pub(super) fn new(
+        sequence: u64,
+        which: usize,
+        mut dirty: Vec<ExtentId>,
+        layout: &Superblock,
+    ) -> CheckpointState {
+        let slots = layout.slots() as usize;
+        let table_bytes = BLOCK_BYTES + slots * ENTRY_BYTES + layout.state_units_max() * RECORD_BYTES;
         dirty.reserve(slots.saturating_sub(dirty.len()));
         CheckpointState {
             dirty,
@@ -77,7 +85,7 @@ impl CheckpointState {
             at: 0,
             written: Vec::with_capacity(slots),
             in_flight: 0,
-            table: Vec::with_capacity((BLOCK_BYTES + slots * ENTRY_BYTES).next_multiple_of(BLOCK_BYTES)),
+            table: Vec::with_capacity(table_bytes.next_multiple_of(BLOCK_BYTES)),
             table_at: 0,
         }
     }
@@ -204,10 +212,21 @@ impl Shard {
                 version: extent.version,
                 which,
                 active: extent.active,
+                hollow: extent.hollow,
             };
             entry.encode(&mut table);
             entries += 1;
         }
+        let states_at = table.len();
+        let mut states = 0;
+        for state in self.extents.states() {
+            let at = table.len();
+            table.resize(at + state.units() * RECORD_BYTES, 0);
+            state.encode(&mut table[at..]);
+            states += 1;
+        }
+        let state_units = (table.len() - states_at) / RECORD_BYTES;
+        assert!(state_units <= self.layout.state_units_max(), "states have room");
         let scrub = self.scrub.save();
         let header = CheckpointHeader {
             sequence: self.checkpoint.sequence + 1,
@@ -215,7 +234,10 @@ impl Shard {
             tail: self.checkpoint.tail,
             chain: self.checkpoint.chain,
             entries,
-            entries_crc: crc32c::crc32c(&table[BLOCK_BYTES..BLOCK_BYTES + entries as usize * ENTRY_BYTES]),
+            entries_crc: crc32c::crc32c(&table[BLOCK_BYTES..states_at]),
+            states,
+            state_units: u32::try_from(state_units).expect("at most a checkpoint's"),
+            states_crc: crc32c::crc32c(&table[states_at..]),
             scrub_run: scrub.run,
             scrub_cursor: scrub.cursor,
             scrub_errors: scrub.errors,

@@ -29,8 +29,15 @@ impl Shard {
         place.is_some_and(|place| self.pending.contains_key(&place))
     }
 
+    /// How many extents wait for the stable mark to end.
+    #[cfg(test)]
+    pub fn hollow_extents(&self) -> usize {
+        self.extents.iter().filter(|(_, extent)| extent.hollow).count()
+    }
+
     /// Appends the extents of a layer that are in the activity log, in no order. Gives the highest version written to the
-    /// layer: to an extent that is there, or has gone since the shard was opened; 0 for none.
+    /// layer; 0 for none. It never goes back once a state of the layer's replica is durable; before that an extent that has gone
+    /// may take its version with it when the store is opened again.
     pub fn survey(&self, object: u32, active: &mut Vec<HeldExtent>) -> u64 {
         let log = self.active.iter().map(|id| self.extents.get(*id));
         active.extend(log.filter(|extent| extent.object == object).map(|extent| extent.held()));

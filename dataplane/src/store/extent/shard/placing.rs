@@ -159,7 +159,11 @@ impl Shard {
             self.send_sync(false, disk);
         }
         let rest_ns = self.now_ns.saturating_sub(self.committed_ns);
-        if self.is_idle() && !self.is_settled() && (self.closing || rest_ns >= SETTLE_NS) {
+        if self.is_idle()
+            && !self.has_gathered()
+            && !self.is_settled()
+            && (self.closing || rest_ns >= SETTLE_NS)
+        {
             self.settle_step(disk);
         }
     }

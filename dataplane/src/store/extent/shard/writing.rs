@@ -85,16 +85,29 @@ impl Shard {
         self.merge_if_read(at, disk, outcomes);
     }
 
-    /// Begins to take from a layer every block from `from_block` on, which nobody uses any more. The end is told as an event.
+    /// Begins to take from a layer every block from `from_block` on, which nobody uses any more: with the first one the layer ends, and
+    /// what was kept of its replica. The end is told as an event.
     pub fn unmap(&mut self, object: u32, from_block: u64) {
-        let what = What::Unmap { from_block, to_block: u64::MAX, next: 0 };
+        let (copies, version) = (Copies::Sole, 0);
+        let what = What::Unmap { from_block, to_block: u64::MAX, next: 0, copies, version };
         let at = u32::try_from(self.ops.insert(Op::new(None, what, object, 0, 0))).expect("32 bits");
         self.ready.push_back(at);
     }
 
     /// Begins to take blocks from a layer: they read as zeros then. The caller orders it as a write of them.
-    pub fn unmap_range(&mut self, request: RequestToken, object: u32, blocks: Range<u64>) {
-        let what = What::Unmap { from_block: blocks.start, to_block: blocks.end, next: 0 };
+    ///
+    /// An extent of which all blocks go gives its slot back at once where the copy is the only one. Else it stays listed, with the
+    /// version and in the activity log, until the stable mark has passed.
+    pub fn unmap_range(
+        &mut self,
+        request: RequestToken,
+        object: u32,
+        blocks: Range<u64>,
+        copies: Copies,
+        version: u64,
+    ) {
+        let (from_block, to_block) = (blocks.start, blocks.end);
+        let what = What::Unmap { from_block, to_block, next: 0, copies, version };
         let op = Op::new(Some(request), what, object, blocks.start, 0);
         self.await_batch(op);
     }
@@ -126,7 +139,7 @@ impl Shard {
     }
 
     /// Lets a request without data wait for a batch. After a failure the next turn ends it.
-    fn await_batch(&mut self, mut op: Op) {
+    pub(super) fn await_batch(&mut self, mut op: Op) {
         op.failure = self.failed;
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
         self.ready.push_back(at);
@@ -184,8 +197,11 @@ impl Shard {
     pub(super) fn take_into_batch(&mut self, at: u32, data_max: usize, disk: &mut impl Disk) -> Taken {
         match self.ops[at as usize].what {
             What::Write { copies, version, .. } => self.take_write(at, copies, version, data_max, disk),
-            What::Unmap { from_block, to_block, next } => self.take_unmap(at, from_block..to_block, next),
+            What::Unmap { from_block, to_block, next, copies, version } => {
+                self.take_unmap(at, from_block..to_block, next, copies, version)
+            }
             What::Reserve => self.take_reserve(at),
+            What::Persist => self.take_persist(at),
             What::Lose { to_block, copies, version } => self.take_lose(at, to_block, copies, version),
             What::Read | What::Salvage | What::Digest => unreachable!("reads need no batch"),
         }
@@ -199,9 +215,7 @@ impl Shard {
         data_max: usize,
         disk: &mut impl Disk,
     ) -> Taken {
-        if let Copies::Others { stable_version } = copies {
-            self.set_stable(self.ops[at as usize].object, stable_version);
-        }
+        let replicated = self.is_replicated(self.ops[at as usize].object, copies);
         loop {
             let op = &self.ops[at as usize];
             if op.queued == op.count {
@@ -224,7 +238,10 @@ impl Shard {
                     None => return Taken::Starved,
                 },
             };
-            let replicated = matches!(copies, Copies::Others { .. });
+            if self.extents.get(id).ending {
+                // It was hollow, and is given another slot when that end is durable.
+                return Taken::Later;
+            }
             if replicated && self.extents.get(id).deactivating {
                 // This batch takes its region out of the log: the next one can put it back.
                 return Taken::Later;
@@ -282,7 +299,7 @@ impl Shard {
     }
 
     /// Ends a request that cannot go on, unless a batch has a part of it: then when that has ended.
-    fn refuse(&mut self, at: u32, why: StoreError) -> Taken {
+    pub(super) fn refuse(&mut self, at: u32, why: StoreError) -> Taken {
         let op = &mut self.ops[at as usize];
         op.failure.get_or_insert(why);
         op.count = op.queued;
@@ -292,10 +309,7 @@ impl Shard {
     fn take_lose(&mut self, at: u32, to_block: u64, copies: Copies, version: u64) -> Taken {
         let op = &self.ops[at as usize];
         let (object, blocks) = (op.object, op.first_block..to_block);
-        let replicated = matches!(copies, Copies::Others { .. });
-        if let Copies::Others { stable_version } = copies {
-            self.set_stable(object, stable_version);
-        }
+        let replicated = self.is_replicated(object, copies);
         loop {
             let op = &self.ops[at as usize];
             if op.queued == op.count {
@@ -316,7 +330,8 @@ impl Shard {
                 },
             };
             let part = part_of_extent(number, &blocks);
-            if self.extents.get(id).deactivating || self.is_pending_in(id, &part) {
+            let extent = self.extents.get(id);
+            if extent.ending || extent.deactivating || self.is_pending_in(id, &part) {
                 return Taken::Later;
             }
             if replicated && !self.extents.get(id).active {
@@ -325,10 +340,28 @@ impl Shard {
             let version = if version == 0 { self.next_lsn() } else { version };
             let extent = self.extents.get_mut(id);
             extent.touched = true;
-            let (slot, block, count, state) = (extent.slot, part.start, part.end - part.start, Sum::LOST);
-            let record = Record::Clear { slot, block, count, state, version };
-            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, state, version });
+            self.clear(at, id, part, Sum::LOST, version, false);
             self.ops[at as usize].queued += 1;
+        }
+    }
+
+    /// Gives the batch in the making a change of blocks to a state without data.
+    fn clear(&mut self, op: u32, id: ExtentId, blocks: Range<u16>, state: Sum, version: u64, hollow: bool) {
+        let (slot, block) = (self.extents.get(id).slot, blocks.start);
+        let count = blocks.end - blocks.start;
+        let record = Record::Clear { slot, block, count, state, version, hollow };
+        let applied = Applied::Cleared { op, extent: id, block, count, state, version, hollow };
+        self.next.record(record, applied);
+    }
+
+    /// Whether a change of a layer is one of several copies: see [`Copies`]. Takes in how far all of them are.
+    fn is_replicated(&mut self, object: u32, copies: Copies) -> bool {
+        match copies {
+            Copies::Sole => false,
+            Copies::Others { stable_version } => {
+                self.set_stable(object, stable_version);
+                true
+            }
         }
     }
 
@@ -344,7 +377,16 @@ impl Shard {
             if extent.ending || extent.allocated_lsn > self.journal.lsn {
                 return Taken::Later;
             }
-            self.ops[at as usize].count = 0;
+            if !extent.hollow {
+                self.ops[at as usize].count = 0;
+                return Taken::Whole;
+            }
+            if !self.next.has_room_for(1) {
+                return Taken::Part;
+            }
+            let slot = extent.slot;
+            self.next.record(Record::Keep { slot }, Applied::Kept { op: at, extent: id });
+            self.ops[at as usize].queued = 1;
             return Taken::Whole;
         }
         if !self.next.has_room_for(1) {
@@ -402,8 +444,7 @@ impl Shard {
     fn evict_region(&mut self) -> bool {
         for _ in 0..2 * self.active.len() {
             let Some(id) = self.active.pop_front() else { return false };
-            let (object, version) = (self.extents.get(id).object, self.extents.get(id).version);
-            let is_stable = self.stable_versions.get(&object).is_some_and(|stable| version <= *stable);
+            let is_stable = self.is_stable(self.extents.get(id));
             let extent = self.extents.get_mut(id);
             // The next one to open the store must know of a suspect region too.
             let kept = extent.activating || extent.suspect || extent.ending;
@@ -421,8 +462,16 @@ impl Shard {
         false
     }
 
-    fn take_unmap(&mut self, at: u32, blocks: Range<u64>, mut next: u32) -> Taken {
+    fn take_unmap(
+        &mut self,
+        at: u32,
+        blocks: Range<u64>,
+        mut next: u32,
+        copies: Copies,
+        version: u64,
+    ) -> Taken {
         let object = self.ops[at as usize].object;
+        let replicated = self.is_replicated(object, copies);
         // It takes what was written before it, and nothing that is written after it. What the batch in flight has may be on its
         // way to its place when that has ended.
         if self.batch_in_flight()
@@ -447,49 +496,70 @@ impl Shard {
             } else {
                 self.extents.at(next).filter(|(_, extent)| extent.object == object).map(|(id, _)| id)
             };
-            let found = found.filter(|id| !self.extents.get(*id).ending && !self.extents.get(*id).ended);
+            // An extent that is not here needs no trace of its end. Room for it is made on every in-sync copy before data are sent
+            // to any: so none has anything of it, or one had its end passed by the stable mark and all have, or this copy missed what
+            // made it elsewhere, and is stale.
+            let found = found.filter(|id| !self.extents.get(*id).ended);
             if let Some(id) = found {
                 let gone = part_of_extent(self.extents.get(id).number, &blocks);
-                let is_whole = gone.start == 0 && u32::from(gone.end) == EXTENT_BLOCKS;
-                let waits = !is_whole && self.is_pending_in(id, &gone);
-                let is_full = records >= UNMAP_RECORDS_MAX || !self.next.has_room_for(1);
+                // Its entry goes, and what is on its way to its place with it.
+                let ends = !replicated && is_whole(&gone);
+                let extent = self.extents.get(id);
+                // An end that is not durable is not to be acknowledged as one.
+                let waits = extent.ending
+                    || !ends && (replicated && extent.deactivating || self.is_pending_in(id, &gone));
+                let needed = if replicated { RECORDS_NEEDED } else { 1 };
+                let is_full = records >= UNMAP_RECORDS_MAX || !self.next.has_room_for(needed);
                 if !gone.is_empty() && (waits || is_full) {
                     break;
                 }
-                self.take_extent(at, id, gone);
+                if ends {
+                    self.end_extent(id, Some(at));
+                    self.count_queued(at);
+                } else {
+                    // What every copy does by itself, without a head, is no write: numbers of batches mean nothing beside a head's.
+                    let version = if is_known { version } else { self.newest_version(id) };
+                    self.take_blocks(at, id, gone, replicated, version);
+                }
                 records += 1;
             }
             next += 1;
         }
-        let is_whole = next >= steps;
-        let next = if is_whole { u32::MAX } else { next };
-        self.ops[at as usize].what = What::Unmap { from_block: blocks.start, to_block: blocks.end, next };
-        if is_whole { Taken::Whole } else { Taken::Later }
+        let is_end_of_layer = !is_known && blocks.start == 0;
+        let is_done = next >= steps && (!is_end_of_layer || self.take_forget(at));
+        let next = if is_done { u32::MAX } else { next };
+        let (from_block, to_block) = (blocks.start, blocks.end);
+        self.ops[at as usize].what = What::Unmap { from_block, to_block, next, copies, version };
+        if is_done { Taken::Whole } else { Taken::Later }
     }
 
-    /// Takes blocks of an extent, if any of them has something.
-    fn take_extent(&mut self, at: u32, id: ExtentId, blocks: Range<u16>) {
-        let version = self.next_lsn();
-        let extent = self.extents.get_mut(id);
-        let slot = extent.slot;
-        if blocks.start == 0 && u32::from(blocks.end) == EXTENT_BLOCKS {
-            extent.ending = true;
-            self.shared.begin_giving_back();
-            self.next.record(Record::Free { slot }, Applied::Freed { op: at, extent: id });
-        } else if extent.sums[usize::from(blocks.start)..usize::from(blocks.end)]
-            .iter()
-            .any(|sum| *sum != Sum::ABSENT)
-        {
-            let (block, count) = (blocks.start, blocks.end - blocks.start);
-            let state = Sum::ABSENT;
-            let record = Record::Clear { slot, block, count, state, version };
-            self.next.record(record, Applied::Cleared { op: at, extent: id, block, count, state, version });
-        } else {
-            return;
-        }
+    /// One more part of a request is in the batch in the making than was known to come.
+    pub(super) fn count_queued(&mut self, at: u32) {
         let op = &mut self.ops[at as usize];
         op.count += 1;
         op.queued += 1;
+    }
+
+    /// Takes blocks of an extent that stays listed: those of a sole copy if any of them has something, those of one of several always,
+    /// since another copy may have something, and the change's version must be found.
+    fn take_blocks(&mut self, at: u32, id: ExtentId, blocks: Range<u16>, replicated: bool, version: u64) {
+        let extent = self.extents.get_mut(id);
+        let has_some = extent.sums[usize::from(blocks.start)..usize::from(blocks.end)]
+            .iter()
+            .any(|sum| *sum != Sum::ABSENT);
+        if blocks.is_empty() || !(has_some || replicated) {
+            return;
+        }
+        if replicated {
+            extent.touched = true;
+            if !extent.active {
+                self.activate(id);
+            }
+        }
+        let version = if version == 0 { self.next_lsn() } else { version };
+        let hollow = replicated && is_whole(&blocks);
+        self.clear(at, id, blocks, Sum::ABSENT, version, hollow);
+        self.count_queued(at);
     }
 
     /// Whether data of these blocks are on their way to their place: what is written there later must not be overtaken.
@@ -535,6 +605,11 @@ fn part_of_extent(number: u32, blocks: &Range<u64>) -> Range<u16> {
         u16::try_from(block.saturating_sub(begin).min(u64::from(EXTENT_BLOCKS))).expect("at most 1024")
     };
     within(blocks.start)..within(blocks.end)
+}
+
+/// Whether these are all blocks of an extent.
+fn is_whole(blocks: &Range<u16>) -> bool {
+    blocks.start == 0 && u32::from(blocks.end) == EXTENT_BLOCKS
 }
 
 const _: () = assert!(EXTENT_BLOCKS <= u16::MAX as u32);

@@ -2,11 +2,12 @@
 //! what that means, or it must not matter.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use crate::store::BLOCK_BYTES;
 use crate::store::extent::format::{
-    BLOCK, BatchHeader, CheckpointHeader, EXTENT_BLOCKS, JournalName, RECORDS_MAX, Record, ShardName, Sum,
-    Superblock, decode_batch, encode_batch,
+    BLOCK, BatchHeader, CheckpointHeader, EXTENT_BLOCKS, JournalName, LayerState, RECORDS_MAX, Record,
+    ReplicaState, ShardName, Sum, Superblock, decode_batch, encode_batch,
 };
 use crate::store::extent::recovery::{self, RecoveryError};
 
@@ -98,7 +99,7 @@ pub(super) fn rot_everywhere(plan: &Plan, seed: u64, lab: &mut Lab) {
         let error = outcome(&rested, media, &|_| false, lab).unwrap_err();
         assert!(matches!(error, RecoveryError::NoCheckpoint { .. }), "{error}");
         for checkpoint in &checkpoints {
-            for block in *checkpoint..checkpoint + 2 {
+            for block in *checkpoint..checkpoint + u64::from(layout.checkpoint_blocks) {
                 let mut media = rested.media.clone();
                 if media.rot(block, rng.index(40)) {
                     // The other one with all that followed it, or nothing.
@@ -171,7 +172,8 @@ pub(super) fn nonsense(plan: &Plan, seed: u64, lab: &mut Lab) {
         let mut media = rested.media.clone();
         let still = Still(RefCell::new(media.clone()));
         let journal = recovery::read(layout, shard, &still).unwrap().recovered.journal;
-        let records: Vec<Record> = (0..rng.index(RECORDS_MAX)).map(|_| record(layout, &mut rng)).collect();
+        let records: Vec<Record> =
+            (0..rng.index(RECORDS_MAX / 3)).map(|_| record(layout, &mut rng)).collect();
         let data = records.iter().filter(|record| matches!(record, Record::Set { in_journal: true, .. }));
         let header = BatchHeader {
             open_count: layout.open_count,
@@ -256,7 +258,7 @@ fn record(layout: &Superblock, rng: &mut Rng) -> Record {
     let slot = rng.below(u64::from(layout.slots()) + beyond) as u32;
     let block = rng.below(EXTENT_BLOCKS.into()) as u16;
     let version = rng.next();
-    match rng.below(6) {
+    match rng.below(10) {
         // Without data in the journal, mostly: a batch of this length has none.
         0 => Record::Set {
             slot,
@@ -267,15 +269,26 @@ fn record(layout: &Superblock, rng: &mut Rng) -> Record {
             in_journal: rng.one_in(500),
         },
         1 => Record::Allocate { slot, object: rng.below(4) as u32, extent: rng.below(4) as u32 },
-        2 => Record::Free { slot },
+        2 => Record::Free { slot, object: rng.below(4) as u32, version },
         3 => Record::Clear {
             slot,
             block,
             count: rng.below(u64::from(EXTENT_BLOCKS) - u64::from(block)) as u16,
             state: Sum::LOST,
             version,
+            hollow: false,
         },
         4 => Record::Activate { slot },
+        5 => Record::Keep { slot },
+        6 => Record::Forget { object: rng.below(4) as u32 },
+        7 => {
+            let count = EXTENT_BLOCKS as u16;
+            Record::Clear { slot, block: 0, count, state: Sum::ABSENT, version, hollow: true }
+        }
+        8 => {
+            let (object, state) = (rng.below(4) as u32, Arc::new(ReplicaState::default()));
+            Record::Persist(LayerState { object, version, state })
+        }
         _ => Record::Deactivate { slot },
     }
 }

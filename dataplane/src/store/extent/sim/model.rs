@@ -3,10 +3,11 @@
 //! A value that was read, or found when the store was opened, stays: only a new write may change it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::store::BLOCK_BYTES;
 use crate::store::extent::extents::{Extent, FoldMap, HeldExtent};
-use crate::store::extent::format::EXTENT_BLOCKS;
+use crate::store::extent::format::{EXTENT_BLOCKS, ReplicaState};
 use crate::store::extent::shard::block_hash;
 
 use super::disk::SECTOR;
@@ -181,6 +182,13 @@ struct Presence {
     /// Bounds of its highest version.
     least: u64,
     most: u64,
+    /// The highest version of an acknowledged change that other copies have too and the stable mark has not passed: the extent is in the
+    /// activity log. 0 for none.
+    logged: u64,
+    /// All of it was taken away by a change of that version, and it must be there all the same until the stable mark has passed.
+    hollow: Option<u64>,
+    /// A change that ended with an error may have made it stay.
+    may_stay: bool,
 }
 
 /// The extents that there may be, by layer and number.
@@ -208,7 +216,9 @@ impl Presences {
         for number in extents_of(blocks) {
             let presence = self.0.get_mut(&(object, number)).unwrap();
             presence.asked -= 1;
-            presence.may |= u64::from(number) * u64::from(EXTENT_BLOCKS) < undone_from;
+            let may_be_done = u64::from(number) * u64::from(EXTENT_BLOCKS) < undone_from;
+            presence.may |= may_be_done;
+            presence.may_stay |= may_be_done;
             if !presence.may && presence.asked == 0 {
                 self.0.remove(&(object, number));
             }
@@ -231,13 +241,62 @@ impl Presences {
     }
 
     /// It was acknowledged.
-    pub(super) fn done(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
+    pub(super) fn done(&mut self, object: u32, blocks: &Range<u64>, version: u64, replicated: bool) {
         for number in extents_of(blocks) {
             let presence = self.0.get_mut(&(object, number)).unwrap();
             (presence.must, presence.may) = (true, true);
             presence.asked -= 1;
+            presence.hollow = None;
             presence.least = version.max(presence.least);
+            if replicated {
+                presence.logged = version.max(presence.logged);
+            }
         }
+    }
+
+    /// Whether all of an extent is known to have been taken away, and that it is there all the same until the stable mark has passed.
+    pub(super) fn is_hollow(&self, object: u32, number: u32) -> bool {
+        let is_hollow = |known: &Presence| known.hollow.is_some() && !known.may_stay;
+        self.0.get(&(object, number)).is_some_and(is_hollow)
+    }
+
+    /// An extent of that kind, by layer and number.
+    pub(super) fn first_hollow(&self) -> Option<(u32, u32)> {
+        self.0.iter().filter(|(_, known)| known.hollow.is_some()).map(|(key, _)| *key).min()
+    }
+
+    /// Blocks begin to be taken away that other copies have too.
+    pub(super) fn begin_trim(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
+        for (_, _, presence) in self.concerned(object, blocks) {
+            presence.most = version.max(presence.most);
+        }
+    }
+
+    /// They were.
+    pub(super) fn trimmed(&mut self, object: u32, blocks: &Range<u64>, version: u64) {
+        for (is_whole, _, presence) in self.concerned(object, blocks).filter(|(_, _, known)| known.must) {
+            presence.least = version.max(presence.least);
+            presence.logged = version.max(presence.logged);
+            presence.may_stay &= !is_whole;
+            if is_whole || presence.hollow.is_some() {
+                presence.hollow = Some(presence.least);
+            }
+        }
+    }
+
+    /// It is told that all copies have every change up to a version; how many extents may go for that.
+    pub(super) fn stable(&mut self, object: u32, version: u64) -> u64 {
+        let mut gone = 0;
+        for (_, presence) in self.0.iter_mut().filter(|((of, _), _)| *of == object) {
+            if presence.logged <= version {
+                presence.logged = 0;
+            }
+            if presence.hollow.is_some_and(|hollow| hollow <= version) {
+                (presence.must, presence.least, presence.hollow) = (false, 0, None);
+                gone += 1;
+            }
+        }
+        gone
     }
 
     fn concerned(
@@ -254,13 +313,15 @@ impl Presences {
         })
     }
 
-    /// Blocks begin to be taken away, and extents with them where all of them go.
-    pub(super) fn begin_removal(&mut self, object: u32, blocks: &Range<u64>) {
+    /// Blocks begin to be taken away, and extents with them where all of them go. `version` is that of the change, if it has one; 0 for
+    /// the store's own.
+    pub(super) fn begin_removal(&mut self, object: u32, blocks: &Range<u64>, version: Option<u64>) {
         for (is_whole, _, presence) in self.concerned(object, blocks) {
             if is_whole {
-                presence.must = false;
-            } else {
-                presence.most = u64::MAX;
+                (presence.must, presence.logged, presence.hollow) = (false, 0, None);
+            } else if let Some(version) = version {
+                let most = if version == 0 { u64::MAX } else { version };
+                presence.most = most.max(presence.most);
             }
         }
     }
@@ -287,6 +348,9 @@ impl Presences {
             if extent.version > known.most || known.must && extent.version < known.least {
                 return Err(format!("object {object}: {extent:?}, known is {known:?}"));
             }
+            if known.logged > 0 && !extent.active {
+                return Err(format!("object {object}: {extent:?} is not in the activity log: {known:?}"));
+            }
         }
         let missing = self.0.iter().find(|((of, number), known)| {
             *of == object && known.must && held.iter().all(|extent| extent.number != *number)
@@ -302,8 +366,63 @@ impl Presences {
             asked: 0,
             least: extent.version,
             most: extent.version,
+            logged: if extent.active { extent.version } else { 0 },
+            hollow: extent.hollow.then_some(extent.version),
+            may_stay: false,
         };
         self.0 = extents.map(|extent| ((extent.object, extent.number), found(extent))).collect();
+    }
+}
+
+/// What may be kept of a replica: what is known to be durable, and what has been asked for since, in this order.
+#[derive(Debug, Clone)]
+pub(super) struct Kept(Vec<Option<Arc<ReplicaState>>>);
+
+impl Kept {
+    /// This, durably.
+    pub(super) fn new(state: Option<Arc<ReplicaState>>) -> Kept {
+        Kept(vec![state])
+    }
+
+    /// Another one is asked for; `None` for the end of it.
+    pub(super) fn begin(&mut self, state: Option<Arc<ReplicaState>>) {
+        self.0.push(state);
+    }
+
+    /// It is acknowledged: none that was asked for before it may be found again.
+    pub(super) fn done(&mut self, state: Option<&Arc<ReplicaState>>) {
+        let at = self.0.iter().rposition(|one| one.as_ref() == state).expect("it was asked for");
+        self.0.drain(..at);
+    }
+
+    /// It was refused.
+    pub(super) fn refused(&mut self, state: &Arc<ReplicaState>) {
+        self.0.retain(|one| one.as_ref() != Some(state));
+    }
+
+    /// What is known to be durable.
+    pub(super) fn known(&self) -> Option<&Arc<ReplicaState>> {
+        self.0[0].as_ref()
+    }
+
+    /// Whether something else was asked for.
+    pub(super) fn is_changing(&self) -> bool {
+        self.0.len() > 1
+    }
+
+    /// Whether something is kept, whatever has become of what was asked for.
+    pub(super) fn is_certain(&self) -> bool {
+        self.0.iter().all(Option::is_some)
+    }
+
+    /// The most that it may take, units of a record.
+    pub(super) fn units(&self) -> usize {
+        self.0.iter().flatten().map(|state| state.units()).max().unwrap_or(0)
+    }
+
+    /// Whether this may be found.
+    pub(super) fn allows(&self, state: Option<&Arc<ReplicaState>>) -> bool {
+        self.0.iter().any(|one| one.as_ref() == state)
     }
 }
 

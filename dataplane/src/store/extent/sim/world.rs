@@ -9,7 +9,9 @@ use af_xdp::region::{Pool, Region, RegionConfig};
 use torus_uring::Blocks;
 
 use crate::store::extent::extents::{FoldMap, FreeSlot};
-use crate::store::extent::format::{EXTENT_BLOCKS, Segment, Shape, Sum, Superblock};
+use crate::store::extent::format::{
+    EPOCHS_MAX, EXTENT_BLOCKS, Epochs, ReplicaState, Segment, Shape, Sum, Superblock,
+};
 use crate::store::extent::recovery::{self, Image, Medium, RecoveryError};
 use crate::store::extent::shard::{
     BlockDigest, Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms,
@@ -18,7 +20,7 @@ use crate::store::extent::shared::{ShardEvent, Shared};
 use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
 
 use super::disk::{Faults, Media, Rng, SECTOR, SimDisk, Still};
-use super::model::{Held, Key, Model, Presences, SECTORS, Values, fill, values_of};
+use super::model::{Held, Kept, Key, Model, Presences, SECTORS, Values, fill, values_of};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -85,6 +87,19 @@ pub(super) struct Coverage {
     pub(super) suspects_made_whole: u64,
     pub(super) salvages: u64,
     pub(super) salvaged_suspects: u64,
+    pub(super) persisted: u64,
+    pub(super) refused_persists: u64,
+    pub(super) states_after_crash: u64,
+    /// Found after a crash, and not known to be durable before.
+    pub(super) newer_states: u64,
+    pub(super) forgotten: u64,
+    pub(super) versions_after_crash: u64,
+    /// Of layers none of whose extents has it.
+    pub(super) versions_of_gone: u64,
+    pub(super) hollow: u64,
+    pub(super) hollow_after_crash: u64,
+    pub(super) released: u64,
+    pub(super) kept_hollow: u64,
 }
 
 /// What a history is like.
@@ -108,6 +123,8 @@ pub(super) struct Plan {
     pub(super) scrub: bool,
     /// Of so many requests one is an unmap; 0 for none.
     pub(super) unmaps: u64,
+    /// Of so many requests one is for a replica's state to be kept.
+    pub(super) persists: u64,
     pub(super) faults: Faults,
     /// Of so many crash points one is gone on from.
     pub(super) nest: u64,
@@ -120,7 +137,9 @@ impl Plan {
         let mut layout = Superblock::new(cluster, node, store, [7; 16], 64 << 20, Shape::default()).unwrap();
         layout.shards = self.shards;
         layout.journal_blocks = self.journal_blocks;
-        layout.checkpoint_blocks = 2;
+        // Room for one of the largest states and a few small ones.
+        layout.state_blocks = 1;
+        layout.checkpoint_blocks = 3;
         layout.active_max = self.active_max;
         layout.open_count = 1;
         let pages_offset = layout.checkpoint_offset(self.shards, 0);
@@ -181,10 +200,11 @@ enum Doing {
     Read,
     Salvage,
     Digest,
-    Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64 },
+    Write { masks: Vec<u8>, values: Vec<Values>, in_place: bool, version: u64, replicated: bool },
     Reserve { is_there: bool },
-    Lose { version: u64 },
-    Trim,
+    Lose { version: u64, replicated: bool },
+    Trim { version: u64, replicated: bool },
+    Persist { state: Arc<ReplicaState> },
     Unmap,
 }
 
@@ -354,6 +374,10 @@ pub(super) struct World {
     pub(super) disk: SimDisk,
     pub(super) model: Model,
     presences: Presences,
+    /// What is kept of replicas, by layer.
+    kept: FoldMap<u32, Kept>,
+    /// The highest version that each layer was seen to have.
+    highest: FoldMap<u32, u64>,
     ops: Vec<Op>,
     outcomes: Vec<Outcome>,
     rng: Rng,
@@ -407,6 +431,12 @@ impl World {
         let mut presences = Presences::default();
         let extents = opened.images.iter().flat_map(|image| image.recovered.extents.iter());
         presences.settle(extents.map(|(_, extent)| extent));
+        let (mut kept, mut highest) = (FoldMap::default(), FoldMap::default());
+        for object in 0..plan.objects {
+            let extents = &opened.images[object as usize % opened.images.len()].recovered.extents;
+            kept.insert(object, Kept::new(extents.state(object).cloned()));
+            highest.insert(object, extents.highest_version(object));
+        }
         let layout = Arc::new(layout);
         let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks));
         disk.faults = plan.faults;
@@ -439,6 +469,8 @@ impl World {
             disk,
             model,
             presences,
+            kept,
+            highest,
             ops: Vec::new(),
             outcomes: Vec::new(),
             now_ns: 1_000_000 * rng.below(1000),
@@ -485,11 +517,11 @@ impl World {
     fn step(&mut self, lab: &mut Lab) {
         match self.rng.below(16) {
             0..5 if self.ops.len() < self.plan.concurrent => self.begin_op(lab),
-            0..8 if self.rng.one_in(16) => {
+            0..8 if self.rng.one_in(12) => {
                 let object = self.rng.below(self.plan.objects.into()) as u32;
                 self.take_inventory(object, lab);
             }
-            0..8 => self.turn(),
+            0..8 => self.turn(lab),
             8 if !self.held_back.is_empty() && self.rng.one_in(4) => {
                 let waits = |op: &&Op| matches!(op.doing, Doing::Write { .. });
                 if self.shared.free.is_empty() {
@@ -499,7 +531,7 @@ impl World {
                 }
                 self.prepare_slots();
             }
-            _ => self.end_request(),
+            _ => self.end_request(lab),
         }
         self.collect(lab);
     }
@@ -526,6 +558,18 @@ impl World {
         active.sort_unstable_by_key(|extent| extent.number);
         assert!(active.iter().eq(held.iter().filter(|extent| extent.active)), "{active:?} of {held:?}");
         assert!(held.iter().all(|extent| extent.version <= highest), "{highest} of {held:?}");
+        let ends = |op: &Op| op.object == object && op.first == 0 && matches!(op.doing, Doing::Unmap);
+        if !self.ops.iter().any(ends) {
+            let before = self.highest.insert(object, highest).unwrap();
+            assert!(highest >= before, "object {object}: {highest} after {before}");
+        }
+        let (kept, state) = (&self.kept[&object], shard.state(object));
+        assert!(
+            kept.known() == state || kept.is_changing() && kept.allows(state),
+            "object {object}: {state:?}, known is {kept:?}"
+        );
+        let hollow = held.iter().filter(|extent| self.presences.is_hollow(object, extent.number));
+        lab.coverage.hollow += hollow.count() as u64;
         lab.coverage.lists += 1;
         lab.coverage.listed += held.len() as u64;
         lab.coverage.surveyed_active += active.len() as u64;
@@ -541,6 +585,28 @@ impl World {
                 .collect();
             self.presences.check(object, &held).unwrap_or_else(|error| panic!("after a crash: {error}"));
             lab.coverage.inventories_after_crash += 1;
+            let extents = &images[self.shard_of(object)].recovered.extents;
+            for number in held.iter().map(|extent| extent.number) {
+                if self.presences.is_hollow(object, number) {
+                    let (_, extent) = extents.first_from(object, number).unwrap();
+                    assert!(
+                        extent.hollow || self.ops.iter().any(|op| op.object == object),
+                        "after a crash: object {object}: extent {number} does not go by itself any more"
+                    );
+                    lab.coverage.hollow_after_crash += 1;
+                }
+            }
+            let (kept, state) = (&self.kept[&object], extents.state(object));
+            assert!(kept.allows(state), "after a crash: object {object}: {state:?}, known is {kept:?}");
+            lab.coverage.states_after_crash += u64::from(state.is_some());
+            lab.coverage.newer_states += u64::from(kept.known() != state);
+            if kept.is_certain() {
+                let (highest, before) = (extents.highest_version(object), self.highest[&object]);
+                assert!(highest >= before, "after a crash: object {object}: {highest} after {before}");
+                lab.coverage.versions_after_crash += 1;
+                let is_gone = held.iter().all(|extent| extent.version < highest);
+                lab.coverage.versions_of_gone += u64::from(highest > 0 && is_gone);
+            }
         }
     }
 
@@ -551,12 +617,12 @@ impl World {
         self.shared.set_no_more(true);
     }
 
-    fn turn(&mut self) {
+    fn turn(&mut self, lab: &mut Lab) {
         self.now_ns += match self.rng.below(8) {
             0 => 250_000_000,
             1 => 1_100_000_000,
             2 => {
-                self.tell_stable();
+                self.tell_stable(lab);
                 1000
             }
             _ => self.rng.below(2_000_000),
@@ -565,8 +631,8 @@ impl World {
         self.shards[at].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
     }
 
-    fn end_request(&mut self) {
-        let Some((token, blocks, result)) = self.disk.end_any(&mut self.rng) else { return self.turn() };
+    fn end_request(&mut self, lab: &mut Lab) {
+        let Some((token, blocks, result)) = self.disk.end_any(&mut self.rng) else { return self.turn(lab) };
         let shard = (token >> SHARD_SHIFT & SHARD_MASK) as usize;
         let token = token & !(SHARD_MASK << SHARD_SHIFT);
         self.shards[shard].finished(token, blocks, result, &mut self.disk, &mut self.outcomes);
@@ -585,19 +651,44 @@ impl World {
     /// Writes with a version up to this are on all copies.
     fn stable_version(&self) -> u64 {
         let versions = self.ops.iter().filter_map(|op| match op.doing {
-            Doing::Write { version, .. } | Doing::Lose { version } => Some(version),
+            Doing::Write { version, .. } | Doing::Lose { version, .. } | Doing::Trim { version, .. } => {
+                Some(version)
+            }
             _ => None,
         });
         versions.min().unwrap_or(self.version + 1) - 1
     }
 
     /// The heads tell how far all copies are.
-    fn tell_stable(&mut self) {
+    fn tell_stable(&mut self, lab: &mut Lab) {
         let version = self.stable_version();
         for object in 0..self.plan.objects {
             let shard = self.shard_of(object);
+            self.may_release(object, version, lab);
             self.shards[shard].set_stable(object, version);
         }
+    }
+
+    /// Extents of a layer may go that wait for a mark which is told now.
+    fn may_release(&mut self, object: u32, stable_version: u64, lab: &mut Lab) {
+        let gone = self.presences.stable(object, stable_version);
+        lab.coverage.released += gone;
+        if gone > 0 {
+            // What was relied on when it began may be none of theirs any more.
+            self.ops.iter_mut().filter(|op| op.object == object).for_each(|op| op.needs_slots = true);
+        }
+    }
+
+    /// Whether a change has other copies; it tells the store how far all of them are.
+    fn copies(&mut self, object: u32, lab: &mut Lab) -> (bool, Copies) {
+        if self.rng.below(8) >= self.plan.replicated {
+            return (false, Copies::Sole);
+        }
+        // A head does not always know how far the others are.
+        let behind = if self.rng.one_in(3) { 0 } else { self.rng.below(16) };
+        let stable_version = self.stable_version().saturating_sub(behind);
+        self.may_release(object, stable_version, lab);
+        (true, Copies::Others { stable_version })
     }
 
     fn shard_of(&self, object: u32) -> usize {
@@ -616,14 +707,22 @@ impl World {
         if self.plan.unmaps > 0 && self.rng.one_in(self.plan.unmaps) {
             let whole = self.rng.one_in(2);
             let from = if whole { first - within } else { first };
-            return match self.rng.below(2) {
+            // Where copies are many, extents that go with one of them are what is sought.
+            let kinds = if self.plan.replicated > 5 { 4 } else { 2 };
+            return match self.rng.below(kinds) {
                 0 => self.begin_unmap(object, from, lab),
                 _ => self.begin_trim(object, from, lab),
             };
         }
+        if self.rng.one_in(self.plan.persists) {
+            return self.begin_persist(object);
+        }
         if self.rng.one_in(12) {
             // Behind the last extent of the others too: there it is the first to come.
             let extent = extent + self.rng.below(2);
+            if let Some((object, extent)) = self.presences.first_hollow().filter(|_| self.rng.one_in(2)) {
+                return self.begin_reserve(object, extent, lab);
+            }
             return self.begin_reserve(object, extent as u32, lab);
         }
         // Few crashes leave a block suspect: so those are sought.
@@ -695,16 +794,15 @@ impl World {
             }
             values.push(one);
         }
-        let replicated = self.rng.below(8) < self.plan.replicated;
-        let stable_version = self.stable_version();
+        let (replicated, copies) = self.copies(object, lab);
         self.version += 1;
         let version = self.version;
-        let copies = if replicated { Copies::Others { stable_version } } else { Copies::Sole };
         let in_place = replicated && self.plan.atomic;
         lab.coverage.in_place += u64::from(in_place);
         lab.coverage.long += u64::from(count > 3);
         self.presences.begin(object, &(first..first + count), self.told(version));
-        let request = self.begun(object, first, count, Doing::Write { masks, values, in_place, version });
+        let doing = Doing::Write { masks, values, in_place, version, replicated };
+        let request = self.begun(object, first, count, doing);
         let terms = WriteTerms {
             keep_head_bytes: (head as usize * SECTOR) as u16,
             keep_tail_bytes: (tail as usize * SECTOR) as u16,
@@ -728,7 +826,7 @@ impl World {
     /// Has an extent made room for; writes of it may be under way, and ends of it may not.
     fn begin_reserve(&mut self, object: u32, extent: u32, lab: &mut Lab) {
         let (first, count) = (u64::from(extent) * u64::from(EXTENT_BLOCKS), u64::from(EXTENT_BLOCKS));
-        let takes = |op: &Op| matches!(op.doing, Doing::Unmap | Doing::Trim);
+        let takes = |op: &Op| matches!(op.doing, Doing::Unmap | Doing::Trim { .. });
         let overlaps =
             |op: &Op| op.object == object && op.first < first + count && first < op.first + op.count;
         if self.ops.iter().any(|op| takes(op) && overlaps(op)) {
@@ -737,6 +835,7 @@ impl World {
         lab.coverage.reserves += 1;
         let is_there = self.presences.has(object, extent);
         lab.coverage.reserved_again += u64::from(is_there);
+        lab.coverage.kept_hollow += u64::from(self.presences.is_hollow(object, extent));
         self.presences.begin(object, &(first..first + count), 1);
         let request = self.begun(object, first, count, Doing::Reserve { is_there });
         let shard = self.shard_of(object);
@@ -826,17 +925,53 @@ impl World {
             self.model.entry((object, block)).or_default().begin_lose();
             lab.coverage.loses_of_pending += u64::from(self.shards[shard].is_pending(object, block));
         }
-        let replicated = self.rng.below(8) < self.plan.replicated;
-        let stable_version = self.stable_version();
+        let (replicated, copies) = self.copies(object, lab);
         self.version += 1;
         let version = self.version;
-        let copies = if replicated { Copies::Others { stable_version } } else { Copies::Sole };
         let blocks = first..first + count;
         self.presences.begin(object, &blocks, self.told(version));
         lab.coverage.loses += 1;
-        let request = self.begun(object, first, count, Doing::Lose { version });
+        let request = self.begun(object, first, count, Doing::Lose { version, replicated });
         let version = self.told(version);
         self.shards[shard].lose(request, object, blocks, copies, version);
+    }
+
+    /// Has something kept of a layer's replica: small mostly, as large as there may be at times.
+    fn begin_persist(&mut self, object: u32) {
+        let ends = |op: &Op| op.object == object && op.first == 0 && matches!(op.doing, Doing::Unmap);
+        if self.ops.iter().any(ends) {
+            return;
+        }
+        let count = match self.rng.below(8) {
+            0 => EPOCHS_MAX,
+            1 => self.rng.index(EPOCHS_MAX),
+            _ => self.rng.index(6),
+        };
+        let first = self.rng.up_to_bits(31) as u32;
+        let epochs = (first..).take(count).map(|partition| (partition, self.rng.next()));
+        let epochs = Epochs::new(epochs.collect()).unwrap();
+        self.next_value += 1;
+        let state = Arc::new(ReplicaState {
+            // No two are the same.
+            takeover: self.next_value,
+            start: self.rng.next(),
+            head: cluster_map::NodeId([self.rng.next() as u8; 16]),
+            revision: self.rng.next(),
+            epochs,
+        });
+        self.kept.get_mut(&object).unwrap().begin(Some(Arc::clone(&state)));
+        let request = self.begun(object, 0, 0, Doing::Persist { state: Arc::clone(&state) });
+        let shard = self.shard_of(object);
+        self.shards[shard].persist(request, object, state);
+    }
+
+    /// Whether states may have no more room, with another one of a layer.
+    fn may_lack_room(&self, object: u32, state: &ReplicaState) -> bool {
+        let shard = self.shard_of(object);
+        let others =
+            self.kept.iter().filter(|(other, _)| self.shard_of(**other) == shard && **other != object);
+        let others: usize = others.map(|(_, kept)| kept.units()).sum();
+        others + state.units() > self.layout.state_units_max()
     }
 
     fn reserves(&self, object: u32, first: u64, count: u64) -> bool {
@@ -850,11 +985,18 @@ impl World {
         if self.conflicts(object, first, u64::MAX - first) || self.reserves(object, first, u64::MAX - first) {
             return;
         }
+        let persists = |op: &Op| op.object == object && matches!(op.doing, Doing::Persist { .. });
+        if first == 0 && self.ops.iter().any(persists) {
+            return;
+        }
         for ((_, _), known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first) {
             known.begin(u8::MAX, [0; SECTORS]);
         }
+        if first == 0 {
+            self.kept.get_mut(&object).unwrap().begin(None);
+        }
         lab.coverage.unmaps += 1;
-        self.presences.begin_removal(object, &(first..u64::MAX));
+        self.presences.begin_removal(object, &(first..u64::MAX), None);
         let (token, count) = (u32::MAX, u64::MAX - first);
         let (needs_slots, met_full) = (false, false);
         self.ops.push(Op { token, object, first, count, doing: Doing::Unmap, needs_slots, met_full });
@@ -877,14 +1019,21 @@ impl World {
             known.begin(u8::MAX, [0; SECTORS]);
         }
         lab.coverage.trims += 1;
-        self.presences.begin_removal(object, &gone);
-        let request = self.begun(object, first, count, Doing::Trim);
-        let shard = self.shard_of(object);
-        self.shards[shard].unmap_range(request, object, gone);
+        let (replicated, copies) = self.copies(object, lab);
+        self.version += 1;
+        let version = self.version;
+        if replicated {
+            self.presences.begin_trim(object, &gone, version);
+        } else {
+            self.presences.begin_removal(object, &gone, Some(self.told(version)));
+        }
+        let request = self.begun(object, first, count, Doing::Trim { version, replicated });
+        let (shard, version) = (self.shard_of(object), self.told(version));
+        self.shards[shard].unmap_range(request, object, gone, copies, version);
     }
 
     fn conflicts(&self, object: u32, first: u64, count: u64) -> bool {
-        let needs_order = |op: &&Op| !matches!(op.doing, Doing::Reserve { .. });
+        let needs_order = |op: &&Op| !matches!(op.doing, Doing::Reserve { .. } | Doing::Persist { .. });
         self.ops
             .iter()
             .filter(needs_order)
@@ -912,6 +1061,12 @@ impl World {
                     let at = self.ops.iter().position(is_it).expect("an unmap that was asked for");
                     self.ops.swap_remove(at);
                     self.presences.removed(object, &(first..u64::MAX));
+                    if first == 0 {
+                        let kept = self.kept.get_mut(&object).unwrap();
+                        lab.coverage.forgotten += u64::from(kept.known().is_some());
+                        kept.done(None);
+                        self.highest.insert(object, 0);
+                    }
                     for (_, known) in self.model.iter_mut().filter(|((o, b), _)| *o == object && *b >= first)
                     {
                         known.acknowledge(u8::MAX, &[0; SECTORS]);
@@ -932,6 +1087,7 @@ impl World {
         let takes_slots =
             matches!(op.doing, Doing::Write { .. } | Doing::Reserve { .. } | Doing::Lose { .. });
         let may_lack_slots = takes_slots && op.needs_slots && op.met_full;
+        let may_lack_slots = may_lack_slots || matches!(op.doing, Doing::Persist { .. });
         assert!(
             may_lack_slots || outcome.result != Err(StoreError::NoSpace),
             "{what}: there is a slot for it"
@@ -975,10 +1131,11 @@ impl World {
                 assert_eq!(outcome.blocks.len() as u64, op.count, "a read gives its chunks back");
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
-            (Doing::Write { masks, values, version, .. }, Ok(())) => {
+            (Doing::Write { masks, values, version, replicated, .. }, Ok(())) => {
                 lab.coverage.acknowledged += 1;
                 let version = self.told(version);
-                self.presences.done(op.object, &(op.first..op.first + op.count), version);
+                self.presences.done(op.object, &(op.first..op.first + op.count), version, replicated);
+                self.saw(op.object, version);
                 for ((block, mask), values) in (op.first..).zip(masks).zip(&values) {
                     let known = self.model.get_mut(&(op.object, block)).unwrap();
                     assert!(
@@ -1003,7 +1160,7 @@ impl World {
             }
             (Doing::Reserve { is_there }, Ok(())) => {
                 lab.coverage.reserved += u64::from(!is_there);
-                self.presences.done(op.object, &(op.first..op.first + op.count), 0);
+                self.presences.done(op.object, &(op.first..op.first + op.count), 0, false);
             }
             (Doing::Reserve { .. }, Err(error)) => {
                 lab.coverage.refused_reserves += u64::from(error == StoreError::NoSpace);
@@ -1011,9 +1168,10 @@ impl World {
                 let blocks = op.first..op.first + op.count;
                 self.presences.failed(op.object, &blocks, undone_from(&blocks, error));
             }
-            (Doing::Lose { version }, Ok(())) => {
+            (Doing::Lose { version, replicated }, Ok(())) => {
                 let (blocks, version) = (op.first..op.first + op.count, self.told(version));
-                self.presences.done(op.object, &blocks, version);
+                self.presences.done(op.object, &blocks, version, replicated);
+                self.saw(op.object, version);
                 lab.coverage.lost += op.count;
                 let shard = &self.shards[self.shard_of(op.object)];
                 for block in blocks {
@@ -1033,26 +1191,52 @@ impl World {
                     self.model.get_mut(&(op.object, block)).unwrap().end_lose(block < undone_from);
                 }
             }
-            (Doing::Trim, Ok(())) => {
+            (Doing::Persist { state }, Ok(())) => {
+                lab.coverage.persisted += 1;
+                let kept = self.kept.get_mut(&op.object).unwrap();
+                kept.done(Some(&state));
+                let found = self.shards[self.shard_of(op.object)].state(op.object);
+                assert!(self.kept[&op.object].allows(found), "{what}: {found:?}");
+            }
+            (Doing::Persist { state }, Err(StoreError::NoSpace)) => {
+                lab.coverage.refused_persists += 1;
+                assert!(self.may_lack_room(op.object, &state), "{what} is refused and has room");
+                self.kept.get_mut(&op.object).unwrap().refused(&state);
+            }
+            (Doing::Persist { .. }, Err(error)) => {
+                self.check_error(&what, op.object, 0..0, error, lab);
+            }
+            (Doing::Trim { version, replicated }, Ok(())) => {
                 let gone = op.first..op.first + op.count;
-                self.presences.removed(op.object, &gone);
+                if replicated {
+                    self.presences.trimmed(op.object, &gone, version);
+                } else {
+                    self.presences.removed(op.object, &gone);
+                }
                 let model = self.model.iter_mut();
                 for (_, known) in model.filter(|((o, b), _)| *o == op.object && gone.contains(b)) {
                     known.acknowledge(u8::MAX, &[0; SECTORS]);
                 }
             }
-            (Doing::Trim, Err(error)) => {
+            (Doing::Trim { .. }, Err(error)) => {
                 self.check_error(&what, op.object, op.first..op.first + op.count, error, lab);
             }
             (Doing::Unmap, _) => unreachable!("unmaps end with an event"),
         }
     }
 
+    /// A version of a layer is durable.
+    fn saw(&mut self, object: u32, version: u64) {
+        let highest = self.highest.get_mut(&object).unwrap();
+        *highest = version.max(*highest);
+    }
+
     fn check_error(&self, what: &str, object: u32, blocks: Range<u64>, error: StoreError, lab: &mut Lab) {
         lab.coverage.named_errors += 1;
         let bad =
             || blocks.clone().any(|block| self.model.get(&(object, block)).is_some_and(|known| known.bad));
-        let is_write = ["Write", "Trim", "Reserve", "Lose"].iter().any(|doing| what.contains(doing));
+        let is_write =
+            ["Write", "Trim", "Reserve", "Lose", "Persist"].iter().any(|doing| what.contains(doing));
         let fine = match error {
             StoreError::Corrupt { suspect } => {
                 lab.coverage.refused_merges += u64::from(is_write);
@@ -1191,10 +1375,10 @@ impl World {
                 return;
             }
             if self.disk.in_flight() > 0 {
-                self.end_request();
+                self.end_request(lab);
             }
             self.now_ns += 20_000_000;
-            self.tell_stable();
+            self.tell_stable(lab);
             for at in 0..self.shards.len() {
                 self.shards[at].turn(self.now_ns, &mut self.disk, &mut self.outcomes);
             }
@@ -1217,6 +1401,11 @@ impl World {
         });
         if self.rng.one_in(2) {
             self.read_all(lab);
+        }
+        if !self.failed && !self.shared.has_failed() {
+            // Every mark has passed by now.
+            let has_none = |shard: &Shard| shard.hollow_extents() == 0;
+            self.until(lab, "the wait for the stable mark", |world| world.shards.iter().all(has_none));
         }
         self.shards.iter_mut().for_each(Shard::close);
         self.until(lab, "closing", |world| world.shards.iter().all(Shard::is_closed));
@@ -1278,7 +1467,7 @@ impl World {
             self.shards[shard].read(request, object, block, blocks, &mut self.disk, &mut self.outcomes);
             self.collect(lab);
             while self.disk.in_flight() > 0 {
-                self.end_request();
+                self.end_request(lab);
                 self.collect(lab);
             }
         }
