@@ -29,5 +29,8 @@ fn main() -> io::Result<()> {
     for (name, bytes) in torus_replication::wire::fuzzing::seeds() {
         write("peer", name, &bytes)?;
     }
+    for (name, bytes) in torus_replication::connection::fuzzing::seeds() {
+        write("connection", name, &bytes)?;
+    }
     Ok(())
 }

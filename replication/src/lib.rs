@@ -9,6 +9,7 @@
 //! | [`membership`] | who is in sync, what a change to that may be, and what holds while its outcome is unknown (I5) |
 //! | [`message`] | what head and replica say to each other |
 //! | [`wire`] | what the bytes of that are |
+//! | [`connection`] | who may talk, and how a stream of bytes becomes frames |
 //! | [`grants`] | whether a head may read and acknowledge now (I1) |
 //! | [`replica`] | what a replica accepts, and when it opens a generation (I4, I14) |
 //! | [`mutants`] | what if one of the rules were not kept: for the test of the simulator only |
@@ -18,6 +19,7 @@
 //! Blocks are 4 KiB, extents 4 MiB. The bytes themselves are the driver's: see [`message::Memory`].
 #![forbid(unsafe_code)]
 
+pub mod connection;
 pub mod grants;
 pub mod head;
 pub mod membership;

@@ -251,6 +251,10 @@ impl Header {
         if body.len() != self.body_bytes || crc32c::crc32c_append(crc32c::crc32c(&raw), body) != self.crc {
             return Err(WireError::Checksum);
         }
+        let has_blocks = matches!(self.kind, Kind::Request | Kind::Answer);
+        if self.blocks > 0 && !has_blocks {
+            return Err(WireError::Value("the number of blocks"));
+        }
         match self.kind {
             Kind::Request => self.decode_request(body).map(Frame::Request),
             Kind::Answer => self.decode_answer(body).map(Frame::Answer),
@@ -417,6 +421,16 @@ fn digests(bytes: &[u8], count: u64) -> Result<Vec<Digest>, WireError> {
 }
 
 impl Frame {
+    /// Checksums of the blocks that follow it.
+    #[must_use]
+    pub fn block_crcs(&self) -> &[u32] {
+        match self {
+            Frame::Request(Request { ask: Ask::Write { blocks, .. }, .. })
+            | Frame::Answer(Answer { reply: Reply::Blocks(blocks), .. }) => blocks,
+            _ => &[],
+        }
+    }
+
     /// Appends header and body; the blocks, whose checksums stand in the frame, are the caller's to send behind them.
     ///
     /// # Panics
