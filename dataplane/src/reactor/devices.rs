@@ -247,6 +247,7 @@ impl Reactor {
                 }
             }
             Event::Woken => {}
+            Event::Socket(_) => debug_assert!(false, "this ring has no socket"),
         }
     }
 }

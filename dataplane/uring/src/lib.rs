@@ -1,10 +1,10 @@
-//! The io_uring of one reactor: disk requests whose buffers are chunks of frame memory, readiness of other descriptors,
-//! and wake-ups between reactors.
+//! The io_uring of one reactor: disk requests whose buffers are chunks of frame memory, stream sockets that receive into such
+//! chunks and send them, readiness of other descriptors, and wake-ups between reactors.
 //!
 //! The one place of the data plane where memory is handed to the kernel, so the one with `unsafe` in it. Invariants:
 //! * A request owns its chunks ([`Blocks`]) from the moment it is accepted until its completion hands them back; so no
 //!   safe code can read or change bytes that the kernel is working on.
-//! * The kernel writes only to chunks with a single handle ([`Ring::read`] asserts it).
+//! * The kernel writes only to chunks with a single handle ([`Ring::read`] and [`Ring::give_back`] assert it).
 //! * The frame memory is registered as fixed buffers and outlives the ring, which holds it.
 //! * Every table is sized at construction: no request of up to [`BLOCKS_MAX`] blocks allocates. Longer ones take their
 //!   vectors from a table as well, which grows only while more of them are in flight than ever before.
@@ -15,12 +15,17 @@
 mod blocks;
 mod inline;
 mod mapped;
+mod message;
+mod provided;
 mod ring;
+mod sockets;
 
 pub use blocks::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IntoIter};
 pub use inline::{read_inline, write_inline};
 pub use mapped::MappedFile;
+pub use message::{MESSAGE_PIECES_MAX, Message};
 pub use ring::{Event, FileId, Finished, Full, Ring, RingConfig, RingError, WakeHandle};
+pub use sockets::{NoPlace, SocketEvent, SocketId, SocketsConfig};
 
 /// Bytes of a block: the unit of disk requests, and a chunk of frame memory.
 pub const BLOCK_BYTES: usize = af_xdp::region::CHUNK_BYTES;

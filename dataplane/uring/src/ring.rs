@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use af_xdp::region::{Pool, Region};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
+use crate::sockets::{SocketEvent, Sockets};
 use crate::{BLOCK_BYTES, BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError, NO_VECTOR, outcome, point_to};
 
 /// A registered buffer covers at most 1 GiB (io_uring/rsrc.c `io_buffer_validate`), so a larger region is registered in
@@ -24,7 +25,8 @@ const DRAIN_TIME: Duration = Duration::from_secs(10);
 const KIND_DISK: u64 = 0;
 const KIND_READY: u64 = 1 << 56;
 const KIND_WOKEN: u64 = 2 << 56;
-const KIND_IGNORED: u64 = 3 << 56;
+pub(crate) const KIND_IGNORED: u64 = 3 << 56;
+pub(crate) const KIND_SOCKET: u64 = 4 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Sizes of a ring.
@@ -83,6 +85,8 @@ pub enum Event {
     Ready(u32),
     /// Another ring's [`Ring::wake`] arrived.
     Woken,
+    /// Something happened on a socket.
+    Socket(SocketEvent),
 }
 
 /// New requests that are handed to the kernel without waiting for [`Ring::submit`]. A device that ends requests by the dozen
@@ -110,8 +114,8 @@ impl Slot {
 
 /// One io_uring; see the crate's head for what it keeps.
 pub struct Ring {
-    ring: IoUring,
-    region: Arc<Region>,
+    pub(crate) ring: IoUring,
+    pub(crate) region: Arc<Region>,
     slots: Box<[Slot]>,
     free: Vec<u32>,
     /// Vectors that no request in flight uses; room for those of all.
@@ -119,6 +123,7 @@ pub struct Ring {
     files: Vec<Option<OwnedFd>>,
     /// The kernel has vectored requests on fixed buffers (6.15).
     vectored_fixed: bool,
+    pub(crate) sockets: Sockets,
 }
 
 #[derive(Clone, Copy)]
@@ -173,6 +178,7 @@ impl Ring {
             long_free,
             files: (0..FILES_MAX).map(|_| None).collect(),
             vectored_fixed,
+            sockets: Sockets::default(),
         })
     }
 
@@ -283,13 +289,13 @@ impl Ring {
     }
 
     /// Hands new requests to the kernel and gathers completions, with at most one system call and none when there is
-    /// nothing to do.
+    /// nothing to do. Completions that the ring had no room for, which sockets may have more of than it holds, are gathered too.
     ///
     /// # Errors
     /// As the kernel gave it; an interrupted or busy call is not an error, the next one goes on.
     pub fn submit(&mut self) -> io::Result<()> {
         let queue = self.ring.submission();
-        if queue.is_empty() && !queue.taskrun() {
+        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
             return Ok(());
         }
         drop(queue);
@@ -308,12 +314,20 @@ impl Ring {
 
     /// The next thing that has happened.
     pub fn next_event(&mut self) -> Option<Event> {
+        if let Some(closed) = self.sockets.next_closed() {
+            return Some(closed);
+        }
         loop {
-            let entry = self.ring.completion().next()?;
+            let Some(entry) = self.ring.completion().next() else { return self.sockets.next_closed() };
             match entry.user_data() & KIND_MASK {
                 KIND_DISK => return Some(Event::Disk(self.finish(&entry))),
                 KIND_READY => return Some(Event::Ready((entry.user_data() & 0xffff_ffff) as u32)),
                 KIND_WOKEN => return Some(Event::Woken),
+                KIND_SOCKET => {
+                    if let Some(event) = self.socket_event(&entry) {
+                        return Some(Event::Socket(event));
+                    }
+                }
                 _ => {}
             }
         }
@@ -323,6 +337,11 @@ impl Ring {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// Whether the kernel has nothing of ours.
+    fn is_idle(&self) -> bool {
+        self.in_flight() == 0 && self.sockets.is_idle()
     }
 
     fn finish(&mut self, entry: &cqueue::Entry) -> Finished {
@@ -373,15 +392,24 @@ impl Ring {
     /// Whatever memory the entry names must stay valid, and be free of conflicting access, until its completion.
     unsafe fn push(&mut self, entry: &squeue::Entry) {
         // SAFETY: passed on to the caller.
+        unsafe { self.queue(entry) };
+        // An error is seen again, and reported, by the caller's own submit.
+        if self.ring.submission().len() >= SUBMIT_AT {
+            let _handed_over = self.ring.submit();
+        }
+    }
+
+    /// As [`Ring::push`], and leaves the entry for the next [`Ring::submit`].
+    ///
+    /// # Safety
+    /// As for [`Ring::push`].
+    pub(crate) unsafe fn queue(&mut self, entry: &squeue::Entry) {
+        // SAFETY: passed on to the caller.
         while unsafe { self.ring.submission().push(entry) }.is_err() {
             // The only way to make room; an error is seen again, and reported, by the caller's own submit.
             if self.ring.submit().is_err() {
                 std::thread::yield_now();
             }
-        }
-        // An error is seen again, and reported, by the caller's own submit.
-        if self.ring.submission().len() >= SUBMIT_AT {
-            let _handed_over = self.ring.submit();
         }
     }
 }
@@ -390,17 +418,19 @@ impl Drop for Ring {
     /// Waits for what is in flight, so that no request outlives the process's view of its memory.
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_TIME;
-        while self.in_flight() > 0 && Instant::now() < deadline {
+        self.close_all();
+        while !self.is_idle() && Instant::now() < deadline {
             if self.submit_and_wait(Duration::from_millis(100)).is_err() {
                 break;
             }
             while self.next_event().is_some() {}
         }
-        if self.in_flight() > 0 {
+        if !self.is_idle() {
             // Requests hold pages of the region: it must not be unmapped and reused under them.
             std::mem::forget(Arc::clone(&self.region));
             // And those that the kernel has not looked at yet name vectors in the slots.
             std::mem::forget(std::mem::take(&mut self.slots));
+            std::mem::forget(std::mem::take(&mut self.sockets));
         }
     }
 }
