@@ -18,6 +18,8 @@ pub mod fairness;
 #[cfg(not(loom))]
 pub mod manager;
 #[cfg(not(loom))]
+pub mod peers;
+#[cfg(not(loom))]
 pub mod reactor;
 #[cfg(not(loom))]
 pub mod request;

@@ -23,11 +23,9 @@ mod sending;
 mod tests;
 mod waiting;
 
-use std::fmt;
-
-use cluster_map::NodeId;
 use zerocopy::IntoBytes;
 
+use crate::terms::Site;
 use crate::wire::Frame;
 use handshake::{HEAD_BYTES, Handshake, HandshakeError, Identity, Nonce, Peer, Progress, RawHead, kind};
 pub use receiving::{Destination, Receiver, StreamError};
@@ -40,21 +38,6 @@ pub const BLOCK_BYTES: usize = 4096;
 pub const BEAT_NS: u64 = 300_000_000;
 /// How long nothing is heard of a side before it is taken for dead.
 pub const SILENCE_NS: u64 = 1_500_000_000;
-
-/// A core of a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Site {
-    /// Which node.
-    pub node: NodeId,
-    /// Which of its cores.
-    pub core: u16,
-}
-
-impl fmt::Display for Site {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "core {} of node {}", self.core, self.node)
-    }
-}
 
 /// The ends of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -339,11 +322,16 @@ impl<B: Default> Connection<B> {
         }
     }
 
-    /// Ends it, and hands back what waited to be sent, frame by frame; a frame that came in part is given back to its memory.
-    pub fn end<D: Destination<Blocks = B>>(&mut self, destination: &mut D) -> impl Iterator<Item = B> {
+    /// Ends it: a frame that came in part is given back to its memory, and what waited to be sent is to be
+    /// [taken back](Connection::take_unsent).
+    pub fn end<D: Destination<Blocks = B>>(&mut self, destination: &mut D) {
         self.phase = Phase::Ended;
         self.receiver.end(destination);
-        std::iter::from_fn(|| self.sender.take_unsent())
+    }
+
+    /// Blocks of a frame that waited to be sent and will not be; frame by frame.
+    pub fn take_unsent(&mut self) -> Option<B> {
+        self.sender.take_unsent()
     }
 
     fn beat_ns(&self) -> u64 {

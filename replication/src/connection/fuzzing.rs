@@ -11,11 +11,9 @@ use std::collections::VecDeque;
 use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
 
 use super::handshake::{ClusterKey, Identity, Nonce, Start, Versions};
-use super::{
-    BLOCK_BYTES, Connection, ConnectionError, Destination, HandshakeError, Outgoing, Received, Site,
-};
+use super::{BLOCK_BYTES, Connection, ConnectionError, Destination, HandshakeError, Outgoing, Received};
 use crate::message::{Answer, Ask, Reply, Request};
-use crate::terms::{Epoch, Extent, Generation, Member, Span, Version};
+use crate::terms::{Epoch, Extent, Generation, Member, Site, Span, Version};
 use crate::wire::{BlockCrcs, Frame};
 
 /// A block on the heap.
@@ -315,7 +313,9 @@ pub fn run(script: &[u8]) -> Reached {
         reached.failed += usize::from(end.error.is_some());
         // What came in part goes back; what waited is handed back.
         let before = end.heap.free;
-        let unsent: usize = end.connection.end(&mut end.heap).map(|blocks| blocks.len()).sum();
+        end.connection.end(&mut end.heap);
+        let unsent =
+            std::iter::from_fn(|| end.connection.take_unsent()).map(|blocks| blocks.len()).sum::<usize>();
         assert!(end.heap.free - before <= 256 && unsent * BLOCK_BYTES <= WAITING_BYTES_MAX);
     }
     reached

@@ -65,7 +65,8 @@ use cluster_map::{ClusterId, NodeId};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Side, Site};
+use super::Side;
+use crate::terms::Site;
 
 /// How long a handshake may take, the wait for being admitted included: who is not admitted by then comes again.
 pub const HANDSHAKE_NS: u64 = 1_000_000_000;
