@@ -257,8 +257,10 @@ impl Peers {
             SocketEvent::Ended(id, result) => self.ended(ring, pool, id, result, now_ns),
             SocketEvent::Sent(id, message, result) => self.sent(ring, pool, id, message, result, now_ns),
             SocketEvent::Closed(id) => {
-                if let Some(mut link) = self.links.get_mut(id.index()).and_then(Option::take) {
-                    self.messages.extend(link.message.take());
+                if let Some(link) = self.link_at(id) {
+                    let message = link.message.take();
+                    self.messages.extend(message);
+                    self.links[id.index()] = None;
                 }
             }
         }

@@ -125,8 +125,7 @@ impl Shared {
 
 fn carry(mut from: TcpStream, mut to: TcpStream, is_stalled: &AtomicBool, mut change: impl FnMut(&mut [u8])) {
     let mut buffer = vec![0; 64 << 10];
-    loop {
-        let Ok(len) = from.read(&mut buffer) else { break };
+    while let Ok(len) = from.read(&mut buffer) {
         // What was read when nothing goes through any more is lost in the network, but TCP would send it again.
         while is_stalled.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(1));

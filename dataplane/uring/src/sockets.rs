@@ -1,7 +1,8 @@
 //! Sockets on the ring: accepting, connecting, receiving into lent chunks, sending of owned messages.
 //!
 //! Invariants:
-//! * A socket's place is used again only when every request on it has ended: no completion is ever taken for another socket's.
+//! * A socket's place is used again only when every request on it has ended, and that was told: no completion is ever taken for
+//!   another socket's, and no two sockets that a caller knows have one place.
 //! * The descriptor is open until then, so that no request means a descriptor that was given to somebody else.
 //! * A message is the ring's from [`Ring::send`] to [`SocketEvent::Sent`], its chunks and bytes with it; only one of a socket
 //!   is on its way.
@@ -123,22 +124,22 @@ impl Sockets {
 
     /// A socket that has gone and was not told yet.
     pub(crate) fn next_closed(&mut self) -> Option<Event> {
-        self.closed.pop().map(|id| Event::Socket(SocketEvent::Closed(id)))
+        let id = self.closed.pop()?;
+        self.free.push(id.index);
+        Some(Event::Socket(SocketEvent::Closed(id)))
     }
 
-    /// Frees the place of a socket on which nothing is in flight any more.
+    /// Closes a socket that is to be closed and on which nothing is in flight any more.
     fn settle(&mut self, index: u16) {
         let place = &mut self.places[usize::from(index)];
         if !place.is_closing || place.in_flight != 0 || place.file.is_none() {
             return;
         }
         let id = SocketId { index, generation: place.generation };
-        // Closes it.
         place.file = None;
         place.is_closing = false;
         place.receives = false;
         place.generation = place.generation.wrapping_add(1);
-        self.free.push(index);
         self.closed.push(id);
     }
 }

@@ -304,6 +304,45 @@ fn a_message_on_its_way_comes_back_when_the_socket_is_closed() {
 }
 
 #[test]
+fn a_place_is_free_when_its_socket_is_told_to_be_gone_and_not_before() {
+    let mut bench = Bench::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let listening = bench.ring.add_socket(OwnedFd::from(listener)).unwrap();
+    bench.ring.accept(listening);
+    let pairs: Vec<_> = (0..7).map(|_| bench.pair()).collect();
+    for (id, _) in &pairs {
+        bench.ring.receive(*id, &mut bench.pool).unwrap();
+    }
+    bench.quiet();
+    // Their completions come one behind the other, and somebody connects among them.
+    let mut gone: Vec<_> = pairs.iter().map(|(id, _)| *id).collect();
+    gone.iter().for_each(|id| bench.ring.close(*id));
+    let _somebody = TcpStream::connect(address).unwrap();
+    let mut new = Vec::new();
+    let mut accepted = 0;
+    while !gone.is_empty() || accepted == 0 {
+        bench.ring.submit_and_wait(Duration::from_millis(100)).unwrap();
+        while let Some(event) = bench.ring.next_event() {
+            match event {
+                Event::Socket(SocketEvent::Closed(at)) => gone.retain(|id| *id != at),
+                Event::Socket(SocketEvent::Accepted(..)) => accepted += 1,
+                other => panic!("{other:?}"),
+            }
+            // Whatever is told: who takes a place takes none that somebody else is known by.
+            while let Ok(id) = bench.ring.add_socket(socket(address)) {
+                assert!(gone.iter().all(|gone| gone.index() != id.index()), "a place is taken twice");
+                new.push(id);
+            }
+        }
+    }
+    assert_eq!(new.len(), 7);
+    new.into_iter().for_each(|id| bench.close(id));
+    bench.close(listening);
+    bench.all_are_free();
+}
+
+#[test]
 fn a_finished_side_still_receives() {
     let mut bench = Bench::new();
     let (id, mut other) = bench.pair();
