@@ -15,6 +15,7 @@
 //! * Memory is bounded: places for sockets, chunks that each may receive into, bytes that wait to be sent on each.
 //! * Blocks come into chunks of the core's pool, copied once. Requests leave some chunks for the answers that free others, or two
 //!   cores could wait for each other's memory without end; who finds none stops receiving, and its peer stops sending.
+//! * Who was not listening itself calls nobody silent: not when it has no memory for what comes, and not after a sleep.
 //! * A peer that is wanted is tried again until it is there, at intervals up to a second.
 //!
 //! A frame of up to three blocks in steady state allocates nothing. A longer one allocates its lists of checksums and of chunks;
@@ -32,7 +33,7 @@ use std::sync::Arc;
 
 use af_xdp::region::{Chunk, Pool, Region};
 use torus_replication::connection::handshake::{Identity, Nonce, Peer};
-use torus_replication::connection::{ConnectionError, Received, Side};
+use torus_replication::connection::{BEAT_NS, ConnectionError, Received, Side};
 use torus_replication::terms::Site;
 use torus_replication::wire::Frame;
 use torus_uring::{Blocks, IoError, Message, NoPlace, Ring, SocketEvent, SocketId, SocketsConfig};
@@ -45,6 +46,8 @@ use link::{Link, Memory, State};
 const ACCEPT_AGAIN_NS: u64 = 100_000_000;
 /// How long the other side of a refused connection has to read why.
 const REFUSING_NS: u64 = 200_000_000;
+/// A turn that comes later than this after the last one comes late: with a connection there is a beat to be sent before.
+const LATE_NS: u64 = 2 * BEAT_NS;
 /// How soon memory is looked for again while there is none for what has come.
 const STARVED_NS: u64 = 1_000_000;
 
@@ -151,6 +154,8 @@ pub struct Peers {
     /// Something was given that [`Peers::turn`] has to look at.
     is_dirty: bool,
     due_ns: u64,
+    /// When the last turn was.
+    turned_ns: u64,
 }
 
 impl Peers {
@@ -186,6 +191,7 @@ impl Peers {
             foreign: Vec::new(),
             is_dirty: false,
             due_ns: 0,
+            turned_ns: 0,
         })
     }
 
@@ -210,6 +216,7 @@ impl Peers {
         frame: Frame,
         blocks: Blocks,
     ) -> Result<(), (SendError, Frame, Blocks)> {
+        debug_assert_eq!(blocks.len(), frame.block_crcs().len(), "every block has its checksum");
         let side = if Side::Connecting.sends(&frame) { Side::Connecting } else { Side::Accepting };
         let Some(link) =
             self.link_of(Relation { site, side }).filter(|link| link.connection.peer().is_some())
@@ -268,8 +275,12 @@ impl Peers {
 
     /// Looks at the time, and begins to send what has been given since: with the ring's next submission.
     pub fn turn(&mut self, ring: &mut Ring, pool: &mut Pool, now_ns: u64) {
+        let since_ns = now_ns.saturating_sub(std::mem::replace(&mut self.turned_ns, now_ns));
         if !self.is_dirty && now_ns < self.due_ns {
             return;
+        }
+        if since_ns > LATE_NS {
+            self.links.iter_mut().flatten().for_each(|link| link.connection.hold(now_ns));
         }
         self.is_dirty = false;
         self.due_ns = u64::MAX;

@@ -33,6 +33,9 @@ const LIMITS: PeersLimits = PeersLimits {
     answers_leave_chunks: 0,
 };
 
+/// Within this I/O goes on when a peer is there again.
+const RETURN_TIME: Duration = Duration::from_secs(3);
+
 fn site(node: u8) -> Site {
     Site { node: NodeId([node; 16]), core: u16::from(node) }
 }
@@ -451,7 +454,7 @@ fn a_cut_connection_is_noticed_by_both_and_made_again() {
                 && !reasons_lost(cores[1], Side::Accepting).is_empty()
         });
         until(&mut [&mut one, &mut two], "it is made again", |cores| cores[0].is_connected(2));
-        assert!(begin.elapsed() < Duration::from_secs(1), "it took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < RETURN_TIME, "it took {:?}", begin.elapsed());
         one.events.clear();
         two.events.clear();
     }
@@ -469,7 +472,7 @@ fn a_peer_that_cannot_be_heard_is_dead_after_a_while_and_found_again() {
         !reasons_lost(cores[0], Side::Connecting).is_empty()
             && !reasons_lost(cores[1], Side::Accepting).is_empty()
     });
-    assert!(begin.elapsed() < Duration::from_nanos(SILENCE_NS + 500_000_000));
+    assert!(begin.elapsed() < RETURN_TIME, "it took {:?}", begin.elapsed());
     let silent = Reason::Connection(ConnectionError::Silent);
     assert_eq!(reasons_lost(&mut one, Side::Connecting)[0], silent);
     assert_eq!(reasons_lost(&mut two, Side::Accepting)[0], silent);
@@ -479,7 +482,7 @@ fn a_peer_that_cannot_be_heard_is_dead_after_a_while_and_found_again() {
     proxy.pass();
     let begin = Instant::now();
     until(&mut [&mut one, &mut two], "it is found again", |cores| cores[0].is_connected(2));
-    assert!(begin.elapsed() < Duration::from_secs(3), "it took {:?}", begin.elapsed());
+    assert!(begin.elapsed() < RETURN_TIME, "it took {:?}", begin.elapsed());
     one.events.clear();
     two.events.clear();
     round(&mut one, &mut two, 2);
@@ -496,6 +499,18 @@ fn an_idle_connection_stays() {
     let due_ns = one.peers.deadline_ns();
     assert!(due_ns > now_ns() || due_ns == 0);
     round(&mut one, &mut two, 1);
+    one.end();
+    two.end();
+}
+
+#[test]
+fn who_has_slept_calls_nobody_silent() {
+    let (mut one, mut two, _proxy) = by_proxy();
+    for id in 0..2 {
+        std::thread::sleep(Duration::from_nanos(SILENCE_NS + 200_000_000));
+        round(&mut one, &mut two, id);
+    }
+    assert!(one.events.is_empty() && two.events.is_empty());
     one.end();
     two.end();
 }
@@ -523,7 +538,7 @@ fn a_peer_that_was_started_anew_is_found_and_known_for_another_start() {
         until(&mut [&mut one, &mut two], "both connect again", |cores| {
             cores[0].is_connected(2) && cores[1].is_connected(1)
         });
-        assert!(begin.elapsed() < Duration::from_millis(1500), "it took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < RETURN_TIME, "it took {:?}", begin.elapsed());
         let starts = one.events.drain(..).filter_map(|event| match event {
             PeerEvent::Connected(_, peer) | PeerEvent::Accepted(_, peer) => Some(peer.start),
             _ => None,

@@ -59,7 +59,7 @@
 //!   of one role is none of the other, so that none can be sent back to who made it.
 //! * Versions are under the proof: nobody on the way can talk both sides down. A refusal is not proved: it ends an attempt and
 //!   does no more.
-//! * A side takes at most 1024 bytes of memory for what the other says, and ends at its deadline.
+//! * A side takes memory for one message of the other at a time, and keeps its hello: at most 2 KiB. It ends at its deadline.
 
 use cluster_map::{ClusterId, NodeId};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
