@@ -659,6 +659,141 @@ fn strangers_are_sent_away_and_keep_nobody_out() {
 }
 
 #[test]
+fn who_is_not_wanted_any_more_is_let_go_and_found_again_when_wanted() {
+    let (mut one, mut two) = (Core::on_loopback(1), Core::on_loopback(2));
+    // Wanted before anybody knows where it is.
+    one.peers.connect(site(2));
+    pass(&mut [&mut one, &mut two], Duration::from_millis(50));
+    assert!(one.events.is_empty() && two.events.is_empty());
+    one.peers.set_address(site(2), Some(two.address()));
+    until(&mut [&mut one, &mut two], "they connect", |cores| cores[0].is_connected(2));
+    one.peers.disconnect(&mut one.ring, &mut one.pool, site(2), now_ns());
+    until(&mut [&mut one, &mut two], "both hear of it", |cores| {
+        reasons_lost(cores[0], Side::Connecting) == [Reason::Unwanted]
+            && reasons_lost(cores[1], Side::Accepting) == [Reason::Closed]
+    });
+    one.events.clear();
+    pass(&mut [&mut one, &mut two], Duration::from_millis(1500));
+    assert!(one.events.is_empty(), "nobody dials: {:?}", one.events);
+    one.peers.set_address(site(2), None);
+    one.wants(2, two.address());
+    until(&mut [&mut one, &mut two], "they connect again", |cores| cores[0].is_connected(2));
+    one.events.clear();
+    two.events.clear();
+    round(&mut one, &mut two, 1);
+    one.end();
+    two.end();
+}
+
+#[test]
+fn what_waits_to_be_sent_when_a_connection_is_lost_is_given_back() {
+    let (mut one, mut two, proxy) = by_proxy();
+    proxy.stall();
+    let mut id = 0;
+    // The kernel takes some, the proxy none; nobody says so but the queue.
+    let mut refused = 0;
+    while refused < 20 {
+        match one.ask(site(2), id, 8, 0) {
+            Ok(()) => id += 1,
+            Err(error) => {
+                assert_eq!(error, SendError::Full);
+                refused += 1;
+                pass(&mut [&mut one, &mut two], Duration::from_millis(2));
+            }
+        }
+    }
+    assert!(one.pool.free_chunks() < CHUNKS - LIMITS.waiting_bytes_max / BLOCK_BYTES / 2);
+    one.peers.disconnect(&mut one.ring, &mut one.pool, site(2), now_ns());
+    until(&mut [&mut one, &mut two], "its memory is free", |cores| {
+        let lent = usize::from(LIMITS.chunks_each);
+        cores[0].pool.free_chunks() == CHUNKS - lent
+    });
+    one.end();
+    two.end();
+}
+
+#[test]
+fn two_cores_with_little_memory_that_flood_each_other_get_their_answers() {
+    const EACH: u64 = 3000;
+    let (mut one, mut two) = (Core::on_loopback(1), Core::on_loopback(2));
+    one.wants(2, two.address());
+    two.wants(1, one.address());
+    until(&mut [&mut one, &mut two], "both connect", |cores| {
+        cores[0].is_connected(2) && cores[1].is_connected(1)
+    });
+    // A few chunks more than requests leave.
+    let mut held = [&mut one, &mut two].map(|core| {
+        let count = core.pool.free_chunks() - LIMITS.requests_leave_chunks - 40;
+        (0..count).map(|_| core.pool.take_chunk().unwrap()).collect::<Vec<_>>()
+    });
+    let mut asked = [0; 2];
+    let mut answered = [0; 2];
+    let mut todo = [const { VecDeque::new() }; 2];
+    until(&mut [&mut one, &mut two], "everything is answered", |cores| {
+        for (at, other) in [(0, 2), (1, 1)] {
+            while asked[at] < EACH && cores[at].ask(site(other), asked[at], 12, 12).is_ok() {
+                asked[at] += 1;
+            }
+            for (_, id, count) in serve(cores[at], &mut todo[at]) {
+                assert_eq!((id, count), (answered[at], 12));
+                answered[at] += 1;
+            }
+        }
+        answered == [EACH; 2]
+    });
+    for (core, held) in [&mut one, &mut two].into_iter().zip(&mut held) {
+        held.drain(..).for_each(|chunk| core.pool.release(chunk));
+    }
+    one.end();
+    two.end();
+}
+
+#[test]
+fn chunks_of_other_cores_are_sent_and_handed_back() {
+    let config = RegionConfig { cores: 2, chunks_per_core: 128, headers_per_core: 64 };
+    let region = Region::new(config).unwrap();
+    let (pool, mut other_pool) = (region.pool(0).unwrap(), region.pool(1).unwrap());
+    let mut ring = Ring::new(RingConfig { requests_max: 64 }, &region, None).unwrap();
+    let listen = "127.0.0.1:0".parse().unwrap();
+    let limits = PeersLimits { requests_leave_chunks: 0, ..LIMITS };
+    let peers = Peers::new(identity(1, 1), limits, listen, &mut ring, &pool).unwrap();
+    let mut one = Core { ring, pool, peers, events: VecDeque::new(), serves: true };
+    let mut two = Core::on_loopback(2);
+    one.wants(2, two.address());
+    until(&mut [&mut one, &mut two], "they connect", |cores| cores[0].is_connected(2));
+    two.events.clear();
+    let mut chunk = other_pool.take_chunk().unwrap();
+    fill(other_pool.bytes_mut(&mut chunk), 5, 0);
+    let crc = crc32c::crc32c(region.bytes(&chunk));
+    let frame = Frame::Request(Request {
+        to: Member::default(),
+        volume: VolumeId::default(),
+        generation: Generation::default(),
+        partition: 0,
+        epoch: Epoch(1),
+        id: 5,
+        stable: Version(0),
+        ask: Ask::Write {
+            version: Version(1),
+            span: Span { extent: Extent(0), first: 0, count: 1 },
+            blocks: [crc].into_iter().collect(),
+            is_sole: false,
+        },
+    });
+    one.peers.send(site(2), frame, [chunk].into_iter().collect()).unwrap();
+    until(&mut [&mut one, &mut two], "it comes", |cores| !cores[1].events.is_empty());
+    let Some(PeerEvent::Frame(_, _, blocks)) = two.events.pop_front() else { panic!("no frame") };
+    assert_eq!(two.verify(5, blocks), 1);
+    let mut home = 0;
+    until(&mut [&mut one, &mut two], "the chunk is handed back", |cores| {
+        home += cores[0].peers.take_foreign().map(|chunk| other_pool.release(chunk)).count();
+        home == 1
+    });
+    assert_eq!(other_pool.free_chunks(), 128);
+    two.end();
+}
+
+#[test]
 fn frames_of_up_to_three_blocks_allocate_nothing_once_warm() {
     let (mut one, mut two) = (Core::on_loopback(1), Core::on_loopback(2));
     one.wants(2, two.address());
