@@ -13,8 +13,8 @@
 //! * There is at most one connection for each relation. A new one that proves to be of the same core ends the old one; no frame of it
 //!   comes before the caller [serves](Peers::serve) it, which is when everything of the old one has ended.
 //! * Memory is bounded: places for sockets, chunks that each may receive into, bytes that wait to be sent on each.
-//! * Blocks come into chunks of the core's pool, copied once. Requests leave some chunks for the answers that free others, or two
-//!   cores could wait for each other's memory without end; who finds none stops receiving, and its peer stops sending.
+//! * Blocks come into chunks of the core's pool, copied once. Who finds none stops receiving, and its peer stops sending; that two cores
+//!   do not wait for each other's memory without end is a matter of what each leaves free: see [`PeersLimits`].
 //! * Who was not listening itself calls nobody silent: not when it has no memory for what comes, and not after a sleep.
 //! * A peer that is wanted is tried again until it is there, at intervals up to a second.
 //!
@@ -52,6 +52,11 @@ const LATE_NS: u64 = 2 * BEAT_NS;
 const STARVED_NS: u64 = 1_000_000;
 
 /// What connections may take.
+///
+/// Two cores that both have no memory left for what comes wait for each other without end. So of a core's free chunks everything
+/// leaves some for what must go on before it: what a core begins for initiators leaves more than requests of peers do, those more than
+/// what is read for an answer, and that more than answers of peers do, which free memory when they have come. The first and the third
+/// are the caller's to keep.
 #[derive(Debug, Clone, Copy)]
 pub struct PeersLimits {
     /// Connections at most, the refused and the unproved included.
