@@ -65,7 +65,7 @@ pub struct PeersLimits {
     pub strangers_max: u16,
     /// Chunks that each may receive into; a power of two.
     pub chunks_each: u16,
-    /// Bytes of frames that may wait to be sent on each.
+    /// Bytes of frames that may wait to be sent on each; as many may be on their way to the kernel besides.
     pub waiting_bytes_max: usize,
     /// Chunks that are left free when requests take some for their blocks.
     pub requests_leave_chunks: usize,
@@ -235,8 +235,9 @@ impl Peers {
 
     /// Whether frames may be sent.
     #[must_use]
-    pub fn is_connected(&mut self, relation: Relation) -> bool {
-        self.link_of(relation).is_some_and(|link| link.connection.peer().is_some())
+    pub fn is_connected(&self, relation: Relation) -> bool {
+        let link = self.index_of(relation).and_then(|index| self.links[index].as_ref());
+        link.is_some_and(|link| link.connection.peer().is_some())
     }
 
     /// Ends the present connection of a relation, if there is one. One that this core wants is made again.

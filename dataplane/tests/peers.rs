@@ -192,7 +192,7 @@ impl Core {
         count
     }
 
-    fn is_connected(&mut self, node: u8) -> bool {
+    fn is_connected(&self, node: u8) -> bool {
         self.peers.is_connected(Relation { site: site(node), side: Side::Connecting })
     }
 
