@@ -415,9 +415,7 @@ impl Peers {
                         }
                     }
                 }
-                if link.connection.is_starved() {
-                    link.connection.hold(now_ns);
-                }
+                // Bytes that are given again keep the connection alive.
                 if link.has_unread() {
                     self.pump(ring, pool, index, now_ns);
                 }

@@ -10,7 +10,7 @@
 //! * No frame is given, and none is sent, before the other side has proved that it has the cluster's key.
 //! * A frame is given whole and checked, blocks included, or the connection ends (I7).
 //! * Memory is bounded, whatever the other side sends or leaves unread.
-//! * A side that is not heard for [`SILENCE_NS`] is taken for dead. While it is this side that does not take what comes, the other
+//! * A side that is not heard for [`SILENCE_NS`] is taken for dead. While it is this side that does not take what comes, or that slept, the other
 //!   one is not called silent.
 //! * Blocks that wait to be sent, and those of a frame that never became whole, are handed back at the end.
 
@@ -172,7 +172,8 @@ impl<B: Default> Connection<B> {
     }
 
     /// Takes bytes of the other side up to what is to be told, or all of them, and says how many. Those that were not taken
-    /// are to be given again, first: after what was told is dealt with, or when there is memory again.
+    /// are to be given again, first: after what was told is dealt with, or when there is memory again. Whoever has bytes here that were not
+    /// taken is not silent: giving them again counts as hearing.
     ///
     /// # Errors
     /// [`ConnectionError`]: the connection is to be ended. A refusal may be [to be sent](Connection::fill) before it is closed.
@@ -290,7 +291,7 @@ impl<B: Default> Connection<B> {
         }
     }
 
-    /// Notes that this side does not take what comes: the other one is not silent.
+    /// Notes that this side has not listened: the other one is not silent.
     pub fn hold(&mut self, now_ns: u64) {
         self.heard_ns = now_ns;
     }
