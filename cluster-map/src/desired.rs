@@ -5,10 +5,12 @@
 
 use crate::change::{AnswerRecord, at_most, put_macs, put_string, take_macs, take_string};
 use crate::error::{Fault, MapError};
-use crate::layout::LOWEST_READER;
+use crate::layout::{LEVEL, LOWEST_READER};
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
+use crate::replication::{AddrRecord, HeadTables, PeerRecord};
 use crate::{
-    ChangeAnswer, ClusterId, MAX_CHANGES, MAX_LISTED_MACS, MAX_PATH_BYTES, NodeId, StoreId, VolumeId,
+    ChangeAnswer, ClusterId, ClusterKey, DesiredHead, DesiredPeer, MAX_CHANGES, MAX_LISTED_MACS,
+    MAX_PATH_BYTES, NodeId, PeerAddr, StoreId, VolumeId,
 };
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -48,6 +50,17 @@ pub struct Desired {
     pub answers: Vec<ChangeAnswer>,
     /// Finish what is in flight, then exit with code 0.
     pub drain: bool,
+    /// Grown durably by the control process before every start of a data plane, so that no two have the same. Read at
+    /// data-plane start only.
+    pub start: u64,
+    /// What proves to peers that the node belongs to the cluster.
+    pub cluster_key: ClusterKey,
+    /// Where to listen for peers, each core at a port of its own; `None`: nowhere. Read at data-plane start only.
+    pub listen: Option<PeerAddr>,
+    /// The other nodes whose data planes can be called.
+    pub peers: Vec<DesiredPeer>,
+    /// The replicated volumes that this node is to be head of, each once.
+    pub heads: Vec<DesiredHead>,
 }
 
 /// Which kind of link the data plane is to use.
@@ -100,7 +113,7 @@ pub struct ScrubWish {
     pub stopped: bool,
 }
 
-/// A volume to have on a store.
+/// A volume to have on a store. A replicated volume has an entry for each of the node's stores that own a part of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DesiredVolume {
     /// The volume.
@@ -111,6 +124,9 @@ pub struct DesiredVolume {
     pub size_sectors: u64,
     /// Whether it is to exist or to go.
     pub state: VolumeIntent,
+    /// Of a replicated volume: which core serves it and which shard of a store has it, by the remainder to their counts; the
+    /// same on all nodes. `None`: the volume has one copy, which is served without a head.
+    pub lane: Option<u16>,
 }
 
 /// What is to become of a volume.
@@ -231,12 +247,18 @@ struct Head {
     exports: Table,
     pool: Table,
     answers: Table,
+    /// From here on absent at level 3.
+    peers: Table,
+    heads: HeadTables,
+    start: U64,
+    cluster_key: [u8; 32],
+    listen: AddrRecord,
 }
 
 impl Record for Head {
     const NAME: &'static str = "desired head";
-    /// Without the answers.
-    const LEAST: usize = size_of::<Self>() - size_of::<Table>();
+    /// Without the answers and what came after them.
+    const LEAST: usize = std::mem::offset_of!(Self, answers);
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -288,11 +310,15 @@ struct VolumeRecord {
     store: [u8; 16],
     size_sectors: U64,
     state: u8,
+    /// From here on absent at level 3.
+    lane_known: u8,
+    lane: U16,
 }
 
 impl Record for VolumeRecord {
     const NAME: &'static str = "volume";
-    const LEAST: usize = size_of::<Self>();
+    /// Without the lane.
+    const LEAST: usize = std::mem::offset_of!(Self, lane_known);
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -380,6 +406,8 @@ impl VolumeRecord {
             store: volume.store.0,
             size_sectors: volume.size_sectors.into(),
             state: volume.state.code(),
+            lane_known: volume.lane.is_some().into(),
+            lane: volume.lane.unwrap_or(0).into(),
         }
     }
 
@@ -389,6 +417,7 @@ impl VolumeRecord {
             store: StoreId(self.store),
             size_sectors: self.size_sectors.get(),
             state: VolumeIntent::from_code(self.state)?,
+            lane: flag(self.lane_known, "lane_known")?.then_some(self.lane.get()),
         })
     }
 }
@@ -465,9 +494,11 @@ impl Desired {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
         at_most(MAX_INTERFACES, self.interfaces.len(), "interfaces")?;
         at_most(MAX_CHANGES, self.answers.len(), "answers to changes")?;
+        // A reader that knows nothing of heads would serve one copy of a replicated volume as if it were the only one.
+        let lowest_reader = if self.heads.is_empty() { LOWEST_READER } else { LEVEL };
         let mut to = Encoder::new::<Head>(out);
         let head = Head {
-            preamble: Preamble::of::<Head>(LOWEST_READER),
+            preamble: Preamble::of::<Head>(lowest_reader),
             cluster: self.cluster.0,
             node: self.node.0,
             link: self.link.code(),
@@ -481,6 +512,11 @@ impl Desired {
             volumes: to.table(&self.volumes, |_, volume| Ok(VolumeRecord::encode(volume)))?,
             exports: to.table(&self.exports, ExportRecord::encode)?,
             answers: to.table(&self.answers, |_, answer| Ok(AnswerRecord::encode(answer)))?,
+            peers: to.table(&self.peers, |_, peer| PeerRecord::encode(peer))?,
+            heads: HeadTables::encode(&mut to, &self.heads)?,
+            start: self.start.into(),
+            cluster_key: self.cluster_key.0,
+            listen: AddrRecord::encode(self.listen, self.cores.len())?,
             pool: to.pool()?,
         };
         to.finish(&head);
@@ -491,11 +527,13 @@ impl Desired {
     pub(crate) fn decode(bytes: &[u8], version: u64) -> Result<Self, Fault> {
         let (mut from, head) = Decoder::new::<Head>(bytes)?;
         from.use_pool(&head.pool)?;
+        let cores = from.table(&head.cores, |_, core: CoreRecord| Ok(core.cpu.get()))?;
         Ok(Self {
             version,
             cluster: ClusterId(head.cluster),
             node: NodeId(head.node),
-            cores: from.table(&head.cores, |_, core: CoreRecord| Ok(core.cpu.get()))?,
+            listen: head.listen.decode(cores.len())?,
+            cores,
             link: LinkChoice::from_code(head.link)?,
             steering: SteeringChoice::from_code(head.steering)?,
             interfaces: from.table(&head.interfaces, |from, one: InterfaceRecord| from.text(one.name))?,
@@ -504,6 +542,10 @@ impl Desired {
             exports: from.table(&head.exports, |from, export: ExportRecord| export.decode(from))?,
             answers: from.added_table(&head.answers, |_, answer: AnswerRecord| answer.decode())?,
             drain: flag(head.drain, "drain")?,
+            start: head.start.get(),
+            cluster_key: ClusterKey(head.cluster_key),
+            peers: from.added_table(&head.peers, |_, peer: PeerRecord| peer.decode())?,
+            heads: head.heads.decode(&mut from)?,
         })
     }
 }
@@ -514,8 +556,9 @@ pub(crate) mod tests {
     use super::*;
     use crate::MAX_CONFIG_STRING_BYTES;
     use crate::change::strategies::answer;
-    use crate::layout::LEVEL;
     use crate::record::other_level::{flipped, relaid};
+    use crate::replication::strategies::{heads, peer, peer_addr};
+    use crate::{HeadOwner, HeadPartition, StaleMark};
     use proptest::collection::vec;
     use proptest::prelude::*;
 
@@ -530,12 +573,13 @@ pub(crate) mod tests {
 
     fn volume() -> impl Strategy<Value = DesiredVolume> {
         let state = prop_oneof![Just(VolumeIntent::Active), Just(VolumeIntent::Purging)];
-        (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>(), state).prop_map(
-            |(id, store, size_sectors, state)| DesiredVolume {
+        (any::<[u8; 16]>(), any::<[u8; 16]>(), any::<u64>(), state, any::<Option<u16>>()).prop_map(
+            |(id, store, size_sectors, state, lane)| DesiredVolume {
                 id: VolumeId(id),
                 store: StoreId(store),
                 size_sectors,
                 state,
+                lane,
             },
         )
     }
@@ -591,11 +635,15 @@ pub(crate) mod tests {
             vec(answer(), 0..5),
             any::<bool>(),
         );
-        (ids, start, rest).prop_map(
+        // Five cores at most have ports from below 60000 on.
+        let listen = prop::option::of(peer_addr());
+        let replication = (any::<u64>(), any::<[u8; 32]>(), listen, vec(peer(), 0..4), heads());
+        (ids, start, rest, replication).prop_map(
             |(
                 (cluster, node),
                 (cores, link, steering, interfaces),
                 (stores, volumes, exports, answers, drain),
+                (start, cluster_key, listen, peers, heads),
             )| {
                 Desired {
                     version: 0,
@@ -610,6 +658,11 @@ pub(crate) mod tests {
                     exports,
                     answers,
                     drain,
+                    start,
+                    cluster_key: ClusterKey(cluster_key),
+                    listen,
+                    peers,
+                    heads,
                 }
             },
         )
@@ -621,7 +674,8 @@ pub(crate) mod tests {
         bytes
     }
 
-    const TABLES: std::ops::Range<usize> = std::mem::offset_of!(Head, cores)..size_of::<Head>();
+    const TABLES: std::ops::Range<usize> =
+        std::mem::offset_of!(Head, cores)..std::mem::offset_of!(Head, start);
 
     /// As written by the next level, which still serves this one: longer head, longer records.
     pub(crate) fn newer(desired: &Desired) -> Vec<u8> {
@@ -648,6 +702,9 @@ pub(crate) mod tests {
             store.scrub = None;
         }
         desired.answers.clear();
+        desired.volumes.iter_mut().for_each(|volume| volume.lane = None);
+        (desired.start, desired.cluster_key, desired.listen) = (0, ClusterKey::default(), None);
+        (desired.peers, desired.heads) = (Vec::new(), Vec::new());
         for export in &mut desired.exports {
             *export = DesiredExport {
                 volume: export.volume,
@@ -694,6 +751,89 @@ pub(crate) mod tests {
             let bytes = encoded(&desired);
             prop_assert!(Desired::decode(&bytes[..cut.index(bytes.len())], 1).is_err());
         }
+    }
+
+    /// What the former level wrote, which knew all but replication.
+    #[test]
+    fn the_former_level_is_read() {
+        let volume = DesiredVolume { size_sectors: 8, lane: Some(3), ..DesiredVolume::default() };
+        let answer = ChangeAnswer { id: 4, outcome: crate::ChangeOutcome::Done };
+        let desired = Desired {
+            cores: vec![1],
+            volumes: vec![volume],
+            answers: vec![answer],
+            start: 5,
+            cluster_key: ClusterKey([1; 32]),
+            listen: Some(PeerAddr { ip: [127, 0, 0, 1].into(), base_port: 4330 }),
+            heads: vec![some_head()],
+            ..Desired::default()
+        };
+        let head_len = std::mem::offset_of!(Head, peers);
+        let volumes = 3;
+        let stride = |table, stride| if table == volumes { VolumeRecord::LEAST } else { stride };
+        let former = relaid(&encoded(&desired), (LEVEL - 1, LEVEL - 2), head_len, TABLES, stride);
+        let expected = Desired {
+            cores: vec![1],
+            volumes: vec![DesiredVolume { lane: None, ..volume }],
+            answers: vec![answer],
+            ..Desired::default()
+        };
+        assert_eq!(Desired::decode(&former, 0), Ok(expected));
+    }
+
+    fn some_head() -> DesiredHead {
+        let owners = vec![HeadOwner::default(), HeadOwner { is_complete: true, ..HeadOwner::default() }];
+        let partitions = vec![HeadPartition { epoch: 1, owners }; 2];
+        DesiredHead { takeover: 1, partitions, stale: vec![StaleMark::default()], ..DesiredHead::default() }
+    }
+
+    #[test]
+    fn who_knows_nothing_of_heads_is_not_given_any() {
+        let lowest = |desired: &Desired| u32::from_le_bytes(encoded(desired)[4..8].try_into().unwrap());
+        assert_eq!(lowest(&Desired { heads: vec![some_head()], ..Desired::default() }), LEVEL);
+        assert_eq!(lowest(&Desired { start: 3, ..Desired::default() }), LEVEL - 1);
+    }
+
+    #[test]
+    fn impossible_heads_are_refused() {
+        let refused = |heads: Vec<DesiredHead>| {
+            let state = Desired { heads, ..Desired::default() };
+            matches!(state.encode(&mut Vec::new()), Err(MapError::Invalid { .. }))
+        };
+        assert!(!refused(vec![some_head()]));
+        assert!(refused(vec![some_head(), some_head()]), "two of one volume");
+        assert!(refused(vec![DesiredHead { partitions: Vec::new(), ..some_head() }]));
+        let with = |partitions| vec![DesiredHead { partitions, ..some_head() }];
+        assert!(refused(with(vec![HeadPartition::default()])));
+        let owned = |owners| HeadPartition { epoch: 1, owners: vec![HeadOwner::default(); owners] };
+        assert!(!refused(with(vec![owned(crate::MAX_OWNERS)])));
+        assert!(refused(with(vec![owned(crate::MAX_OWNERS + 1)])));
+        assert!(!refused(with(vec![owned(1); crate::MAX_PARTITIONS])));
+        assert!(refused(with(vec![owned(1); crate::MAX_PARTITIONS + 1])));
+        let listen = Some(PeerAddr { ip: [127, 0, 0, 1].into(), base_port: 65_535 });
+        let crowded = Desired { cores: vec![1, 2], listen, ..Desired::default() };
+        assert!(matches!(crowded.encode(&mut Vec::new()), Err(MapError::Invalid { .. })));
+    }
+
+    /// Every list within a list is exactly as long as its entries say.
+    #[test]
+    fn lists_that_are_longer_or_shorter_than_they_say_are_damage() {
+        let state = Desired { heads: vec![some_head()], ..Desired::default() };
+        let bytes = encoded(&state);
+        let heads = std::mem::offset_of!(Head, heads);
+        let mut refused = 0;
+        // The count of each of the four tables, then what the head says of its partitions and stale members.
+        for table in 0..4 {
+            for change in [-1_i32, 1] {
+                let mut bytes = bytes.clone();
+                let at = heads + table * size_of::<Table>() + 4;
+                let count = i32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+                bytes[at..at + 4].copy_from_slice(&(count + change).to_le_bytes());
+                // One more of the last table does not lie in the state, or takes a part of the pool.
+                refused += u32::from(Desired::decode(&bytes, 1).is_err());
+            }
+        }
+        assert_eq!(refused, 8);
     }
 
     #[test]

@@ -50,8 +50,9 @@ pub fn read(bytes: &[u8]) {
 #[must_use]
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     use crate::{
-        DesiredExport, DesiredStore, DesiredVolume, ObservedExport, ObservedStore, ObservedVolume,
-        ScrubObserved, ScrubWish, WritePath,
+        DesiredExport, DesiredHead, DesiredPeer, DesiredStore, DesiredVolume, Granting, HeadOwner,
+        HeadPartition, MemberId, MemberWish, ObservedExport, ObservedHead, ObservedStore, ObservedVolume,
+        PeerAddr, ScrubObserved, ScrubWish, StaleMark, WritePath,
     };
     let geometry = Geometry::new(2, ClusterId([7; 16]), NodeId([9; 16]));
     let page = layout::plan(&geometry, [5; 16]).expect("a usual geometry");
@@ -61,11 +62,24 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let store = DesiredStore { path: "/dev/nvme0n1".into(), scrub, ..DesiredStore::default() };
     let export =
         DesiredExport { config_string: b"disk".to_vec(), masks: vec![[2; 6]], ..DesiredExport::default() };
+    let addr = PeerAddr { ip: [10, 0, 0, 1].into(), base_port: 4330 };
+    let partition = HeadPartition { epoch: 1, owners: vec![HeadOwner::default(); 2] };
+    let stale = vec![StaleMark { mark: 7, ..StaleMark::default() }];
+    let head = DesiredHead {
+        takeover: 1,
+        partitions: vec![partition; 2],
+        stale: stale.clone(),
+        ..DesiredHead::default()
+    };
     Desired {
+        start: 3,
+        listen: Some(addr),
+        peers: vec![DesiredPeer { node: NodeId([8; 16]), addr, cores: 2 }],
+        heads: vec![head],
         cores: vec![2, 3],
         interfaces: vec!["eth0@100".into()],
         stores: vec![store],
-        volumes: vec![DesiredVolume::default()],
+        volumes: vec![DesiredVolume { lane: Some(1), ..DesiredVolume::default() }],
         exports: vec![export],
         ..Desired::default()
     }
@@ -74,7 +88,15 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let mut observed = Vec::new();
     let scrub = Some(ScrubObserved { run: 2, done_bytes: 1, total_bytes: 2, ..ScrubObserved::default() });
     let store = ObservedStore { writes: WritePath::Journal, scrub, ..ObservedStore::default() };
+    let join = vec![MemberId { incarnation: 1, ..MemberId::default() }];
     Observed {
+        replicates: true,
+        heads: vec![ObservedHead {
+            blocked: "two of three copies are away".into(),
+            ..ObservedHead::default()
+        }],
+        wishes: vec![MemberWish { revision: 2, eject: stale, join, ..MemberWish::default() }],
+        granting: vec![Granting { node: NodeId([8; 16]), is_granting: true }],
         stores: vec![store],
         volumes: vec![ObservedVolume::default()],
         exports: vec![ObservedExport::default()],

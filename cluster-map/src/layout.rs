@@ -23,12 +23,13 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The layout level of this program. A program of level N reads and writes maps of level N and N−1.
-pub const LEVEL: u32 = 3;
+pub const LEVEL: u32 = 4;
 
 /// The lowest level that can read what this program writes: its predecessor's, level 1 being the first.
 ///
 /// Level 2 brought the records of clients and what initiators see and change of exports; level 3 scrubs and checksums of
-/// stores, of which a reader of level 2 need not know.
+/// stores, of which a reader of level 2 need not know; level 4 what replicated volumes need. A desired state with heads in it is
+/// for readers of level 4 only.
 pub(crate) const LOWEST_READER: u32 = if LEVEL > 1 { LEVEL - 1 } else { 1 };
 
 /// Sections begin and end on pages.
@@ -72,10 +73,11 @@ pub struct Geometry {
 
 impl Geometry {
     /// Room for at least 10 000 volumes and 10 000 exports, each with the longest config string and full lists of MACs, and
-    /// with an error of [`MAX_NOTE_BYTES`](crate::MAX_NOTE_BYTES).
+    /// with an error of [`MAX_NOTE_BYTES`](crate::MAX_NOTE_BYTES); and for the node to be head of all of them, with three owners
+    /// for each of 16 partitions.
     #[must_use]
     pub fn new(cores: u16, cluster: ClusterId, node: NodeId) -> Self {
-        Self { cores, cluster, node, desired_bytes: 40 << 20, observed_bytes: 16 << 20 }
+        Self { cores, cluster, node, desired_bytes: 64 << 20, observed_bytes: 24 << 20 }
     }
 }
 

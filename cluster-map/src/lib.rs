@@ -28,6 +28,7 @@ mod layout;
 mod map;
 mod observed;
 mod record;
+mod replication;
 #[cfg(not(loom))]
 mod shared;
 mod slot;
@@ -51,6 +52,10 @@ pub use map::{ControlMap, CoreClients, CoreStats, DataMap, MapReader};
 pub use observed::{
     Durability, ExportState, LinkLosses, LinkMode, MAX_NOTE_BYTES, Observed, ObservedExport, ObservedLink,
     ObservedStore, ObservedVolume, ScrubObserved, ScrubState, StoreState, VolumeObserved, WritePath,
+};
+pub use replication::{
+    ClusterKey, DesiredHead, DesiredPeer, Granting, HeadOwner, HeadPartition, HeadState, MAX_CHANGED_MEMBERS,
+    MAX_OWNERS, MAX_PARTITIONS, MemberId, MemberWish, ObservedHead, PeerAddr, StaleMark,
 };
 pub use stats::{
     BUCKETS, CoreSnapshot, Counter, HistogramSnapshot, LONGEST_NS, Latency, bucket_bounds, bucket_of,

@@ -6,7 +6,8 @@ use crate::change::{RequestRecord, at_most};
 use crate::error::{Fault, MapError};
 use crate::layout::LOWEST_READER;
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
-use crate::{ChangeRequest, MAX_CHANGES, StoreId, VolumeId};
+use crate::replication::ObservedTables;
+use crate::{ChangeRequest, Granting, MAX_CHANGES, MemberWish, ObservedHead, StoreId, VolumeId};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -33,6 +34,15 @@ pub struct Observed {
     /// What initiators ask to be changed, at most [`MAX_CHANGES`]; each stays until the desired state answers it, or until
     /// its initiator is no more expected to wait.
     pub changes: Vec<ChangeRequest>,
+    /// This data plane can be head and replica of replicated volumes.
+    pub replicates: bool,
+    /// One entry per volume that it is, or was, head of.
+    pub heads: Vec<ObservedHead>,
+    /// What its heads wish to be changed in their volumes' records, at most one change for each. A successor begins with
+    /// those that its predecessor left here: their outcome is not known.
+    pub wishes: Vec<MemberWish>,
+    /// Whether its replicas grant, for every peer. Published when it changes only.
+    pub granting: Vec<Granting>,
 }
 
 /// One queue of one interface.
@@ -118,6 +128,8 @@ pub struct ObservedStore {
     pub lost_blocks: u64,
     /// The last scrub that was asked for, once it has begun.
     pub scrub: Option<ScrubObserved>,
+    /// Its incarnation (I13); 0: not told, which counts as 1.
+    pub incarnation: u64,
 }
 
 /// The way that written data takes to its place in a store.
@@ -265,12 +277,15 @@ struct Head {
     exports: Table,
     pool: Table,
     changes: Table,
+    /// From here on absent at level 3.
+    replication: ObservedTables,
+    replicates: u8,
 }
 
 impl Record for Head {
     const NAME: &'static str = "observed head";
-    /// Without the changes.
-    const LEAST: usize = size_of::<Self>() - size_of::<Table>();
+    /// Without the changes and what came after them.
+    const LEAST: usize = std::mem::offset_of!(Self, changes);
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -316,6 +331,8 @@ struct StoreRecord {
     scrub_done: U64,
     scrub_total: U64,
     scrub_errors: U64,
+    /// Absent at level 3.
+    incarnation: U64,
 }
 
 impl Record for StoreRecord {
@@ -359,7 +376,7 @@ impl Record for ExportRecord {
 }
 
 /// The front of a message for people, at most [`MAX_NOTE_BYTES`] long.
-fn cut(note: &str) -> &str {
+pub(crate) fn cut(note: &str) -> &str {
     &note[..note.floor_char_boundary(MAX_NOTE_BYTES)]
 }
 
@@ -450,6 +467,7 @@ impl StoreRecord {
             scrub_done: scrub.done_bytes.into(),
             scrub_total: scrub.total_bytes.into(),
             scrub_errors: scrub.errors.into(),
+            incarnation: store.incarnation.into(),
         })
     }
 
@@ -473,6 +491,7 @@ impl StoreRecord {
             checksum_errors: self.checksum_errors.get(),
             lost_blocks: self.lost_blocks.get(),
             scrub: flag(self.scrub_known, "scrub_known")?.then_some(scrub),
+            incarnation: self.incarnation.get(),
         })
     }
 }
@@ -539,6 +558,8 @@ impl Observed {
             volumes: to.table(&self.volumes, VolumeRecord::encode)?,
             exports: to.table(&self.exports, ExportRecord::encode)?,
             changes: to.table(&self.changes, RequestRecord::encode)?,
+            replication: ObservedTables::encode(&mut to, &self.heads, &self.wishes, &self.granting)?,
+            replicates: self.replicates.into(),
             pool: to.pool()?,
         };
         to.finish(&head);
@@ -549,6 +570,7 @@ impl Observed {
     pub(crate) fn decode(bytes: &[u8], version: u64) -> Result<Self, Fault> {
         let (mut from, head) = Decoder::new::<Head>(bytes)?;
         from.use_pool(&head.pool)?;
+        let (heads, wishes, granting) = head.replication.decode(&mut from)?;
         Ok(Self {
             version,
             applied: head.applied.get(),
@@ -558,6 +580,10 @@ impl Observed {
             volumes: from.table(&head.volumes, |from, volume: VolumeRecord| volume.decode(from))?,
             exports: from.table(&head.exports, |from, export: ExportRecord| export.decode(from))?,
             changes: from.added_table(&head.changes, |from, change: RequestRecord| change.decode(from))?,
+            replicates: flag(head.replicates, "replicates")?,
+            heads,
+            wishes,
+            granting,
         })
     }
 }
@@ -569,7 +595,8 @@ pub(crate) mod tests {
     use crate::change::strategies::request;
     use crate::layout::LEVEL;
     use crate::record::other_level::{flipped, relaid};
-    use crate::{Change, MaskEdit, SetRule};
+    use crate::replication::strategies::{granting, observed_heads, wishes};
+    use crate::{Change, MaskEdit, SetRule, StaleMark};
     use proptest::collection::vec;
     use proptest::prelude::*;
     use proptest::sample::select;
@@ -621,7 +648,7 @@ pub(crate) mod tests {
             select(vec![Durability::Memory, Durability::WriteThrough, Durability::DsyncWriteBack]);
         let id = any::<Option<[u8; 16]>>();
         let writes = select(vec![WritePath::Unknown, WritePath::Journal, WritePath::InPlace]);
-        let checks = (writes, any::<u64>(), any::<u64>(), prop::option::of(scrub()));
+        let checks = (writes, any::<u64>(), any::<u64>(), prop::option::of(scrub()), any::<u64>());
         ("[a-z/]{0,60}", id, state, durability, any::<u64>(), any::<u64>(), note(), checks).prop_map(
             |(path, id, state, durability, capacity_bytes, free_bytes, error, checks)| ObservedStore {
                 path,
@@ -635,6 +662,7 @@ pub(crate) mod tests {
                 checksum_errors: checks.1,
                 lost_blocks: checks.2,
                 scrub: checks.3,
+                incarnation: checks.4,
             },
         )
     }
@@ -672,8 +700,9 @@ pub(crate) mod tests {
     pub(crate) fn any_observed() -> impl Strategy<Value = Observed> {
         let lists = (vec(link(), 0..4), vec(store(), 0..5), vec(volume(), 0..8), vec(export(), 0..8));
         let changes = vec(request(), 0..5);
-        (any::<u64>(), any::<u32>(), lists, changes).prop_map(
-            |(applied, pid, (links, stores, volumes, exports), changes)| Observed {
+        let replication = (any::<bool>(), observed_heads(), wishes(), granting());
+        (any::<u64>(), any::<u32>(), lists, changes, replication).prop_map(
+            |(applied, pid, (links, stores, volumes, exports), changes, told)| Observed {
                 version: 0,
                 applied,
                 pid,
@@ -682,6 +711,10 @@ pub(crate) mod tests {
                 volumes,
                 exports,
                 changes,
+                replicates: told.0,
+                heads: told.1,
+                wishes: told.2,
+                granting: told.3,
             },
         )
     }
@@ -692,7 +725,8 @@ pub(crate) mod tests {
         bytes
     }
 
-    const TABLES: std::ops::Range<usize> = std::mem::offset_of!(Head, links)..size_of::<Head>();
+    const TABLES: std::ops::Range<usize> =
+        std::mem::offset_of!(Head, links)..std::mem::offset_of!(Head, replicates);
 
     /// As written by the next level, which still serves this one: longer head, longer records.
     pub(crate) fn newer(observed: &Observed) -> Vec<u8> {
@@ -709,6 +743,8 @@ pub(crate) mod tests {
     /// What is left of a state in the form of [`older`].
     pub(crate) fn without_newer_fields(mut observed: Observed) -> Observed {
         observed.changes.clear();
+        (observed.replicates, observed.heads) = (false, Vec::new());
+        (observed.wishes, observed.granting) = (Vec::new(), Vec::new());
         for link in &mut observed.links {
             link.note.clear();
             link.losses = LinkLosses::default();
@@ -716,7 +752,7 @@ pub(crate) mod tests {
         for store in &mut observed.stores {
             store.error.clear();
             (store.writes, store.scrub) = (WritePath::Unknown, None);
-            (store.checksum_errors, store.lost_blocks) = (0, 0);
+            (store.checksum_errors, store.lost_blocks, store.incarnation) = (0, 0, 0);
         }
         observed.exports.iter_mut().for_each(|export| export.error.clear());
         for volume in &mut observed.volumes {
@@ -799,6 +835,34 @@ pub(crate) mod tests {
         let shared = bytes[first..first + size_of::<Text>()].to_vec();
         bytes[second..second + size_of::<Text>()].copy_from_slice(&shared);
         assert_eq!(Observed::decode(&bytes, 1), Err(Fault::corrupt("strings exceed their pool")));
+    }
+
+    #[test]
+    fn one_wish_for_each_record_and_each_as_long_as_it_says() {
+        let wish = |n: u8, eject: usize| MemberWish {
+            volume: VolumeId([n; 16]),
+            eject: vec![StaleMark::default(); eject],
+            ..MemberWish::default()
+        };
+        let with = |wishes| Observed { wishes, ..Observed::default() };
+        assert!(with(vec![wish(1, 0), wish(1, 1)]).encode(&mut Vec::new()).is_err());
+        let bytes = encoded(&with(vec![wish(1, 1), wish(2, 1)]));
+        let wishes = size_of::<Head>();
+        let mut twice = bytes.clone();
+        twice[wishes..wishes + 16].copy_from_slice(&[2; 16]);
+        assert_eq!(
+            Observed::decode(&twice, 1),
+            Err(Fault::corrupt("two changes of one record are wished for"))
+        );
+        let tables = std::mem::offset_of!(Head, replication);
+        // Of the wishes themselves, and of the members that they eject.
+        for table in [1, 2] {
+            let mut fewer = bytes.clone();
+            let at = tables + table * size_of::<Table>() + 4;
+            assert_eq!(fewer[at], 2);
+            fewer[at] = 1;
+            assert!(matches!(Observed::decode(&fewer, 1), Err(Fault::Corrupt(_))), "table {table}");
+        }
     }
 
     #[test]

@@ -201,6 +201,7 @@ fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
         exports: exports.collect(),
         changes: memory.initiators.values().filter_map(|initiator| initiator.waits.clone()).collect(),
         stores,
+        ..Observed::default()
     })
 }
 

@@ -65,6 +65,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
             VolumeState::Purging => VolumeIntent::Purging,
             VolumeState::Creating | VolumeState::Ready | VolumeState::Resizing => VolumeIntent::Active,
         },
+        lane: None,
     });
     let exports = view.exports.iter().filter_map(|(address, e)| {
         let volume = &view.volumes.get(&e.record.volume)?.record;
@@ -93,8 +94,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         stores: stores.collect(),
         volumes: volumes.collect(),
         exports: exports.collect(),
-        answers: Vec::new(),
-        drain: false,
+        ..Desired::default()
     })
 }
 

@@ -364,6 +364,7 @@ impl Manager {
             volumes: self.stores.observe_volumes(desired),
             exports: self.observe_exports(desired),
             changes: self.changes.observe(),
+            ..Observed::default()
         };
         if self.published.as_ref() == Some(&observed) {
             return Ok(());

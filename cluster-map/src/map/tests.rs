@@ -5,8 +5,9 @@ use crate::desired::tests as desired_tests;
 use crate::layout::tests::{of_boot, of_level, with_counters, without_clients};
 use crate::observed::tests as observed_tests;
 use crate::{
-    Allow, AoePolicy, BUCKETS, DesiredExport, DesiredVolume, ExportState, LEVEL, MAX_CONFIG_STRING_BYTES,
-    MAX_LISTED_MACS, MAX_NOTE_BYTES, ObservedExport, ObservedVolume, VolumeId, VolumeObserved,
+    Allow, AoePolicy, BUCKETS, DesiredExport, DesiredHead, DesiredVolume, ExportState, HeadOwner,
+    HeadPartition, LEVEL, MAX_CONFIG_STRING_BYTES, MAX_LISTED_MACS, MAX_NOTE_BYTES, MemberWish,
+    ObservedExport, ObservedHead, ObservedVolume, StaleMark, VolumeId, VolumeObserved,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -97,9 +98,17 @@ fn ten_thousand_volumes_and_exports_with_full_lists_and_errors_fit() {
         allow: AoePolicy { config: only(), masks: only(), reserve: only() },
         ..DesiredExport::default()
     };
+    let owned = HeadPartition { epoch: 1, owners: vec![HeadOwner::default(); 3] };
+    let head = |volume| DesiredHead {
+        volume,
+        partitions: vec![owned.clone(); 16],
+        stale: vec![StaleMark::default(); 2],
+        ..DesiredHead::default()
+    };
     let mut desired = of_node(Desired {
         volumes: ids().map(|id| DesiredVolume { id, ..DesiredVolume::default() }).collect(),
         exports: ids().map(|volume| DesiredExport { volume, ..full.clone() }).collect(),
+        heads: ids().map(head).collect(),
         ..Desired::default()
     });
     let volume = |id| ObservedVolume {
@@ -114,7 +123,11 @@ fn ten_thousand_volumes_and_exports_with_full_lists_and_errors_fit() {
         error: error.clone(),
         ..ObservedExport::default()
     };
+    let head = |volume| ObservedHead { volume, blocked: error.clone(), ..ObservedHead::default() };
+    let wish = |volume| MemberWish { volume, eject: vec![StaleMark::default(); 2], ..MemberWish::default() };
     let mut observed = Observed {
+        heads: ids().map(head).collect(),
+        wishes: ids().map(wish).collect(),
         volumes: ids().map(volume).collect(),
         exports: ids().map(export).collect(),
         ..Observed::default()

@@ -495,6 +495,7 @@ impl NodeStore {
             checksum_errors: told.checksum_errors,
             lost_blocks: told.lost_blocks,
             scrub: told.scrub,
+            incarnation: self.store.layout().incarnation,
         }
     }
 

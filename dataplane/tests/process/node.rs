@@ -80,6 +80,7 @@ impl Node {
             store,
             size_sectors: VOLUME_SECTORS,
             state: VolumeIntent::Active,
+            lane: None,
         };
         node.desired.volumes = (0..volumes).map(volume).collect();
         node.publish();

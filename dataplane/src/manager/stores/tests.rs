@@ -61,7 +61,7 @@ impl Node {
     fn want(&mut self, n: u8, size_sectors: u64, state: VolumeIntent) {
         let store = self.id();
         self.desired.volumes.retain(|wish| wish.id != volume(n));
-        self.desired.volumes.push(DesiredVolume { id: volume(n), store, size_sectors, state });
+        self.desired.volumes.push(DesiredVolume { id: volume(n), store, size_sectors, state, lane: None });
     }
 
     /// One round of the manager, with these volumes served; the cores hear what it has to say.
