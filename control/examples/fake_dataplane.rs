@@ -1,7 +1,8 @@
 //! The smallest data plane: keeps the contract of the shared map, serves nothing. For the tests of `torusd`.
 //!
 //! Stores are opened at once (a blank file gets an id in its first 16 bytes), volumes are there as soon as they are wanted,
-//! exports are served, each to one client. The environment changes that:
+//! exports are served, each to one client. The number of each start is a line in the file `starts` beside the map. The
+//! environment changes that:
 //! - `FAKE_REFUSE`: prints `error: …` and exits with 2;
 //! - `FAKE_ALLOCATE_MS`: a volume takes this long to allocate, with progress;
 //! - `FAKE_FAIL_VOLUMES`: volumes fail with this text;
@@ -9,6 +10,7 @@
 //! - `FAKE_SCRUB_ERRORS`: a scrub finds this many damaged blocks, all of them lost;
 //! - `FAKE_ASK`: an initiator counts in the config string of every export, this often in all: it asks for 1 where there
 //!   is none, then for 2 instead of 1, and so on. What became of each is a line in the file `asked` beside the map;
+//! - `FAKE_REPLICATES`: it says that it replicates, and that each head that it is to be serves;
 //! - `FAKE_DEAF`: never looks at the map again once it has reported (as a data plane that hangs).
 #![forbid(unsafe_code)]
 
@@ -94,6 +96,8 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
     let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let mut memory = Memory { last_id: u64::try_from(started.as_nanos())?, ..Memory::default() };
     let asked = path.with_file_name("asked");
+    let numbers = path.with_file_name("starts");
+    writeln!(OpenOptions::new().create(true).append(true).open(numbers)?, "{}", map.desired()?.start)?;
     let stats = map.core_stats(0)?;
     let clients = map.core_clients(0)?;
     let mut busy = false;

@@ -32,6 +32,7 @@ use crate::model::{DEFAULT_EXTENT_BYTES, LiveRecord, NodeRecord, StatusRecord, S
 use crate::node::{Follower, Node, SessionEnd, session, unix_s};
 use crate::ops;
 use crate::reconcile::Settings;
+use crate::starts::{self, Starts};
 use crate::supervise::{self, DataPlane, Ended, Program, Wish};
 
 /// How often a node that waits for something says so.
@@ -260,15 +261,8 @@ fn node_id(state_dir: &Path) -> Result<NodeId> {
         }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let id = NodeId(uuid::Uuid::new_v4().into_bytes());
-            let temporary = state_dir.join("node-id.new");
-            let write = || {
-                let mut file = File::create(&temporary)?;
-                writeln!(file, "{id}")?;
-                file.sync_all()?;
-                fs::rename(&temporary, &path)?;
-                File::open(state_dir)?.sync_all()
-            };
-            write().with_context(|| format!("cannot write {}", path.display()))?;
+            starts::write_durably(state_dir, "node-id", &id.to_string())
+                .with_context(|| format!("cannot write {}", path.display()))?;
             Ok(id)
         }
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -399,6 +393,7 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     let running = supervise::holder(&program.lock).await?;
     let map = find_map(&program.map, id, running)?;
 
+    let (mut starts, starts_in_map) = Starts::open(&options.state_dir)?;
     let (announce_map, map_reader) = watch::channel(None);
     let (wish, wished) = watch::channel(Wish::Watch);
     let (state, states) = watch::channel(DataPlane::Idle);
@@ -431,11 +426,12 @@ pub async fn run(options: Options) -> Result<ExitCode> {
         program.map.clone(),
         map,
         announce_map,
+        starts_in_map,
         wish,
         status,
     );
     let follower = tokio::spawn(follower.run(stopped));
-    let supervisor = tokio::spawn(async move { supervise::run(&program, wished, &state).await });
+    let supervisor = tokio::spawn(async move { supervise::run(&program, &mut starts, wished, &state).await });
     Tasks { ordered, session, follower, supervisor, stop }.until_the_end().await
 }
 

@@ -21,4 +21,5 @@ pub mod placement;
 pub mod reconcile;
 pub mod settings;
 pub mod size;
+pub mod starts;
 pub mod supervise;

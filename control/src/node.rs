@@ -22,6 +22,7 @@ use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
 use crate::ops::{self, Plan, Refusal, RefusalKind};
 use crate::reconcile::{self, Settings};
+use crate::starts::StartsInMap;
 use crate::supervise::{DataPlane, Wish};
 
 /// Lifetime of the node's lease.
@@ -363,6 +364,7 @@ pub struct Follower {
     announce_map: watch::Sender<Option<MapReader>>,
     /// The version that the data plane published last; a receiver is kept, or the watching thread would end.
     observed: (watch::Sender<u64>, watch::Receiver<u64>),
+    starts: StartsInMap,
     wish: watch::Sender<Wish>,
     status: watch::Sender<StatusRecord>,
     /// The desired state in the map, once it has been read; nobody else writes it.
@@ -400,6 +402,7 @@ impl Follower {
         map_path: PathBuf,
         map: Option<ControlMap>,
         announce_map: watch::Sender<Option<MapReader>>,
+        starts: StartsInMap,
         wish: watch::Sender<Wish>,
         status: watch::Sender<StatusRecord>,
     ) -> Self {
@@ -411,6 +414,7 @@ impl Follower {
             map: None,
             announce_map,
             observed: watch::channel(0),
+            starts,
             wish,
             status,
             published: None,
@@ -454,6 +458,7 @@ impl Follower {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut known = self.node.subscribe();
         let mut observed = self.observed.1.clone();
+        let mut starts = self.starts.subscribe();
         let mut data_plane = self.node.data_plane.clone();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -472,6 +477,7 @@ impl Follower {
             tokio::select! {
                 _ = known.changed() => {}
                 _ = observed.changed() => {}
+                Ok(()) = starts.changed() => {}
                 _ = data_plane.changed() => {}
                 () = self.changes.decided() => {}
                 () = told_to_stop(&mut stop) => {
@@ -492,7 +498,7 @@ impl Follower {
         if let Some(observed) = &observed {
             self.changes.keep_asked(&observed.changes);
         }
-        let published = match self.publish(&known) {
+        let published = match self.number_start().and_then(|()| self.publish(&known)) {
             Ok(()) => {
                 self.node.set_problem("map", String::new());
                 true
@@ -527,6 +533,7 @@ impl Follower {
         if let (None, Some(map)) = (&self.published, &self.map) {
             let desired = map.desired()?;
             self.changes.adopt(&desired.answers);
+            self.starts.is_in_map(desired.start);
             self.published = Some(Arc::new(desired));
         }
         Ok(self.published.clone())
@@ -537,6 +544,7 @@ impl Follower {
         let Some(map) = self.map.as_mut() else { return Ok(()) };
         let version = map.publish(&mut desired)?;
         self.changes.published(&desired.answers);
+        self.starts.is_in_map(desired.start);
         // An initiator that changes settings all the time must not fill the log.
         tracing::debug!(
             version,
@@ -566,6 +574,17 @@ impl Follower {
 
     fn running(&self) -> bool {
         self.node.data_plane().pid().is_some()
+    }
+
+    /// Puts the number into the map that the next start of a data plane waits for: with metadata or without.
+    fn number_start(&mut self) -> Result<(), MapError> {
+        let wanted = self.starts.wanted();
+        match self.in_map()? {
+            Some(before) if before.version > 0 && before.start < wanted => {
+                self.put(Desired { start: wanted, ..Desired::clone(&before) })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Puts the desired state into the map if it differs from what is there, and has the data plane started.
@@ -603,6 +622,7 @@ impl Follower {
         {
             desired.answers.clone_from(&made_of.answers);
             desired.version = before.version;
+            desired.start = before.start.max(self.starts.wanted());
             let missing = leave_out_missing(&mut desired, &before, &self.settings, running);
             made_of.missing_since = (!missing.is_empty()).then(|| self.started.elapsed().as_secs());
             self.node.set_problem("stores", missing);

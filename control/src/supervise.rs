@@ -2,7 +2,8 @@
 //!
 //! It runs in a session of its own and outlives this process. That it runs is told by the lock file it holds, so that a
 //! restarted `torusd` finds it again and only watches it (by a pidfd, since it is nobody's child then). It is killed in one
-//! case: when it was asked to drain and did not come to an end in time.
+//! case: when it was asked to drain and did not come to an end in time. Each start has a number of its own in the map
+//! ([`crate::starts`]).
 
 use std::fs::{self, File};
 use std::io;
@@ -19,6 +20,8 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::time::Instant;
+
+use crate::starts::{StartError, Starts};
 
 /// Code with which a data plane refuses its configuration.
 pub const EXIT_CONFIG: i32 = 2;
@@ -249,6 +252,7 @@ fn describe(status: Option<ExitStatus>) -> String {
 /// The lock is held by a process that cannot be seen.
 pub async fn run(
     program: &Program,
+    starts: &mut Starts,
     mut wish: watch::Receiver<Wish>,
     state: &watch::Sender<DataPlane>,
 ) -> io::Result<Ended> {
@@ -264,16 +268,24 @@ pub async fn run(
                 (pid, process)
             }
             None => {
-                match wait_for_start(&mut wish).await {
-                    Wish::Drain => {
-                        state.send_replace(DataPlane::Stopped);
-                        return Ok(Ended::Stopped);
+                let numbered = match wait_for_start(&mut wish).await {
+                    Wish::Drain => None,
+                    Wish::Run | Wish::Watch => number_start(starts, &mut wish).await,
+                };
+                let Some(numbered) = numbered else {
+                    state.send_replace(DataPlane::Stopped);
+                    return Ok(Ended::Stopped);
+                };
+                let number = match numbered {
+                    Ok(number) => number,
+                    Err(error) => {
+                        pause(&mut backoff, error.to_string(), &mut wish, state).await;
+                        continue;
                     }
-                    Wish::Run | Wish::Watch => {}
-                }
+                };
                 match Process::start(program) {
                     Ok((pid, process)) => {
-                        tracing::info!(pid, program = %program.path.display(), "started the data plane");
+                        tracing::info!(pid, start = number, program = %program.path.display(), "started the data plane");
                         state.send_replace(DataPlane::Running { pid, adopted: false });
                         (pid, process)
                     }
@@ -310,6 +322,23 @@ pub async fn run(
 async fn wait_for_start(wish: &mut watch::Receiver<Wish>) -> Wish {
     // A closed channel means that the daemon is ending: nothing is to be started.
     wish.wait_for(|wish| *wish != Wish::Watch).await.map_or(Wish::Drain, |wish| *wish)
+}
+
+/// A number for a start; `None` if nothing is to be started any more.
+async fn number_start(
+    starts: &mut Starts,
+    wish: &mut watch::Receiver<Wish>,
+) -> Option<Result<u64, StartError>> {
+    let stop = async {
+        // Nobody can stop it any more: what is wanted last stays.
+        if wish.wait_for(|wish| *wish == Wish::Drain).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        numbered = starts.next() => Some(numbered),
+        () = stop => None,
+    }
 }
 
 async fn pause(

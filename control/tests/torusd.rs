@@ -379,6 +379,43 @@ fn a_crashed_data_plane_is_restarted_again_and_again() {
     assert!(place.log().contains("killed by signal 9"));
 }
 
+/// Whatever was killed or lost before it.
+#[test]
+fn every_start_of_a_data_plane_has_a_larger_number() {
+    let mut place = Place::new();
+    place.start_serving();
+    let numbers = |place: &Place| -> Vec<u64> {
+        let text = fs::read_to_string(place.path("run/starts")).unwrap_or_default();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    };
+    for started in 1..3 {
+        let pid = place.data_plane_pid().unwrap();
+        signal(pid, Signal::KILL);
+        wait_until("a new data plane", || place.data_plane_pid().is_some_and(|new| new != pid));
+        wait_until("it has read its number", || numbers(&place).len() > started);
+    }
+    // One that is found running keeps its number.
+    place.end(Signal::KILL);
+    place.start_serving();
+    // With the state directory's number, or with the map's where that is lost.
+    for lost in ["run/map", "state/data-plane-start"] {
+        let pid = place.data_plane_pid().unwrap();
+        place.end(Signal::KILL);
+        signal(pid, Signal::KILL);
+        wait_until("it is gone", || !alive(pid));
+        fs::remove_file(place.path(lost)).unwrap();
+        place.start_serving();
+    }
+    let numbers = numbers(&place);
+    assert!(numbers.len() == 5 && numbers[0] > 0, "{numbers:?}");
+    assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "{numbers:?}");
+    assert_eq!(place.end(Signal::TERM).code(), Some(0));
+    fs::write(place.path("state/data-plane-start"), "many").unwrap();
+    place.start();
+    assert_eq!(place.torusd.take().unwrap().wait().unwrap().code(), Some(1));
+    assert!(place.log().contains("does not hold a number"), "{}", place.log());
+}
+
 #[test]
 fn a_refused_configuration_stops_torusd_with_code_2() {
     let mut place = Place::new();
