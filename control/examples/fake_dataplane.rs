@@ -10,7 +10,8 @@
 //! - `FAKE_SCRUB_ERRORS`: a scrub finds this many damaged blocks, all of them lost;
 //! - `FAKE_ASK`: an initiator counts in the config string of every export, this often in all: it asks for 1 where there
 //!   is none, then for 2 instead of 1, and so on. What became of each is a line in the file `asked` beside the map;
-//! - `FAKE_REPLICATES`: it says that it replicates, and that each head that it is to be serves;
+//! - `FAKE_REPLICATES`: it says that it replicates. The heads that it is to be serve; it grants all nodes but those whose ids
+//!   are in the file `silent` beside the map;
 //! - `FAKE_DEAF`: never looks at the map again once it has reported (as a data plane that hangs).
 #![forbid(unsafe_code)]
 
@@ -24,10 +25,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use cluster_map::{
-    Change, ChangeRequest, ClientCounter, Counter, DataMap, Desired, DesiredStore, DesiredVolume, Durability,
-    ExportState, Latency, LinkLosses, LinkMode, Observed, ObservedExport, ObservedLink, ObservedStore,
-    ObservedVolume, ScrubObserved, ScrubState, ScrubWish, SetRule, StoreId, StoreState, VolumeId,
-    VolumeIntent, VolumeObserved, WritePath,
+    Change, ChangeRequest, ClientCounter, Counter, DataMap, Desired, DesiredHead, DesiredStore,
+    DesiredVolume, Durability, ExportState, Granting, HeadState, Latency, LinkLosses, LinkMode, NodeId,
+    Observed, ObservedExport, ObservedHead, ObservedLink, ObservedStore, ObservedVolume, ScrubObserved,
+    ScrubState, ScrubWish, SetRule, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved, WritePath,
 };
 use rustix::fs::FlockOperation;
 
@@ -114,7 +115,8 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
         if let Ok(often) = std::env::var("FAKE_ASK") {
             count(&desired, &mut memory, often.parse()?, &asked)?;
         }
-        let mut observed = observe(&desired, &mut memory)?;
+        let silent = std::fs::read_to_string(path.with_file_name("silent")).unwrap_or_default();
+        let mut observed = observe(&desired, &mut memory, &silent)?;
         busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating)
             || observed.stores.iter().any(|s| s.scrub.is_some_and(|s| s.state == ScrubState::Running));
         map.publish_observed(&mut observed)?;
@@ -176,7 +178,7 @@ fn count(desired: &Desired, memory: &mut Memory, often: u64, asked: &Path) -> Re
     Ok(())
 }
 
-fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
+fn observe(desired: &Desired, memory: &mut Memory, silent: &str) -> Result<Observed> {
     let stores: Vec<_> = desired.stores.iter().map(|store| open(store, memory)).collect();
     let links = desired.interfaces.iter().map(|interface| ObservedLink {
         interface: interface.clone(),
@@ -205,8 +207,21 @@ fn observe(desired: &Desired, memory: &mut Memory) -> Result<Observed> {
         exports: exports.collect(),
         changes: memory.initiators.values().filter_map(|initiator| initiator.waits.clone()).collect(),
         stores,
-        ..Observed::default()
+        replicates: std::env::var_os("FAKE_REPLICATES").is_some(),
+        heads: desired.heads.iter().map(|head| serve_head(head, desired.start)).collect(),
+        wishes: Vec::new(),
+        granting: desired.peers.iter().map(|peer| grant(peer.node, silent)).collect(),
     })
+}
+
+fn serve_head(head: &DesiredHead, start: u64) -> ObservedHead {
+    let (volume, takeover, state) = (head.volume, head.takeover, HeadState::Serving);
+    ObservedHead { volume, takeover, start, state, ..ObservedHead::default() }
+}
+
+/// Everybody is granted everything who is not in the list of the silent.
+fn grant(node: NodeId, silent: &str) -> Granting {
+    Granting { node, is_granting: !silent.contains(&node.to_string()) }
 }
 
 fn open(store: &DesiredStore, memory: &mut Memory) -> ObservedStore {

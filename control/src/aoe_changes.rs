@@ -174,7 +174,11 @@ async fn attempt(node: &Node, request: &ChangeRequest) -> Result<Option<Decision
     if !known.usable() || !known.connected {
         return Err(format!("metadata {}", known.words()));
     }
-    let volume = known.view.volumes.get(&request.volume).filter(|volume| volume.record.node == node.id);
+    let volume = known
+        .view
+        .volumes
+        .get(&request.volume)
+        .filter(|_| known.view.serving_node(request.volume) == Some(node.id));
     let Some(address) = volume.and_then(|volume| volume.record.export) else {
         return Ok(Some(Decision { outcome: ChangeOutcome::Refused, revision: Revision(0) }));
     };

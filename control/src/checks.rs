@@ -5,22 +5,27 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::io::Read;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use cluster_map::LinkChoice;
+use cluster_map::{ClusterKey, LinkChoice, PeerAddr};
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
-use crate::model::StoreSpec;
+use crate::model::{StoreSpec, parse_key};
 use crate::ops::{self, MIN_STORE_BYTES};
 use crate::settings::{LogicalInterface, parse_interfaces};
 use crate::size::{self, human};
 
 /// Smallest MTU: an AoE frame of two sectors (36 bytes of headers, of which 14 do not count, and 1024 of data), with room.
 pub const MIN_MTU: u32 = 1060;
+
+/// Port of core 0 for peers where none is named.
+pub const PEER_PORT: u16 = 4330;
 
 /// Why a node cannot start.
 #[derive(Debug, Error)]
@@ -284,6 +289,72 @@ fn check_space(spec: &StoreSpec, path: &Path) -> Result<(), CheckError> {
     )))
 }
 
+/// Reads the cluster's key from a file that nobody else may read.
+///
+/// # Errors
+/// The file cannot be read, others may read it, or it holds something else; what it holds is not said.
+pub fn read_key(path: &Path) -> Result<ClusterKey, CheckError> {
+    let refuse = |why: &str| Err(CheckError::Refused(format!("cluster key file {} {why}", path.display())));
+    let cannot = || io_error(format!("cannot read the cluster key file {}", path.display()));
+    let mut file = fs::File::open(path).map_err(cannot())?;
+    if file.metadata().map_err(cannot())?.permissions().mode() & 0o077 != 0 {
+        return refuse("can be read or written by others; run `chmod 600` on it");
+    }
+    let mut text = String::new();
+    io::Read::by_ref(&mut file).take(128).read_to_string(&mut text).map_err(cannot())?;
+    match parse_key(text.trim_end()) {
+        Some(key) => Ok(key),
+        None => refuse("does not hold 64 hexadecimal digits; make one with `openssl rand -hex 32`"),
+    }
+}
+
+/// Where the data plane is to listen for peers, as `IP:PORT`: as named, else the address from which this machine reaches the
+/// first of the etcd servers that it has a way to. Empty if there is none, or no etcd: such a node has no replicated volumes.
+///
+/// # Errors
+/// What is named is no address, or there are not enough ports behind it for all cores.
+pub fn peer_address(named: &str, etcd: &[String], cores: usize) -> Result<String, CheckError> {
+    let refuse = |why: &str| {
+        let text = format!(
+            "\"{named}\" is not an address for peers: {why}; write IP or IP:PORT, for example 10.0.0.1:{PEER_PORT}"
+        );
+        Err(CheckError::Refused(text))
+    };
+    let addr = if named.is_empty() {
+        let Some(ip) = etcd.iter().find_map(|url| address_towards(url)) else {
+            if !etcd.is_empty() {
+                tracing::warn!(
+                    "no way to etcd yet: other nodes cannot call this one's data plane; name its address with --peer-addr"
+                );
+            }
+            return Ok(String::new());
+        };
+        SocketAddr::new(ip, PEER_PORT)
+    } else if let Ok(addr) = named.parse::<SocketAddr>() {
+        addr
+    } else if let Ok(ip) = named.trim_matches(['[', ']']).parse::<IpAddr>() {
+        SocketAddr::new(ip, PEER_PORT)
+    } else {
+        return refuse("it does not parse");
+    };
+    if addr.ip().is_unspecified() || addr.ip().is_multicast() {
+        return refuse("others cannot call it");
+    }
+    let ports = PeerAddr { ip: addr.ip(), base_port: addr.port() };
+    if ports.has_ports_for(cores) { Ok(addr.to_string()) } else { refuse("each core needs a port") }
+}
+
+/// The address that this machine uses towards a server. Nothing is sent.
+fn address_towards(url: &str) -> Option<IpAddr> {
+    let url: hyper::Uri = url.parse().ok()?;
+    let host = url.host()?.trim_matches(['[', ']']).to_owned();
+    let server = (host, url.port_u16().unwrap_or(2379)).to_socket_addrs().ok()?.next()?;
+    let any: IpAddr = if server.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(server).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
 /// The data-plane program: the one named, else the one beside this program, else the first in `PATH`.
 ///
 /// # Errors
@@ -345,6 +416,47 @@ mod tests {
         assert!(text(&["eth7@1".into()], &present(true, 1500)).contains("no interface eth7 here"));
         let both = check_interfaces(&["eth0".into(), "eth0@0100".into()], &present(true, 1500)).unwrap();
         assert_eq!(both.iter().map(ToString::to_string).collect::<Vec<_>>(), ["eth0", "eth0@100"]);
+    }
+
+    #[test]
+    fn peers_call_the_address_towards_etcd_or_the_one_that_is_named() {
+        let etcd = |url: &str| vec!["nonsense".to_owned(), url.to_owned()];
+        assert_eq!(peer_address("", &etcd("http://127.0.0.1:2379"), 2).unwrap(), "127.0.0.1:4330");
+        assert_eq!(peer_address("", &[], 2).unwrap(), "");
+        assert_eq!(peer_address("", &["http://".into()], 2).unwrap(), "", "it can be named later");
+        for (named, expected) in [
+            ("10.0.0.1", "10.0.0.1:4330"),
+            ("10.0.0.1:77", "10.0.0.1:77"),
+            ("fd00::1", "[fd00::1]:4330"),
+            ("[fd00::1]:77", "[fd00::1]:77"),
+        ] {
+            assert_eq!(peer_address(named, &etcd("http://127.0.0.1:2379"), 2).unwrap(), expected);
+        }
+        for bad in ["nonsense", "10.0.0.1:0", "10.0.0.1:65535", "0.0.0.0", "224.0.0.1:77", "10.0.0.1:x"] {
+            let text = peer_address(bad, &[], 2).unwrap_err().to_string();
+            assert!(text.contains(bad) && text.contains("IP:PORT"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_key_file_is_private_and_holds_a_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        let read = |text: &str, mode| {
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            read_key(&path).map_err(|error| error.to_string())
+        };
+        let good = "0123456789abcdefABCDEF0123456789".repeat(2);
+        assert_eq!(read(&format!("{good}\n"), 0o600).unwrap().0[..3], [1, 0x23, 0x45]);
+        assert!(read(&good, 0o640).unwrap_err().contains("chmod 600"));
+        for bad in [String::new(), "0".repeat(64), good.clone() + "0", "é".repeat(100), good.repeat(100)] {
+            let error = read(&bad, 0o600).unwrap_err();
+            assert!(error.contains("openssl rand -hex 32") || error.contains("cannot read"), "{error}");
+            assert!(bad.is_empty() || !error.contains(&bad));
+        }
+        fs::remove_file(&path).unwrap();
+        assert!(read_key(&path).unwrap_err().to_string().contains("cannot read the cluster key file"));
     }
 
     #[test]

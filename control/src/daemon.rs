@@ -29,7 +29,7 @@ use crate::meta::MetaStore;
 use crate::meta::embedded::EmbeddedStore;
 use crate::meta::etcd::{EtcdOptions, EtcdStore};
 use crate::model::{DEFAULT_EXTENT_BYTES, LiveRecord, NodeRecord, StatusRecord, StoreSpec, check_name};
-use crate::node::{Follower, Node, SessionEnd, session, unix_s};
+use crate::node::{Follower, Links, Node, SessionEnd, keep_key, session, unix_s};
 use crate::ops;
 use crate::reconcile::Settings;
 use crate::starts::{self, Starts};
@@ -83,9 +83,14 @@ pub struct Options {
     /// Address of the HTTP API
     #[arg(long, env = "TORUS_API", value_name = "ADDR", default_value = "127.0.0.1:4321")]
     pub api: SocketAddr,
-    /// Address for the data planes of other nodes
-    #[arg(long, env = "TORUS_PEER_ADDR", value_name = "ADDR", default_value = "")]
+    /// Address for the data planes of other nodes; core i of the data plane listens at PORT + i [default: the address from
+    /// which this node reaches etcd, port 4330]
+    #[arg(long, env = "TORUS_PEER_ADDR", value_name = "IP[:PORT]", default_value = "")]
     pub peer_addr: String,
+    /// File with the key that nodes of the cluster know each other by, 64 hexadecimal digits; the same on every node. Without
+    /// it the key is kept in the metadata
+    #[arg(long, env = "TORUS_CLUSTER_KEY_FILE", value_name = "PATH")]
+    pub cluster_key_file: Option<PathBuf>,
     /// What must survive a reboot: the node's identity, and the metadata if there is no etcd
     #[arg(long, env = "TORUS_STATE_DIR", value_name = "DIR", default_value = "/var/lib/torus")]
     pub state_dir: PathBuf,
@@ -190,6 +195,7 @@ fn choose_cores(named: Option<&str>, usable: &[u16]) -> Result<Vec<u16>> {
 /// What has been looked at and found good.
 struct Checked {
     name: String,
+    peer_addr: String,
     settings: Settings,
     stores: Vec<StoreSpec>,
     program: PathBuf,
@@ -217,8 +223,10 @@ fn check(options: &Options) -> Result<Checked> {
     let named_stores = stores.iter().map(|s| s.path.clone()).collect();
     let interfaces = interfaces.iter().map(ToString::to_string).collect();
     let steering = options.steering.into();
-    let settings = Settings { cores, link, steering, interfaces, named_stores };
-    Ok(Checked { name, settings, stores, program })
+    let cluster_key = options.cluster_key_file.as_deref().map(checks::read_key).transpose()?;
+    let peer_addr = checks::peer_address(&options.peer_addr, &options.etcd, cores.len())?;
+    let settings = Settings { cores, link, steering, interfaces, named_stores, cluster_key };
+    Ok(Checked { name, peer_addr, settings, stores, program })
 }
 
 /// Makes a directory if needed and takes its lock, which lasts as long as the file is open.
@@ -413,22 +421,21 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     let record = NodeRecord {
         name: checked.name,
         zone: options.zone.clone(),
-        peer_addr: options.peer_addr.clone(),
+        peer_addr: checked.peer_addr,
+        cores: u16::try_from(checked.settings.cores.len()).unwrap_or(u16::MAX),
         api_addr: api.to_string(),
         stores: checked.stores,
     };
     let live =
         LiveRecord { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").into(), boot: boot_id() };
+    tokio::spawn(keep_key(Arc::clone(&node), checked.settings.cluster_key));
     let session = tokio::spawn(session(Arc::clone(&node), record, live, statuses, stopped.clone()));
     let follower = Follower::new(
         Arc::clone(&node),
         checked.settings,
         program.map.clone(),
         map,
-        announce_map,
-        starts_in_map,
-        wish,
-        status,
+        Links { announce_map, starts: starts_in_map, wish, status },
     );
     let follower = tokio::spawn(follower.run(stopped));
     let supervisor = tokio::spawn(async move { supervise::run(&program, &mut starts, wished, &state).await });

@@ -7,6 +7,7 @@
 //! | key below `torus/` | value |
 //! |---|---|
 //! | `cluster` | [`ClusterRecord`] |
+//! | `cluster-key` | [`ClusterKeyRecord`], where nodes are not given the key in a file |
 //! | `nodes/<node>` | [`NodeRecord`], permanent |
 //! | `node-names/<name>` | [`NodeNameRecord`], makes node names unique |
 //! | `live/<node>` | [`LiveRecord`], bound to the node's lease |
@@ -15,6 +16,7 @@
 //! | `scrubs/<store>` | [`ScrubRecord`], permanent, so that the number of a store's runs only grows |
 //! | `names/<volume name>` | [`NameRecord`], makes volume names unique |
 //! | `volumes/<volume>` | [`VolumeRecord`] |
+//! | `heads/<volume>` | [`HeadsRecord`], of replicated volumes, from their creation to their end |
 //! | `exports/<shelf>.<slot>` | [`ExportRecord`], makes addresses unique |
 //! | `macs/<mac>` | [`MacRecord`], makes export MACs unique |
 //! | `tombstones/<volume>` | [`TombstoneRecord`] |
@@ -23,11 +25,12 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fmt;
 use std::str::FromStr;
 
-use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
+use cluster_map::{ClusterId, ClusterKey, NodeId, PeerAddr, StoreId, VolumeId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::heads::HeadsRecord;
 use crate::meta::{Event, KeyValue, Revision};
 use crate::settings::ExportSettings;
 
@@ -120,6 +123,55 @@ mod text_option {
     {
         Option::<String>::deserialize(d)?.map(|text| text.parse().map_err(D::Error::custom)).transpose()
     }
+}
+
+/// Serde adapter for lists of identifiers.
+mod text_list {
+    use super::{Deserialize, FromStr, fmt};
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<T: fmt::Display, S: Serializer>(all: &[T], s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(all.iter().map(ToString::to_string))
+    }
+
+    pub(super) fn deserialize<'de, T, D>(d: D) -> Result<Vec<T>, D::Error>
+    where
+        T: FromStr,
+        T::Err: fmt::Display,
+        D: Deserializer<'de>,
+    {
+        let texts = Vec::<String>::deserialize(d)?;
+        texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+    }
+}
+
+/// Serde adapter for the cluster's key: 64 hexadecimal digits.
+mod hex_key {
+    use super::{ClusterKey, Deserialize, parse_key};
+    use serde::{Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(key: &ClusterKey, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&key.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<ClusterKey, D::Error> {
+        // What it is instead is not said: it may be most of a key.
+        parse_key(&String::deserialize(d)?).ok_or_else(|| D::Error::custom("not 64 hexadecimal digits"))
+    }
+}
+
+/// Reads a cluster's key: 64 hexadecimal digits, not all of them zero.
+#[must_use]
+pub fn parse_key(text: &str) -> Option<ClusterKey> {
+    let digits = text.as_bytes();
+    let mut key = [0; 32];
+    if digits.len() != 2 * key.len() || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(ClusterKey(key)).filter(|key| !key.is_nil())
 }
 
 /// Serde adapter for sets of addresses.
@@ -239,6 +291,14 @@ pub struct ClusterRecord {
     pub extent_size: u64,
 }
 
+/// The cluster's key; written once, by the first node that needs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterKeyRecord {
+    /// The key.
+    #[serde(with = "hex_key")]
+    pub key: ClusterKey,
+}
+
 /// A path that a node is to open as a store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreSpec {
@@ -255,12 +315,31 @@ pub struct NodeRecord {
     pub name: String,
     /// Failure domain; empty if not given.
     pub zone: String,
-    /// Where its data plane listens for peers; empty if not given.
+    /// Where core 0 of its data plane listens for peers, as `IP:PORT`; the others follow. Empty if not known.
     pub peer_addr: String,
+    /// On how many cores its data plane runs; 0 if not told.
+    #[serde(default)]
+    pub cores: u16,
     /// Where its HTTP API listens.
     pub api_addr: String,
     /// The paths it is to open.
     pub stores: Vec<StoreSpec>,
+}
+
+impl NodeRecord {
+    /// Where its data plane listens for peers, and on how many cores it runs, if it can be called.
+    #[must_use]
+    pub fn peer(&self) -> Option<(PeerAddr, u16)> {
+        let addr = parse_peer_addr(&self.peer_addr)?;
+        (self.cores > 0 && addr.has_ports_for(usize::from(self.cores))).then_some((addr, self.cores))
+    }
+}
+
+/// Reads `IP:PORT`, with brackets around an IPv6 address.
+#[must_use]
+pub fn parse_peer_addr(text: &str) -> Option<PeerAddr> {
+    let addr: std::net::SocketAddr = text.parse().ok()?;
+    Some(PeerAddr { ip: addr.ip(), base_port: addr.port() }).filter(|addr| addr.base_port != 0)
 }
 
 /// Who has a node name.
@@ -339,6 +418,13 @@ pub struct StoreStatus {
     /// The scrub that it has or had last, as the data plane tells.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
+    /// Its incarnation (I13).
+    #[serde(default = "first")]
+    pub incarnation: u64,
+}
+
+fn first() -> u64 {
+    1
 }
 
 /// How far a scrub is.
@@ -386,6 +472,22 @@ pub struct ExportStatus {
     pub error: String,
 }
 
+/// What became of a head that does not simply serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadStatus {
+    /// The volume.
+    #[serde(with = "text")]
+    pub volume: VolumeId,
+    /// The take-over that made it.
+    pub takeover: u64,
+    /// `opening`, `serving`, `replaced` or `past`.
+    pub state: String,
+    /// Extents that are still to be made equal, in steps of 64.
+    pub resync_extents: u64,
+    /// Why requests wait; empty if they do not.
+    pub blocked: String,
+}
+
 /// A node's summary of itself; bound to its lease.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusRecord {
@@ -405,6 +507,19 @@ pub struct StatusRecord {
     pub serving: BTreeSet<Address>,
     /// The other exports.
     pub exports: Vec<ExportStatus>,
+    /// Its data plane can be head and replica of replicated volumes.
+    #[serde(default)]
+    pub replicates: bool,
+    /// The nodes whose heads its replicas have granted something within the last second: each of them vetoes that another node
+    /// takes over from these.
+    #[serde(default, with = "text_list", skip_serializing_if = "Vec::is_empty")]
+    pub granting: Vec<NodeId>,
+    /// Heads that do not simply serve; of all others that it was told of up to `heads_revision` it can be taken that they do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heads: Vec<HeadStatus>,
+    /// Newest revision of a volume's heads record that its data plane has acted on.
+    #[serde(default)]
+    pub heads_revision: u64,
 }
 
 /// A formatted store and the node that has it.
@@ -488,12 +603,12 @@ pub struct VolumeRecord {
     pub size: u64,
     /// Copies kept.
     pub copies: u8,
-    /// The store that holds it.
-    #[serde(with = "text")]
-    pub store: StoreId,
+    /// The store that holds its one copy; none if it is replicated, and its [`HeadsRecord`] tells.
+    #[serde(with = "text_option")]
+    pub store: Option<StoreId>,
     /// The node of that store.
-    #[serde(with = "text")]
-    pub node: NodeId,
+    #[serde(with = "text_option")]
+    pub node: Option<NodeId>,
     /// Where it is in its life.
     pub state: VolumeState,
     /// Its export's address, until the node has confirmed the export's end.
@@ -501,6 +616,9 @@ pub struct VolumeRecord {
     pub export: Option<Address>,
     /// When it was created, seconds since 1970.
     pub created_unix_s: u64,
+    /// Stores of a replicated volume that have done what its state asks for; once all have, the state changes.
+    #[serde(default, with = "text_list", skip_serializing_if = "Vec::is_empty")]
+    pub confirmed: Vec<StoreId>,
 }
 
 /// An export: a volume at an AoE address.
@@ -535,9 +653,12 @@ pub struct MacRecord {
 pub struct TombstoneRecord {
     /// The name it had.
     pub name: String,
-    /// The store that confirmed the deletion.
-    #[serde(with = "text")]
-    pub store: StoreId,
+    /// The store that confirmed the deletion of the one copy.
+    #[serde(with = "text_option")]
+    pub store: Option<StoreId>,
+    /// The stores that confirmed the deletion of a replicated volume: all that owned a part of it.
+    #[serde(default, with = "text_list", skip_serializing_if = "Vec::is_empty")]
+    pub owners: Vec<StoreId>,
     /// When, seconds since 1970.
     pub deleted_unix_s: u64,
 }
@@ -548,6 +669,8 @@ pub mod keys {
 
     /// The cluster record.
     pub const CLUSTER: &str = "torus/cluster";
+    /// The cluster's key.
+    pub const CLUSTER_KEY: &str = "torus/cluster-key";
 
     macro_rules! key {
         ($($(#[$doc:meta])* $name:ident($arg:ident: $type:ty) = $folder:literal;)*) => {$(
@@ -575,6 +698,8 @@ pub mod keys {
         name(name: &str) = "names";
         /// A volume.
         volume(id: VolumeId) = "volumes";
+        /// A replicated volume's head and owners.
+        heads(id: VolumeId) = "heads";
         /// An export.
         export(address: Address) = "exports";
         /// An export's MAC.
@@ -631,6 +756,8 @@ pub struct Entry<T> {
 pub struct View {
     /// The cluster, once initialised.
     pub cluster: Option<Entry<ClusterRecord>>,
+    /// The cluster's key, where one has been made.
+    pub cluster_key: Option<Entry<ClusterKeyRecord>>,
     /// Members.
     pub nodes: BTreeMap<NodeId, Entry<NodeRecord>>,
     /// Owners of node names.
@@ -647,6 +774,8 @@ pub struct View {
     pub names: BTreeMap<String, Entry<NameRecord>>,
     /// Volumes.
     pub volumes: BTreeMap<VolumeId, Entry<VolumeRecord>>,
+    /// Heads and owners of the replicated ones.
+    pub heads: BTreeMap<VolumeId, Entry<HeadsRecord>>,
     /// Exports.
     pub exports: BTreeMap<Address, Entry<ExportRecord>>,
     /// Owners of MACs.
@@ -702,6 +831,10 @@ impl View {
             self.cluster = Some(entry(kv)?);
             return Ok(());
         }
+        if key == keys::CLUSTER_KEY {
+            self.cluster_key = Some(entry(kv)?);
+            return Ok(());
+        }
         let Some((kind, rest)) = kind_of(key) else { return Ok(()) };
         match kind {
             "nodes" => drop(self.nodes.insert(part(key, rest)?, entry(kv)?)),
@@ -722,11 +855,15 @@ impl View {
             "scrubs" => drop(self.scrubs.insert(part(key, rest)?, entry(kv)?)),
             "names" => drop(self.names.insert(rest.to_owned(), entry(kv)?)),
             "volumes" => {
-                let volume = entry::<VolumeRecord>(kv)?;
-                let placed = self.placed.entry(volume.record.store).or_default();
-                placed.volumes += 1;
-                placed.bytes = placed.bytes.saturating_add(volume.record.size);
-                self.volumes.insert(part(key, rest)?, volume);
+                let (id, volume) = (part(key, rest)?, entry::<VolumeRecord>(kv)?);
+                self.recount(id, |view| drop(view.volumes.insert(id, volume)));
+            }
+            "heads" => {
+                let (id, heads) = (part(key, rest)?, entry::<HeadsRecord>(kv)?);
+                let broken =
+                    |reason: &str| ModelError::Damaged { key: key.to_owned(), reason: reason.to_owned() };
+                heads.record.check().map_err(broken)?;
+                self.recount(id, |view| drop(view.heads.insert(id, heads)));
             }
             "exports" => drop(self.exports.insert(part(key, rest)?, entry(kv)?)),
             "macs" => {
@@ -746,6 +883,10 @@ impl View {
             self.cluster = None;
             return Ok(());
         }
+        if key == keys::CLUSTER_KEY {
+            self.cluster_key = None;
+            return Ok(());
+        }
         let Some((kind, rest)) = kind_of(key) else { return Ok(()) };
         match kind {
             "nodes" => drop(self.nodes.remove(&part(key, rest)?)),
@@ -756,15 +897,12 @@ impl View {
             "scrubs" => drop(self.scrubs.remove(&part(key, rest)?)),
             "names" => drop(self.names.remove(rest)),
             "volumes" => {
-                if let Some(volume) = self.volumes.remove(&part(key, rest)?)
-                    && let btree_map::Entry::Occupied(mut placed) = self.placed.entry(volume.record.store)
-                {
-                    placed.get_mut().volumes -= 1;
-                    placed.get_mut().bytes = placed.get().bytes.saturating_sub(volume.record.size);
-                    if placed.get().volumes == 0 {
-                        placed.remove();
-                    }
-                }
+                let id = part(key, rest)?;
+                self.recount(id, |view| drop(view.volumes.remove(&id)));
+            }
+            "heads" => {
+                let id = part(key, rest)?;
+                self.recount(id, |view| drop(view.heads.remove(&id)));
             }
             "exports" => drop(self.exports.remove(&part(key, rest)?)),
             "macs" => drop(self.macs.remove(&part(key, rest)?)),
@@ -772,6 +910,57 @@ impl View {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Makes a change to what is known of a volume, and counts anew what it takes of its owners.
+    fn recount(&mut self, id: VolumeId, change: impl FnOnce(&mut Self)) {
+        let before = self.taken(id);
+        change(self);
+        for (store, bytes) in before {
+            if let btree_map::Entry::Occupied(mut placed) = self.placed.entry(store) {
+                placed.get_mut().volumes -= 1;
+                placed.get_mut().bytes = placed.get().bytes.saturating_sub(bytes);
+                if placed.get().volumes == 0 {
+                    placed.remove();
+                }
+            }
+        }
+        for (store, bytes) in self.taken(id) {
+            let placed = self.placed.entry(store).or_default();
+            placed.volumes += 1;
+            placed.bytes = placed.bytes.saturating_add(bytes);
+        }
+    }
+
+    /// What a volume takes of each of its owners, at most: an owner of some partitions counts as one of all.
+    fn taken(&self, id: VolumeId) -> Vec<(StoreId, u64)> {
+        let Some(volume) = self.volumes.get(&id) else { return Vec::new() };
+        self.owners(id).into_iter().map(|(store, _)| (store, volume.record.size)).collect()
+    }
+
+    /// The stores that own a part of a volume, with their nodes. None of a replicated volume whose heads record is missing:
+    /// then nobody knows, and nothing is served or deleted.
+    #[must_use]
+    pub fn owners(&self, id: VolumeId) -> Vec<(StoreId, NodeId)> {
+        let Some(volume) = self.volumes.get(&id).map(|volume| &volume.record) else { return Vec::new() };
+        if let (Some(store), Some(node)) = (volume.store, volume.node) {
+            return vec![(store, node)];
+        }
+        let heads = self.heads.get(&id).into_iter();
+        heads.flat_map(|heads| &heads.record.members).map(|member| (member.store, member.node)).collect()
+    }
+
+    /// The node that serves a volume: its head's, or that of its only copy.
+    #[must_use]
+    pub fn serving_node(&self, id: VolumeId) -> Option<NodeId> {
+        let volume = &self.volumes.get(&id)?.record;
+        volume.node.or_else(|| Some(self.heads.get(&id)?.record.head))
+    }
+
+    /// The name of that node for people.
+    #[must_use]
+    pub fn serving_label(&self, id: VolumeId) -> String {
+        self.serving_node(id).map_or_else(|| "none".into(), |node| self.node_label(node))
     }
 
     /// A volume by name or, failing that, by id.
@@ -810,14 +999,17 @@ impl View {
         self.nodes.get(&id).map_or_else(|| id.to_string(), |node| node.record.name.clone())
     }
 
-    /// What the node of a volume says about the work on it, if that answers what the record asks for now.
+    /// What the nodes of a volume say about the work on it, if that answers what the record asks for now: first who failed,
+    /// else who is least far.
     #[must_use]
     pub fn volume_report(&self, id: VolumeId) -> Option<&VolumeStatus> {
         let volume = &self.volumes.get(&id)?.record;
         let wanted = if volume.state == VolumeState::Purging { 0 } else { volume.size };
-        self.live.get(&volume.node)?;
-        let reports = &self.status.get(&volume.node)?.volumes;
-        reports.iter().find(|report| report.id == id && report.wanted == wanted)
+        let nodes: BTreeSet<_> = self.owners(id).into_iter().map(|(_, node)| node).collect();
+        let live = nodes.iter().filter(|node| self.live.contains_key(node));
+        let reports = live.filter_map(|node| self.status.get(node)).flat_map(|status| &status.volumes);
+        let of_it = reports.filter(|report| report.id == id && report.wanted == wanted);
+        of_it.min_by_key(|report| (report.state != "failed", report.done))
     }
 
     /// What the volumes on a store come to.
@@ -865,6 +1057,7 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::heads::MemberRecord;
     use proptest::prelude::*;
 
     fn kv(key: String, value: Vec<u8>) -> KeyValue {
@@ -876,11 +1069,12 @@ mod tests {
             name: "v".into(),
             size: 4 << 20,
             copies: 1,
-            store: StoreId([2; 16]),
-            node: NodeId([3; 16]),
+            store: Some(StoreId([2; 16])),
+            node: Some(NodeId([3; 16])),
             state: VolumeState::Ready,
             export: Address::new(1, 1),
             created_unix_s: 1,
+            confirmed: Vec::new(),
         }
     }
 
@@ -939,6 +1133,60 @@ mod tests {
     }
 
     #[test]
+    fn a_key_is_stored_as_text_and_never_said() {
+        let record = ClusterKeyRecord { key: ClusterKey([0xab; 32]) };
+        let stored = kv(keys::CLUSTER_KEY.into(), encode(&record));
+        assert!(String::from_utf8_lossy(&stored.value).contains(&"ab".repeat(32)));
+        let view = View::read([&stored]).unwrap();
+        assert_eq!(view.cluster_key.as_ref().unwrap().record, record);
+        assert!(!format!("{view:?}").contains("abab") && !format!("{view:?}").contains("171, 171"));
+        for bad in ["ab".repeat(31), "00".repeat(32), "xy".repeat(32), "ab".repeat(33)] {
+            let text = format!(r#"{{"format":1,"key":"{bad}"}}"#);
+            let error = View::read([&kv(keys::CLUSTER_KEY.into(), text.into())]).unwrap_err().to_string();
+            assert!(error.contains("64 hexadecimal digits") && !error.contains(&bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_replicated_volume_counts_on_every_owner_and_an_unsound_record_spoils_the_view() {
+        let id = VolumeId([1; 16]);
+        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]) };
+        let heads = HeadsRecord::new(vec![member(4), member(5)], NodeId([5; 16]), 0, 0);
+        let replicated = VolumeRecord { store: None, node: None, copies: 2, ..volume() };
+        let (volume, record) =
+            (kv(keys::volume(id), encode(&replicated)), kv(keys::heads(id), encode(&heads)));
+        for order in [[&volume, &record], [&record, &volume]] {
+            let view = View::read(order).unwrap();
+            let placed = Placed { volumes: 1, bytes: 4 << 20 };
+            assert_eq!((view.placed(StoreId([4; 16])), view.placed(StoreId([5; 16]))), (placed, placed));
+            assert_eq!(view.serving_node(id), Some(NodeId([5; 16])));
+        }
+        let alone = View::read([&volume]).unwrap();
+        assert_eq!((alone.owners(id), alone.serving_node(id)), (Vec::new(), None));
+        let unsound = HeadsRecord { takeover: 0, ..heads };
+        let error = View::read([&kv(keys::heads(id), encode(&unsound))]).unwrap_err().to_string();
+        assert!(error.contains("torus/heads/") && error.contains("take-over"), "{error}");
+    }
+
+    #[test]
+    fn peers_are_called_where_every_core_has_a_port() {
+        let node = |peer_addr: &str, cores| NodeRecord {
+            name: "n".into(),
+            zone: String::new(),
+            peer_addr: peer_addr.into(),
+            cores,
+            api_addr: String::new(),
+            stores: Vec::new(),
+        };
+        assert!(node("10.0.0.1:4330", 2).peer().is_some() && node("[fd00::1]:4330", 1).peer().is_some());
+        for (addr, cores) in
+            [("", 1), ("10.0.0.1", 1), ("10.0.0.1:0", 1), ("10.0.0.1:4330", 0), ("10.0.0.1:65535", 2)]
+        {
+            assert_eq!(node(addr, cores).peer(), None, "{addr} {cores}");
+        }
+    }
+
+    #[test]
     fn names_follow_the_rule() {
         for good in ["a", "A.b_c-9", "_x", &"n".repeat(64)] {
             assert!(check_name(good).is_ok(), "{good}");
@@ -990,6 +1238,7 @@ mod tests {
                     name: name.clone(),
                     zone: String::new(),
                     peer_addr: String::new(),
+                    cores: 0,
                     api_addr: String::new(),
                     stores: Vec::new(),
                 };
@@ -1007,8 +1256,10 @@ mod tests {
             5 => (keys::store(store), encode(&StoreRecord { node, path: name, size: 1 })),
             6 => (keys::name(&n.to_string()), encode(&NameRecord { volume: VolumeId([change; 16]) })),
             7 => {
-                let (size, store) = (u64::from(change), StoreId([change; 16]));
-                (keys::volume(id), encode(&VolumeRecord { name, size, store, ..volume() }))
+                let (size, store) = (u64::from(change), Some(StoreId([change; 16])));
+                // One of three is replicated.
+                let (store, node) = if n == 2 { (None, None) } else { (store, volume().node) };
+                (keys::volume(id), encode(&VolumeRecord { name, size, store, node, ..volume() }))
             }
             8 => (
                 keys::export(address),
@@ -1020,6 +1271,12 @@ mod tests {
                     settings: ExportSettings::default(),
                 }),
             ),
+            10 => {
+                let member = |n: u8| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node };
+                let members = (change..change + 3).map(member).collect();
+                (keys::heads(id), encode(&HeadsRecord::new(members, node, 0, 0)))
+            }
+            11 => (keys::CLUSTER_KEY.into(), encode(&ClusterKeyRecord { key: ClusterKey([change; 32]) })),
             9 => (keys::mac(mac), encode(&MacRecord { volume: VolumeId([change; 16]) })),
             _ => {
                 let (run, rate, started_unix_s) = (u64::from(change), 1, 1);
@@ -1040,7 +1297,7 @@ mod tests {
 
         #[test]
         fn following_is_the_same_as_reading_anew(
-            steps in proptest::collection::vec((0u8..11, 0u8..3, 0u8..4), 1..40),
+            steps in proptest::collection::vec((0u8..13, 0u8..3, 0u8..4), 1..60),
         ) {
             let (mut entries, mut view) = (BTreeMap::new(), View::default());
             for (revision, (kind, n, change)) in (1..).map(Revision).zip(steps) {

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cluster_map::{
-    ChangeAnswer, ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Observed, StoreState,
+    ChangeAnswer, ClusterKey, ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Observed,
+    StoreState,
 };
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -24,6 +25,7 @@ use crate::ops::{self, Plan, Refusal, RefusalKind};
 use crate::reconcile::{self, Settings};
 use crate::starts::StartsInMap;
 use crate::supervise::{DataPlane, Wish};
+use crate::takeover::{self, Batch, Vigil};
 
 /// Lifetime of the node's lease.
 const LEASE_TTL: Duration = Duration::from_secs(9);
@@ -279,6 +281,49 @@ async fn keep_session(
     }
 }
 
+/// Sees to it that the cluster has a key: one that was given to the node in a file, or else one in the metadata, which the
+/// first node without a file makes.
+pub async fn keep_key(node: Arc<Node>, given: Option<ClusterKey>) {
+    let mut known = node.subscribe();
+    loop {
+        let made = {
+            let ready =
+                |known: &Arc<Known>| known.usable() && known.connected && known.view.cluster.is_some();
+            let Ok(known) = known.wait_for(ready).await else { return };
+            known.view.cluster_key.as_ref().map(|made| made.record.key)
+        };
+        match (given, made) {
+            (Some(given), Some(made)) if given != made => {
+                let text = "the cluster's key in the metadata, which nodes without --cluster-key-file use, is not the one in \
+                            this node's file: give the same file to every node, or to none";
+                node.set_problem("key", text.into());
+            }
+            (Some(_), _) | (None, Some(_)) => node.set_problem("key", String::new()),
+            (None, None) => match fresh_key() {
+                Some(key) => {
+                    if node.change(|view| ops::make_key(view, key)).await.is_err() {
+                        tokio::time::sleep(RETRY).await;
+                    }
+                    continue;
+                }
+                None => {
+                    node.set_problem("key", "the kernel gives no random bytes for the cluster's key".into());
+                }
+            },
+        }
+        if known.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A random key.
+fn fresh_key() -> Option<ClusterKey> {
+    let mut key = [0; 32];
+    let filled = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()).ok()?;
+    Some(ClusterKey(key)).filter(|key| filled == key.0.len() && !key.is_nil())
+}
+
 /// Becomes a member as soon as there is a cluster; tries again for as long as that may help.
 async fn join(node: &Node, record: &NodeRecord) -> Result<(), Refusal> {
     loop {
@@ -355,6 +400,18 @@ async fn hold_lease(
     }
 }
 
+/// What a follower tells the other parts of the node.
+pub struct Links {
+    /// The map, once there is one.
+    pub announce_map: watch::Sender<Option<MapReader>>,
+    /// The numbers of the data plane's starts.
+    pub starts: StartsInMap,
+    /// What is wanted of the supervisor.
+    pub wish: watch::Sender<Wish>,
+    /// The status for the session to write.
+    pub status: watch::Sender<StatusRecord>,
+}
+
 /// Publishes the desired state and records what the data plane has done.
 pub struct Follower {
     node: Arc<Node>,
@@ -378,6 +435,9 @@ pub struct Follower {
     /// What the status was last made of: desired version, if the data plane runs, observed version, and how it is.
     reported: Option<(Option<u64>, Option<u64>, String)>,
     changes: AoeChanges,
+    vigil: Vigil,
+    /// When a take-over is due, if nothing changes.
+    take_over_at: Option<Instant>,
     /// Changes are not computed on a view older than the last one made.
     seen_after: Revision,
     started: Instant,
@@ -401,11 +461,9 @@ impl Follower {
         settings: Settings,
         map_path: PathBuf,
         map: Option<ControlMap>,
-        announce_map: watch::Sender<Option<MapReader>>,
-        starts: StartsInMap,
-        wish: watch::Sender<Wish>,
-        status: watch::Sender<StatusRecord>,
+        links: Links,
     ) -> Self {
+        let Links { announce_map, starts, wish, status } = links;
         let changes = AoeChanges::new(Arc::clone(&node));
         let mut follower = Self {
             node,
@@ -423,6 +481,8 @@ impl Follower {
             recorded: None,
             reported: None,
             changes,
+            vigil: Vigil::default(),
+            take_over_at: None,
             seen_after: Revision(0),
             started: Instant::now(),
         };
@@ -485,6 +545,7 @@ impl Follower {
                     return;
                 }
                 _ = tick.tick() => {}
+                () = until(self.take_over_at) => {}
                 () = tokio::time::sleep(RETRY), if retry => {}
             }
         }
@@ -513,8 +574,42 @@ impl Follower {
         }
         self.report(observed.as_deref());
         let due = self.due(&known, observed.as_deref());
+        let silent = self.look_for_silent_heads(&known, observed.as_deref());
         drop(known);
-        published && self.record(due).await
+        let taken_over = self.take_over(silent).await;
+        published && self.record(due).await && taken_over
+    }
+
+    /// The heads to replace now. Nobody is replaced on what may be out of date: of the metadata, or of the node's own data plane.
+    fn look_for_silent_heads(&mut self, known: &Known, observed: Option<&Observed>) -> Vec<Batch> {
+        let current = known.usable() && known.connected && known.revision >= self.seen_after;
+        let observed = observed.filter(|_| current && !self.silent(observed));
+        let look = self.vigil.look(&known.view, self.node.id, observed, self.started.elapsed());
+        self.take_over_at = look.next.map(|next| self.started + next);
+        takeover::batches(&known.view, self.node.id, &look.due)
+    }
+
+    /// Becomes head in place of heads that are silent; false if it is to be tried again.
+    async fn take_over(&mut self, batches: Vec<Batch>) -> bool {
+        let mut done = true;
+        for batch in batches {
+            let outcome = takeover::commit(self.node.meta.as_ref(), &batch).await;
+            match outcome {
+                Ok(Some(revision)) => {
+                    self.seen_after = self.seen_after.max(revision);
+                    let volumes = batch.volumes().count();
+                    tracing::info!(from = %batch.head(), volumes, "this node is head now: the former one is silent");
+                }
+                // Somebody else was first, or vetoes.
+                Ok(None) => self.vigil.put_off(batch.volumes(), self.started.elapsed()),
+                Err(error) => {
+                    tracing::warn!(%error, from = %batch.head(), "cannot replace a silent head: keeps trying");
+                    self.vigil.put_off(batch.volumes(), self.started.elapsed());
+                    done = false;
+                }
+            }
+        }
+        done
     }
 
     /// What the running data plane says, if one runs and has said anything.
@@ -712,6 +807,9 @@ impl Follower {
                 observed.links.clear();
                 observed.exports.clear();
                 observed.volumes.clear();
+                observed.heads.clear();
+                observed.granting.clear();
+                observed.replicates = false;
                 observed.stores.iter_mut().for_each(|store| store.state = StoreState::Opening);
                 reconcile::status(&Desired::default(), &observed, &made_of.2)
             }
@@ -736,6 +834,14 @@ impl Follower {
             Err(error) => tracing::error!(%error, "cannot tell the data plane to drain"),
         }
         self.wish.send_replace(Wish::Drain);
+    }
+}
+
+/// Waits for a time, if there is one.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -12,13 +12,14 @@
 use std::fmt;
 use std::time::Duration;
 
-use cluster_map::{ClusterId, MAX_PATH_BYTES, NodeId, StoreId, VolumeId};
+use cluster_map::{ClusterId, ClusterKey, MAX_OWNERS, MAX_PATH_BYTES, NodeId, StoreId, VolumeId};
 
+use crate::heads::HeadsRecord;
 use crate::meta::{Compare, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{
-    Address, ClusterRecord, Entry, ExportRecord, MacRecord, ModelError, NameRecord, NodeNameRecord,
-    NodeRecord, PREFIX, ScrubRecord, StoreRecord, StoreSpec, View, VolumeRecord, VolumeState, check_name,
-    encode, keys,
+    Address, ClusterKeyRecord, ClusterRecord, Entry, ExportRecord, MacRecord, ModelError, NameRecord,
+    NodeNameRecord, NodeRecord, PREFIX, ScrubRecord, StoreRecord, StoreSpec, View, VolumeRecord, VolumeState,
+    check_name, encode, keys,
 };
 use crate::placement::{self, PlacementError, available_bytes};
 use crate::settings::{ExportSettings, Policy, SettingError, parse_interfaces};
@@ -141,6 +142,12 @@ impl From<PlacementError> for Refusal {
                 "no_store",
                 error.to_string(),
                 "see `torusctl node show` for the state of the stores",
+            ),
+            PlacementError::TooFewNodes { .. } => Self::new(
+                RefusalKind::Conflict,
+                "replication_missing",
+                error.to_string(),
+                "use --copies 1, or as many copies as there are such nodes: see `torusctl node show`",
             ),
             PlacementError::NoSpace { .. } => Self::new(
                 RefusalKind::NoSpace,
@@ -274,8 +281,22 @@ pub fn init(
     Ok(Plan::Commit(txn, Initialised { cluster, created: true }))
 }
 
+/// Keeps a key for the cluster, unless there is one.
+///
+/// # Errors
+/// The cluster is not initialised.
+pub fn make_key(view: &View, key: ClusterKey) -> Result<Plan<()>, Refusal> {
+    initialised(view)?;
+    if view.cluster_key.is_some() {
+        return Ok(Plan::Done(()));
+    }
+    let absent = Compare::Absent(keys::CLUSTER_KEY.into());
+    Ok(Plan::Commit(Txn::new().when(absent).put(keys::CLUSTER_KEY, encode(&ClusterKeyRecord { key })), ()))
+}
+
 /// Makes the node a member, or brings its record up to date. Stores that it opened before are kept, named again or not; a
-/// path that never came to be a store is forgotten, so that a wrong one can be corrected.
+/// path that never came to be a store is forgotten, so that a wrong one can be corrected. A peer address that is not known
+/// this time stays as it was.
 ///
 /// # Errors
 /// The cluster is not initialised, or the name belongs to another node.
@@ -297,6 +318,9 @@ pub fn join(view: &View, id: NodeId, wanted: &NodeRecord) -> Result<Plan<NodeRec
         let named = |path: &str| wanted.stores.iter().any(|s| s.path == path);
         let kept = known.record.stores.iter().filter(|s| opened(&s.path) && !named(&s.path));
         record.stores.extend(kept.cloned());
+        if record.peer_addr.is_empty() {
+            record.peer_addr.clone_from(&known.record.peer_addr);
+        }
     }
     record.stores.sort_by(|a, b| a.path.cmp(&b.path));
     if known.is_some_and(|known| known.record == record) && view.node_names.contains_key(&record.name) {
@@ -329,6 +353,8 @@ pub struct NewVolume {
     pub size: u64,
     /// Copies asked for; the default is one per node, at most three.
     pub copies: Option<u8>,
+    /// Of them, how many are to stay in sync; the default is two of three or more, else one.
+    pub min_copies: Option<u8>,
     /// Seconds since 1970.
     pub now_unix_s: u64,
 }
@@ -344,10 +370,10 @@ fn whole_extents(cluster: &ClusterRecord, size: u64) -> Result<u64, Refusal> {
         .ok_or_else(|| refuse(format!("{} is too large", human(size)), "the limit is 128 PiB"))
 }
 
-/// Creates a volume on the store with most free space.
+/// Creates a volume on the store with most free space; one of several copies on as many nodes, with its heads record.
 ///
 /// # Errors
-/// Bad or taken name, bad size, no space, more than one copy.
+/// Bad or taken name, bad size, no space, more copies than nodes that replicate.
 pub fn create_volume(view: &View, new: &NewVolume) -> Result<Plan<VolumeRecord>, Refusal> {
     let cluster = initialised(view)?;
     check_name(&new.name)?;
@@ -356,22 +382,8 @@ pub fn create_volume(view: &View, new: &NewVolume) -> Result<Plan<VolumeRecord>,
     }
     let size = whole_extents(cluster, new.size)?;
     let default_copies = u8::try_from(view.nodes.len().clamp(1, 3)).unwrap_or(3);
-    match new.copies.unwrap_or(default_copies) {
-        1 => {}
-        0 => {
-            let message = "a volume without a copy is not possible";
-            return Err(Refusal::new(RefusalKind::Invalid, "bad_copies", message, "use --copies 1"));
-        }
-        copies => {
-            let asked = if new.copies.is_some() { "asked for" } else { "the default here" };
-            return Err(Refusal::new(
-                RefusalKind::Invalid,
-                "replication_missing",
-                format!("{copies} copies are {asked}, but replication is not in this version"),
-                "use --copies 1",
-            ));
-        }
-    }
+    let copies = new.copies.unwrap_or(default_copies);
+    refuse_impossible_copies(copies, new.min_copies)?;
     if let Some(taken) = view.names.get(&new.name) {
         let purging =
             view.volumes.get(&taken.record.volume).map(|v| v.record.state) == Some(VolumeState::Purging);
@@ -380,27 +392,70 @@ pub fn create_volume(view: &View, new: &NewVolume) -> Result<Plan<VolumeRecord>,
         let message = format!("a volume {} exists", new.name);
         return Err(Refusal::new(RefusalKind::Conflict, "name_taken", message, hint));
     }
-    let store_id = placement::choose_store(view, size)?;
-    let store = &view.stores[&store_id];
-    let record = VolumeRecord {
+    let mut record = VolumeRecord {
         name: new.name.clone(),
         size,
-        copies: 1,
-        store: store_id,
-        node: store.record.node,
+        copies,
+        store: None,
+        node: None,
         state: VolumeState::Creating,
         export: None,
         created_unix_s: new.now_unix_s,
+        confirmed: Vec::new(),
     };
-    let txn = Txn::new()
+    let mut txn = Txn::new()
         .when(Compare::Absent(keys::name(&new.name)))
         .when(Compare::Absent(keys::volume(new.id)))
-        .when(unchanged(keys::store(store_id), store))
-        .put(keys::name(&new.name), encode(&NameRecord { volume: new.id }))
-        .put(keys::volume(new.id), encode(&record))
-        // Rewritten as it is: whoever else counted this store's space conflicts.
-        .put(keys::store(store_id), encode(&store.record));
+        .put(keys::name(&new.name), encode(&NameRecord { volume: new.id }));
+    let stores = if copies == 1 {
+        let store = placement::choose_store(view, size)?;
+        (record.store, record.node) = (Some(store), view.stores.get(&store).map(|s| s.record.node));
+        vec![store]
+    } else {
+        let asked = if new.copies.is_some() { "asked for" } else { "the default here" };
+        let owners = placement::choose_owners(view, size, copies).map_err(|error| {
+            let mut refusal = Refusal::from(error.clone());
+            if let PlacementError::TooFewNodes { .. } = error {
+                refusal.message = format!("{copies} copies are {asked}: {error}");
+            }
+            refusal
+        })?;
+        let stores = owners.iter().map(|owner| owner.store).collect();
+        let head = placement::choose_head(view, &owners).ok_or(PlacementError::NoStore)?;
+        let lane = placement::choose_lane(view);
+        let heads = HeadsRecord::new(owners, head, new.min_copies.unwrap_or(0), lane);
+        let key = keys::heads(new.id);
+        txn = txn.when(Compare::Absent(key.clone())).put(key, encode(&heads));
+        stores
+    };
+    txn = claim_space(view, txn, &stores).put(keys::volume(new.id), encode(&record));
     Ok(Plan::Commit(txn, record))
+}
+
+fn refuse_impossible_copies(copies: u8, min_copies: Option<u8>) -> Result<(), Refusal> {
+    let refuse =
+        |message: String, hint: String| Err(Refusal::new(RefusalKind::Invalid, "bad_copies", message, hint));
+    if copies == 0 {
+        return refuse("a volume without a copy is not possible".into(), "use --copies 1".into());
+    }
+    if usize::from(copies) > MAX_OWNERS {
+        return refuse(format!("{copies} copies are too many"), format!("at most {MAX_OWNERS} are possible"));
+    }
+    match min_copies {
+        Some(min) if min == 0 || min > copies => {
+            let hint = format!("use --min-copies with 1 to {copies}, or leave it out");
+            refuse(format!("{min} of {copies} copies cannot be the least to stay in sync"), hint)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Rewrites the records of stores as they are: whoever else counted their space conflicts.
+fn claim_space(view: &View, txn: Txn, stores: &[StoreId]) -> Txn {
+    let known = stores.iter().filter_map(|id| Some((*id, view.stores.get(id)?)));
+    known.fold(txn, |txn, (id, store)| {
+        txn.when(unchanged(keys::store(id), store)).put(keys::store(id), encode(&store.record))
+    })
 }
 
 /// Changes a volume's size; shrinking needs `allow_data_loss` and no export.
@@ -424,23 +479,31 @@ pub fn resize_volume(
     if size == old.size {
         return Ok(Plan::Done(old.clone()));
     }
+    let stores: Vec<_> = view.owners(id).into_iter().map(|(store, _)| store).collect();
+    let largest = stores.iter().map(|store| available_bytes(view, *store)).min().unwrap_or(0);
     if size < old.size {
         refuse_unwanted_shrink(old, size, allow_data_loss)?;
-    } else if size - old.size > available_bytes(view, old.store) {
-        let largest = available_bytes(view, old.store);
+    } else if size - old.size > largest {
         return Err(PlacementError::NoSpace { needed: size - old.size, largest }.into());
     }
-    let record = VolumeRecord { size, state: VolumeState::Resizing, ..old.clone() };
-    let mut txn = Txn::new().when(unchanged(keys::volume(id), volume)).put(keys::volume(id), encode(&record));
-    if let Some(store) = view.stores.get(&old.store) {
-        txn = txn
-            .when(unchanged(keys::store(old.store), store))
-            .put(keys::store(old.store), encode(&store.record));
-    }
-    Ok(Plan::Commit(txn, record))
+    let record = VolumeRecord { size, state: VolumeState::Resizing, confirmed: Vec::new(), ..old.clone() };
+    let txn = Txn::new().when(unchanged(keys::volume(id), volume)).put(keys::volume(id), encode(&record));
+    Ok(Plan::Commit(claim_space(view, txn, &stores), record))
 }
 
 fn refuse_unwanted_shrink(old: &VolumeRecord, size: u64, allow_data_loss: bool) -> Result<(), Refusal> {
+    if old.copies > 1 {
+        // What is cut off may be given to others only when no former head can write there any more (I12).
+        return Err(Refusal::new(
+            RefusalKind::Conflict,
+            "cannot_shrink",
+            format!(
+                "volume {} has {} copies, and such a volume cannot be made smaller yet",
+                old.name, old.copies
+            ),
+            "create a smaller one and copy what is to be kept",
+        ));
+    }
     if !allow_data_loss {
         return Err(Refusal::new(
             RefusalKind::Conflict,
@@ -482,14 +545,14 @@ pub fn delete_volume(
     if let Some(address) = old.export {
         let ending = view.exports.get(&address).is_some_and(|e| e.record.ending);
         let hint = if ending {
-            format!("its export is ending: wait until node {} has confirmed", view.node_label(old.node))
+            format!("its export is ending: wait until node {} has confirmed", view.serving_label(id))
         } else {
             format!("run `torusblk unexport {}` first", old.name)
         };
         let message = format!("volume {} is exported at {address}", old.name);
         return Err(Refusal::new(RefusalKind::Conflict, "exported", message, hint));
     }
-    let record = VolumeRecord { state: VolumeState::Purging, ..old.clone() };
+    let record = VolumeRecord { state: VolumeState::Purging, confirmed: Vec::new(), ..old.clone() };
     let txn = Txn::new().when(unchanged(keys::volume(id), volume)).put(keys::volume(id), encode(&record));
     Ok(Plan::Commit(txn, id))
 }
@@ -522,11 +585,11 @@ pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
     if old.state == VolumeState::Purging {
         return Err(conflict("purging", format!("volume {} is being deleted", old.name), String::new()));
     }
-    let interfaces = wanted_interfaces(view, old, &new.interfaces)?;
+    let interfaces = wanted_interfaces(view, id, old, &new.interfaces)?;
     if let Some(at) = old.export {
         let export = view.exports.get(&at).map(|e| &e.record);
         if export.is_some_and(|e| e.ending) {
-            let hint = format!("repeat when node {} has confirmed its end", view.node_label(old.node));
+            let hint = format!("repeat when node {} has confirmed its end", view.serving_label(id));
             return Err(conflict(
                 "export_ending",
                 format!("the export of {} at {at} is ending", old.name),
@@ -585,10 +648,16 @@ pub fn export(view: &View, new: &NewExport) -> Result<Plan<Address>, Refusal> {
 
 /// The interfaces to bind an export to, each in its one spelling and in order; refused if the volume's node does not serve
 /// on one of them.
-fn wanted_interfaces(view: &View, volume: &VolumeRecord, names: &[String]) -> Result<Vec<String>, Refusal> {
+fn wanted_interfaces(
+    view: &View,
+    id: VolumeId,
+    volume: &VolumeRecord,
+    names: &[String],
+) -> Result<Vec<String>, Refusal> {
     let mut wanted: Vec<_> = parse_interfaces(names)?.iter().map(ToString::to_string).collect();
     wanted.sort_unstable();
-    let has = view.status.get(&volume.node).map_or(&[][..], |status| &status.interfaces);
+    let status = view.serving_node(id).and_then(|node| view.status.get(&node));
+    let has = status.map_or(&[][..], |status| &status.interfaces);
     let Some(missing) = wanted.iter().find(|name| !has.contains(name)) else { return Ok(wanted) };
     let has = if has.is_empty() { "none now".to_owned() } else { has.join(", ") };
     Err(Refusal::new(
@@ -596,7 +665,7 @@ fn wanted_interfaces(view: &View, volume: &VolumeRecord, names: &[String]) -> Re
         "no_such_interface",
         format!(
             "node {}, which holds volume {}, does not serve on {missing}; it serves on: {has}",
-            view.node_label(volume.node),
+            view.serving_label(id),
             volume.name
         ),
         "name one of these, or none to serve it on all of them",
@@ -754,7 +823,9 @@ pub fn remove_store(view: &View, node: &str, path_or_id: &str, seen: &mut bool) 
     record.stores.retain(|s| s.path != path);
     let mut txn = Txn::new().when(unchanged(keys::node(id), entry)).put(keys::node(id), encode(&record));
     if let Some((store_id, store)) = store {
-        let volumes: Vec<_> = view.volumes.values().filter(|v| v.record.store == *store_id).collect();
+        let is_on_it = |id: VolumeId| view.owners(id).iter().any(|(owner, _)| owner == store_id);
+        let volumes: Vec<_> =
+            view.volumes.iter().filter(|(id, _)| is_on_it(**id)).map(|(_, volume)| volume).collect();
         if let Some(first) = volumes.first() {
             return Err(Refusal::new(
                 RefusalKind::Conflict,

@@ -8,16 +8,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_map::{
-    Desired, DesiredExport, DesiredStore, DesiredVolume, Durability, EVERY_INTERFACE, ExportState,
-    LinkChoice, LinkMode, NodeId, Observed, ObservedStore, ObservedVolume, ScrubState, ScrubWish,
-    SteeringChoice, StoreId, StoreState, VolumeIntent, VolumeObserved, WritePath,
+    ClusterKey, Desired, DesiredExport, DesiredHead, DesiredPeer, DesiredStore, DesiredVolume, Durability,
+    EVERY_INTERFACE, ExportState, HeadState, LinkChoice, LinkMode, NodeId, Observed, ObservedHead,
+    ObservedStore, ObservedVolume, ScrubState, ScrubWish, SteeringChoice, StoreId, StoreState, VolumeId,
+    VolumeIntent, VolumeObserved, WritePath,
 };
 
-use crate::meta::{Compare, Txn};
+use crate::heads::HeadsRecord;
+use crate::meta::{Compare, MAX_TXN_BYTES, MAX_TXN_OPS, Txn};
 use crate::model::{
-    Address, Entry, ExportStatus, LinkStatus, SECTOR_BYTES, ScrubRecord, ScrubResult, ScrubStatus,
-    StatusRecord, StoreRecord, StoreStatus, TombstoneRecord, View, VolumeRecord, VolumeState, VolumeStatus,
-    encode, keys,
+    Address, Entry, ExportStatus, HeadStatus, LinkStatus, SECTOR_BYTES, ScrubRecord, ScrubResult,
+    ScrubStatus, StatusRecord, StoreRecord, StoreStatus, TombstoneRecord, View, VolumeRecord, VolumeState,
+    VolumeStatus, encode, keys,
 };
 use crate::settings::{ExportSettings, bare};
 
@@ -39,6 +41,8 @@ pub struct Settings {
     pub interfaces: Vec<String>,
     /// Paths of the stores that are named at start, as opposed to those added later.
     pub named_stores: Vec<String>,
+    /// The cluster's key, if it was given in a file; else the metadata's is used.
+    pub cluster_key: Option<ClusterKey>,
 }
 
 /// What the node's data plane is to do, without answers to changes; `None` until the cluster is initialised and the node
@@ -56,20 +60,30 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         let size_bytes = if id.is_some() { 0 } else { s.size };
         DesiredStore { path: s.path.clone(), size_bytes, id, scrub: id.and_then(|id| scrub_wish(view, id)) }
     });
-    let here = |v: &VolumeRecord| view.stores.get(&v.store).is_some_and(|s| s.record.node == node);
-    let volumes = view.volumes.iter().filter(|(_, v)| here(&v.record)).map(|(id, v)| DesiredVolume {
-        id: *id,
-        store: v.record.store,
-        size_sectors: v.record.size / SECTOR_BYTES,
-        state: match v.record.state {
-            VolumeState::Purging => VolumeIntent::Purging,
-            VolumeState::Creating | VolumeState::Ready | VolumeState::Resizing => VolumeIntent::Active,
-        },
-        lane: None,
+    let volumes = view.volumes.iter().flat_map(|(id, v)| {
+        let wish = |store| DesiredVolume {
+            id: *id,
+            store,
+            size_sectors: v.record.size / SECTOR_BYTES,
+            state: match v.record.state {
+                VolumeState::Purging => VolumeIntent::Purging,
+                VolumeState::Creating | VolumeState::Ready | VolumeState::Resizing => VolumeIntent::Active,
+            },
+            lane: view.heads.get(id).map(|heads| heads.record.lane),
+        };
+        let here = view.owners(*id).into_iter().filter(|(store, _)| is_here(view, node, *store));
+        here.map(|(store, _)| wish(store)).collect::<Vec<_>>()
     });
+    // A volume that is being purged has no head any more.
+    let heads = view.heads.iter().filter(|(id, heads)| {
+        let volume = view.volumes.get(id);
+        heads.record.head == node && volume.is_some_and(|volume| volume.record.state != VolumeState::Purging)
+    });
+    let heads: Vec<_> = heads.map(|(id, heads)| heads.record.desired(*id, heads.revision)).collect();
     let exports = view.exports.iter().filter_map(|(address, e)| {
         let volume = &view.volumes.get(&e.record.volume)?.record;
-        let wanted = here(volume) && !e.record.ending && volume.state != VolumeState::Purging;
+        let wanted =
+            serves(view, node, e.record.volume) && !e.record.ending && volume.state != VolumeState::Purging;
         wanted.then_some(DesiredExport {
             volume: e.record.volume,
             shelf: address.shelf,
@@ -83,6 +97,13 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
             allow: e.record.settings.policy.allow(),
         })
     });
+    let made_key = view.cluster_key.as_ref().map(|made| made.record.key);
+    let listen = member.peer().map(|(addr, _)| addr);
+    let others = view.nodes.iter().filter(|(other, _)| **other != node);
+    let peers = others.filter_map(|(node, other)| {
+        let (addr, cores) = other.record.peer()?;
+        Some(DesiredPeer { node: *node, addr, cores })
+    });
     Some(Desired {
         version: 0,
         cluster,
@@ -94,8 +115,26 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         stores: stores.collect(),
         volumes: volumes.collect(),
         exports: exports.collect(),
+        cluster_key: settings.cluster_key.or(made_key).unwrap_or_default(),
+        listen: listen.filter(|addr| addr.has_ports_for(settings.cores.len())),
+        peers: peers.collect(),
+        heads,
         ..Desired::default()
     })
+}
+
+/// Whether a store is recorded as one of the node.
+fn is_here(view: &View, node: NodeId, store: StoreId) -> bool {
+    view.stores.get(&store).is_some_and(|s| s.record.node == node)
+}
+
+/// Whether the node is to answer the initiators of a volume: it has the only copy, or is the head.
+fn serves(view: &View, node: NodeId, id: VolumeId) -> bool {
+    let Some(volume) = view.volumes.get(&id) else { return false };
+    match volume.record.store {
+        Some(store) => is_here(view, node, store),
+        None => view.serving_node(id) == Some(node),
+    }
 }
 
 /// The scrub that a store is to have. One that is recorded as finished is not done again by a data plane that starts anew.
@@ -124,15 +163,53 @@ pub fn changes(
     observed: &Observed,
     now_unix_s: u64,
 ) -> Vec<Txn> {
-    let mut txns = store_changes(view, node, observed);
+    // First what initiators may be waiting for.
+    let mut txns = wished_changes(view, node, published, observed);
+    txns.extend(store_changes(view, node, observed));
     txns.extend(observed.stores.iter().filter_map(|seen| finished_scrub(view, node, seen, now_unix_s)));
     for seen in &observed.volumes {
-        let here = view.stores.get(&seen.store).is_some_and(|s| s.record.node == node);
-        let record = view.volumes.get(&seen.id).filter(|v| here && v.record.store == seen.store);
-        txns.extend(record.and_then(|record| volume_change(record, seen, published, now_unix_s)));
+        let owned = is_here(view, node, seen.store)
+            && view.owners(seen.id).iter().any(|(store, _)| *store == seen.store);
+        let Some(volume) = view.volumes.get(&seen.id).filter(|_| owned) else { continue };
+        let change = match view.heads.get(&seen.id) {
+            Some(heads) => replica_change(volume, heads, seen, published, now_unix_s),
+            None => volume_change(volume, seen, published, now_unix_s),
+        };
+        txns.extend(change);
     }
     if observed.applied >= published.version && published.version > 0 {
         txns.extend(ended_exports(view, node, published, observed));
+    }
+    txns
+}
+
+/// The changes of heads records that the node's heads wish for, each against the revision that it was computed from and only while
+/// the node is head by the same take-over; as many as fit in one transaction. Where one of them conflicts, the next view has
+/// the others again.
+fn wished_changes(view: &View, node: NodeId, published: &Desired, observed: &Observed) -> Vec<Txn> {
+    let wished = observed.wishes.iter().filter_map(|wish| {
+        let heads = view.heads.get(&wish.volume)?;
+        let volume = view.volumes.get(&wish.volume)?;
+        let by_its_head = heads.record.head == node
+            && (heads.record.takeover, published.start) == (wish.takeover, wish.start)
+            && heads.revision.0.unsigned_abs() == wish.revision;
+        if !by_its_head || volume.record.state == VolumeState::Purging {
+            return None;
+        }
+        let after = heads.record.changed(&wish.eject, &wish.join)?;
+        Some((keys::heads(wish.volume), heads.revision, encode(&after)))
+    });
+    let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
+    for (key, revision, value) in wished {
+        if txn.ops.len() == MAX_TXN_OPS || bytes + value.len() > MAX_TXN_BYTES / 2 {
+            txns.push(std::mem::take(&mut txn));
+            bytes = 0;
+        }
+        bytes += value.len();
+        txn = txn.when(Compare::Revision(key.clone(), revision)).put(key, value);
+    }
+    if !txn.ops.is_empty() {
+        txns.push(txn);
     }
     txns
 }
@@ -195,6 +272,7 @@ fn volume_change(
             let tombstone = TombstoneRecord {
                 name: record.name.clone(),
                 store: record.store,
+                owners: Vec::new(),
                 deleted_unix_s: now_unix_s,
             };
             asked.then(|| {
@@ -207,6 +285,51 @@ fn volume_change(
         }
         _ => None,
     }
+}
+
+/// Notes that one owner of a replicated volume has done what the volume's state asks for; the last of them changes the state.
+fn replica_change(
+    entry: &Entry<VolumeRecord>,
+    heads: &Entry<HeadsRecord>,
+    seen: &ObservedVolume,
+    published: &Desired,
+    now_unix_s: u64,
+) -> Option<Txn> {
+    let record = &entry.record;
+    let done = match (record.state, seen.state) {
+        (VolumeState::Creating | VolumeState::Resizing, VolumeObserved::Ready) => {
+            seen.size_sectors == record.size / SECTOR_BYTES
+        }
+        (VolumeState::Purging, VolumeObserved::Purged) => published
+            .volumes
+            .iter()
+            .any(|v| (v.id, v.store, v.state) == (seen.id, seen.store, VolumeIntent::Purging)),
+        _ => false,
+    };
+    if !done || record.confirmed.contains(&seen.store) {
+        return None;
+    }
+    let mut confirmed = record.confirmed.clone();
+    confirmed.push(seen.store);
+    let all = heads.record.members.iter().all(|member| confirmed.contains(&member.store));
+    let (key, heads_key) = (keys::volume(seen.id), keys::heads(seen.id));
+    let txn = Txn::new()
+        .when(Compare::Revision(key.clone(), entry.revision))
+        .when(Compare::Revision(heads_key.clone(), heads.revision));
+    Some(match (all, record.state) {
+        (false, _) => txn.put(key, encode(&VolumeRecord { confirmed, ..record.clone() })),
+        (true, VolumeState::Purging) => {
+            let name = record.name.clone();
+            let gone = keys::name(&name);
+            let tombstone =
+                TombstoneRecord { name, store: None, owners: confirmed, deleted_unix_s: now_unix_s };
+            txn.delete(key).delete(heads_key).delete(gone).put(keys::tombstone(seen.id), encode(&tombstone))
+        }
+        (true, _) => {
+            let ready = VolumeRecord { state: VolumeState::Ready, confirmed: Vec::new(), ..record.clone() };
+            txn.put(key, encode(&ready))
+        }
+    })
 }
 
 /// Exports of this node that are recorded as ending and that the data plane has let go of.
@@ -222,7 +345,7 @@ fn ended_exports<'a>(
         let at = |shelf, slot| Address { shelf, slot } == *address;
         let still_wanted = published.exports.iter().any(|e| at(e.shelf, e.slot));
         let still_there = observed.exports.iter().any(|e| at(e.shelf, e.slot));
-        if volume.record.node != node || still_wanted || still_there {
+        if view.serving_node(export.record.volume) != Some(node) || still_wanted || still_there {
             return None;
         }
         let freed = VolumeRecord { export: None, ..volume.record.clone() };
@@ -345,6 +468,7 @@ pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> Sta
             error: shortened(&e.error),
         },
     });
+    let (heads, heads_revision) = head_statuses(published, observed);
     StatusRecord {
         data_plane: data_plane.to_owned(),
         interfaces: published.interfaces.clone(),
@@ -353,7 +477,56 @@ pub fn status(published: &Desired, observed: &Observed, data_plane: &str) -> Sta
         volumes: volumes.collect(),
         serving: serving.into_iter().map(address).collect(),
         exports: exports.collect(),
+        replicates: observed.replicates,
+        granting: granting(observed),
+        heads,
+        heads_revision,
     }
+}
+
+/// The nodes whose heads the data plane's replicas grant, in order.
+fn granting(observed: &Observed) -> Vec<NodeId> {
+    let granting: BTreeSet<_> =
+        observed.granting.iter().filter(|grant| grant.is_granting).map(|grant| grant.node).collect();
+    granting.into_iter().collect()
+}
+
+fn head_words(state: HeadState) -> &'static str {
+    match state {
+        HeadState::Opening => "opening",
+        HeadState::Serving => "serving",
+        HeadState::Replaced => "replaced",
+        HeadState::Past => "past",
+    }
+}
+
+/// Heads that do not simply serve, and the revision up to which the others do; 0 where not all of them can be named.
+fn head_statuses(published: &Desired, observed: &Observed) -> (Vec<HeadStatus>, u64) {
+    /// What is still to be made equal changes all the time: the status tells it in steps.
+    const STEP_EXTENTS: u64 = 64;
+    let seen: BTreeMap<_, _> = observed.heads.iter().map(|head| (head.volume, head)).collect();
+    let status = |wish: &DesiredHead| {
+        let head = seen
+            .get(&wish.volume)
+            .filter(|head| (head.takeover, head.start) == (wish.takeover, published.start));
+        let serves = |head: &&&ObservedHead| {
+            head.state == HeadState::Serving && head.resync_extents == 0 && head.blocked.is_empty()
+        };
+        head.filter(serves).is_none().then(|| HeadStatus {
+            volume: wish.volume,
+            takeover: wish.takeover,
+            state: head.map_or("opening", |head| head_words(head.state)).into(),
+            resync_extents: head.map_or(0, |head| head.resync_extents).saturating_add(STEP_EXTENTS - 1)
+                / STEP_EXTENTS
+                * STEP_EXTENTS,
+            blocked: head.map(|head| shortened(&head.blocked)).unwrap_or_default(),
+        })
+    };
+    let mut heads: Vec<_> = published.heads.iter().filter_map(status).take(STATUS_ENTRIES + 1).collect();
+    let all_named = heads.len() <= STATUS_ENTRIES;
+    heads.truncate(STATUS_ENTRIES);
+    let newest = published.heads.iter().map(|head| head.revision).max().unwrap_or(0);
+    (heads, if all_named { newest } else { 0 })
 }
 
 fn store_statuses(published: &Desired, observed: &Observed) -> Vec<StoreStatus> {
@@ -397,6 +570,7 @@ fn store_statuses(published: &Desired, observed: &Observed) -> Vec<StoreStatus> 
         checksum_errors: s.checksum_errors,
         lost_blocks: s.lost_blocks,
         scrub: scrub(s),
+        incarnation: s.incarnation.max(1),
     };
     observed.stores.iter().map(status).collect()
 }

@@ -51,6 +51,7 @@ fn record(n: u8) -> NodeRecord {
         name: format!("n{n}"),
         zone: String::new(),
         peer_addr: String::new(),
+        cores: 0,
         api_addr: "127.0.0.1:4321".into(),
         stores: vec![StoreSpec { path: format!("/s{n}"), size: 0 }],
     }
@@ -136,7 +137,7 @@ async fn cluster(nodes: u8) -> MemoryStore {
 }
 
 fn new_volume(n: u8, name: &str, size: u64) -> NewVolume {
-    NewVolume { id: volume_id(n), name: name.into(), size, copies: Some(1), now_unix_s: 3 }
+    NewVolume { id: volume_id(n), name: name.into(), size, copies: Some(1), min_copies: None, now_unix_s: 3 }
 }
 
 async fn create(meta: &MemoryStore, n: u8, name: &str, size: u64) -> Result<(), Refusal> {
@@ -364,8 +365,9 @@ async fn bad_requests_are_refused_with_their_reason() {
     assert_eq!(code(change(&meta, |v| ops::export(v, &missing)).await), "no_such_interface");
     let mut seen = false;
     let (_, volume) = view(&meta).await.volume("v").map(|(id, v)| (id, v.record.clone())).unwrap();
-    let node = volume.node.to_string();
-    let in_use = change(&meta, |v| ops::remove_store(v, &node, &volume.store.to_string(), &mut seen)).await;
+    let node = volume.node.unwrap().to_string();
+    let in_use =
+        change(&meta, |v| ops::remove_store(v, &node, &volume.store.unwrap().to_string(), &mut seen)).await;
     assert_eq!(code(in_use), "store_in_use");
     let taken = NodeRecord { name: "n1".into(), ..record(5) };
     assert_eq!(code(change(&meta, |v| ops::join(v, node_id(5), &taken)).await), "node_name_taken");
@@ -497,28 +499,34 @@ async fn reports_delete_only_what_is_recorded_as_purging() {
     }
     let seen = view(&meta).await;
     let (id, volume) = seen.volume("v").unwrap();
-    let holder = volume.record.node.0[0];
-    let mut desired = reconcile::desired(&seen, volume.record.node, &Settings::default()).unwrap();
+    let holder = volume.record.node.unwrap().0[0];
+    let mut desired = reconcile::desired(&seen, volume.record.node.unwrap(), &Settings::default()).unwrap();
     desired.version = 4;
     let mut observed = obedient(&desired, holder);
     observed.volumes[0].state = VolumeObserved::Purged;
-    assert!(reconcile::changes(&seen, volume.record.node, &desired, &observed, 0).is_empty(), "not purging");
+    assert!(
+        reconcile::changes(&seen, volume.record.node.unwrap(), &desired, &observed, 0).is_empty(),
+        "not purging"
+    );
 
     delete(&meta, "v").await.unwrap();
     let purging = view(&meta).await;
     assert!(
-        reconcile::changes(&purging, volume.record.node, &desired, &observed, 0).is_empty(),
+        reconcile::changes(&purging, volume.record.node.unwrap(), &desired, &observed, 0).is_empty(),
         "purged before it was asked to"
     );
-    let mut asked = reconcile::desired(&purging, volume.record.node, &Settings::default()).unwrap();
+    let mut asked = reconcile::desired(&purging, volume.record.node.unwrap(), &Settings::default()).unwrap();
     asked.version = 5;
     let other = node_id(3 - holder);
     assert!(reconcile::changes(&purging, other, &asked, &observed, 0).is_empty(), "another node's report");
     let orphan =
         ObservedVolume { id: volume_id(77), state: VolumeObserved::Orphan, ..observed.volumes[0].clone() };
     let vanished = Observed { volumes: vec![orphan], ..observed.clone() };
-    assert!(reconcile::changes(&purging, volume.record.node, &asked, &vanished, 0).is_empty(), "not found");
-    let done = reconcile::changes(&purging, volume.record.node, &asked, &observed, 0);
+    assert!(
+        reconcile::changes(&purging, volume.record.node.unwrap(), &asked, &vanished, 0).is_empty(),
+        "not found"
+    );
+    let done = reconcile::changes(&purging, volume.record.node.unwrap(), &asked, &observed, 0);
     assert_eq!(done.len(), 1);
     assert!(meta.txn(done[0].clone()).await.unwrap().committed());
     assert!(!view(&meta).await.volumes.contains_key(&id));

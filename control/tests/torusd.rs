@@ -59,6 +59,11 @@ impl Place {
         self
     }
 
+    /// The name that it was given by a flag.
+    fn name(&self) -> &str {
+        self.flags.iter().find_map(|flag| flag.strip_prefix("--name=")).unwrap()
+    }
+
     fn path(&self, name: &str) -> String {
         self.dir.path().join(name).to_str().unwrap().to_owned()
     }
@@ -465,6 +470,9 @@ fn bad_input_is_refused_before_anything_starts() {
         (&["--store=/dev/shm/torusd-test-none:1MiB"], &["too small", "64 MiB"]),
         (&["--store=/dev/null"], &["neither a file nor a block device"]),
         (&["--name=-x"], &["not a valid name", "--name"]),
+        (&["--peer-addr=nonsense"], &["\"nonsense\" is not an address for peers", "IP:PORT"]),
+        (&["--cluster-key-file=/nonexistent"], &["cannot read the cluster key file /nonexistent"]),
+        (&["--cluster-key-file=/dev/null"], &["cluster key file /dev/null"]),
         (&["--cores=999"], &["CPU 999"]),
         (&["--cores=a"], &["not a list of CPUs"]),
         (&["--dataplane=/nonexistent/dp"], &["/nonexistent/dp does not exist"]),
@@ -654,6 +662,81 @@ fn two_nodes_share_names_addresses_and_sight() {
     assert!(here.fails("torusblk", "aoe w 1.1", 1).contains("export is ending"));
     away.start_serving();
     wait_until("the address is free", || here.tool("torusblk", "aoe w 1.1").status.success());
+}
+
+/// Three nodes, whose data planes say that they replicate: the head is killed with its torusd, and its lease has long to run.
+#[test]
+fn a_replicated_volume_gets_another_head_when_its_head_is_silent() {
+    let etcd = Etcd::start();
+    let mut places: Vec<Place> = Vec::new();
+    for n in 1..=3 {
+        let flags = [
+            format!("--etcd={}", etcd.url()),
+            format!("--name=n{n}"),
+            format!("--zone=z{n}"),
+            format!("--peer-addr=127.0.0.1:{}", 4000 + 100 * n),
+        ];
+        let mut place = Place::new().with(&flags.each_ref().map(String::as_str));
+        place.environment.push(("FAKE_REPLICATES", "1"));
+        place.start();
+        if n == 1 {
+            wait_until("it answers", || place.status().is_some_and(|s| s["metadata"] == "connected"));
+            place.ok("torusctl", "init");
+        }
+        places.push(place);
+    }
+    wait_until("all are live with a store", || {
+        let status = places[0].status();
+        status.is_some_and(|s| s["nodes_live"] == 3 && s["available_bytes"].as_u64() >= Some(3 << 30))
+    });
+    assert!(places[0].fails("torusctl", "volume create v 8MiB --copies 4", 1).contains("there are 3"));
+    let said = places[0].ok("torusctl", "volume create v 8MiB --copies 3 --min-copies 2");
+    assert!(said.contains("volume v is ready: 8 MiB, 3 copies"), "{said}");
+    places[0].ok("torusblk", "aoe v 1.1");
+    let shown = |place: &Place| place.json("torusctl", "volume show v")["volume"].clone();
+    let volume = shown(&places[0]);
+    assert_eq!(
+        (&volume["copies_in_sync"], &volume["head"]["state"]),
+        (&3.into(), &"serving".into()),
+        "{volume}"
+    );
+    assert_eq!(volume["owners"].as_array().unwrap().len(), 3);
+    let text = places[0].ok("torusctl", "volume show v");
+    assert!(text.contains("must be in sync") && text.contains("in sync on node n2 in"), "{text}");
+    assert!(!places.iter().any(|place| place.log().contains("head now")), "nobody is silent");
+
+    let head = places.iter().position(|place| volume["head"]["node"] == *place.name()).unwrap();
+    let id = fs::read_to_string(places[head].path("state/node-id")).unwrap();
+    let pid = places[head].data_plane_pid().unwrap();
+    places[head].end(Signal::KILL);
+    signal(pid, Signal::KILL);
+    let others: Vec<usize> = (0..3).filter(|place| *place != head).collect();
+    // One alone does not replace it while the other still grants it something.
+    fs::write(places[others[0]].path("run/silent"), &id).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(shown(&places[others[0]])["head"]["takeover"], 1, "the other one vetoes");
+    fs::write(places[others[1]].path("run/silent"), &id).unwrap();
+    let begun = Instant::now();
+    let asked = &places[others[0]];
+    wait_until("another head serves", || {
+        let volume = shown(asked);
+        volume["head"]["takeover"] == 2 && volume["head"]["state"] == "serving"
+    });
+    // The fake data plane looks every half second.
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    wait_until("its export is served", || asked.json("torusblk", "show v")["export"]["state"] == "serving");
+    let log: String = others.iter().map(|place| places[*place].log()).collect();
+    assert_eq!(log.matches("this node is head now").count(), 1, "{log}");
+    // Deleting waits for the owner that is away.
+    asked.ok("torusblk", "unexport v");
+    asked.ok("torusctl", "volume delete v --no-wait");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(shown(asked)["state"], "purging");
+    places[head].start();
+    let asked = &places[others[0]];
+    wait_until("it has confirmed", || {
+        asked.json("torusctl", "volume list")["volumes"] == Value::Array(Vec::new())
+    });
 }
 
 #[test]

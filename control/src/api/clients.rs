@@ -40,7 +40,7 @@ pub(crate) async fn clients(
 ) -> Answer<t::ClientList> {
     let known = known(&node)?;
     let (address, export) = ops::find_export(&known.view, &volume)?;
-    let of = known.view.volumes.get(&export.record.volume).map_or(node.id, |volume| volume.record.node);
+    let of = known.view.serving_node(export.record.volume).unwrap_or(node.id);
     let label = known.view.node_label(of);
     if meant.node.is_some_and(|meant| meant != node.id.to_string()) {
         // Two nodes whose API listens on the same loopback address.

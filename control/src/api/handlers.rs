@@ -266,6 +266,7 @@ pub(crate) async fn create_volume(
         name: request.name,
         size: request.size_bytes,
         copies: request.copies,
+        min_copies: request.min_copies,
         now_unix_s: unix_s(SystemTime::now()),
     };
     node.change(|view| ops::create_volume(view, &new)).await?;

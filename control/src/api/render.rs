@@ -3,6 +3,7 @@
 use cluster_map::{CoreSnapshot, Counter, HistogramSnapshot, NodeId, ObservedLink, StoreId, VolumeId};
 
 use super::types as t;
+use crate::heads::{HeadsRecord, MemberRecord};
 use crate::model::{
     Address, ClusterRecord, Entry, ExportRecord, Mac, NodeRecord, ScrubRecord, StoreStatus, View,
     VolumeRecord, VolumeState,
@@ -45,11 +46,17 @@ pub(crate) fn node_summary(view: &View, id: NodeId, node: &NodeRecord) -> t::Nod
         api_addr: node.api_addr.clone(),
         peer_addr: node.peer_addr.clone(),
         data_plane: status.map(|s| s.data_plane.clone()).unwrap_or_default(),
+        replicates: status.is_some_and(|s| s.replicates) && node.peer().is_some(),
         stores: count(status.map_or(0, |s| s.stores.iter().filter(|s| s.state == "ready").count())),
-        volumes: count(view.volumes.values().filter(|v| v.record.node == id).count()),
+        volumes: count(view.volumes.keys().filter(|v| is_on(view, **v, id)).count()),
         capacity_bytes,
         available_bytes,
     }
+}
+
+/// Whether a node has a part of a volume.
+fn is_on(view: &View, volume: VolumeId, node: NodeId) -> bool {
+    view.owners(volume).iter().any(|(_, owner)| *owner == node)
 }
 
 pub(crate) fn node(view: &View, id: NodeId, node: &NodeRecord, cores: Option<Vec<t::Core>>) -> t::Node {
@@ -156,7 +163,9 @@ fn scrub(record: &ScrubRecord, live: bool, status: Option<&StoreStatus>) -> t::S
 }
 
 pub(crate) fn volume(view: &View, id: VolumeId, volume: &VolumeRecord) -> t::Volume {
-    let live = view.live.contains_key(&volume.node);
+    let node = view.serving_node(id);
+    let store = view.owners(id).into_iter().find(|(_, owner)| Some(*owner) == node).map(|(store, _)| store);
+    let heads = view.heads.get(&id);
     let report = view.volume_report(id);
     let progress = report
         .filter(|_| volume.state != VolumeState::Ready)
@@ -166,16 +175,66 @@ pub(crate) fn volume(view: &View, id: VolumeId, volume: &VolumeRecord) -> t::Vol
         name: volume.name.clone(),
         size_bytes: volume.size,
         copies: volume.copies,
+        copies_in_sync: match heads {
+            Some(heads) => count(heads.record.copies_in_sync()),
+            None => u64::from(volume.store.is_some()),
+        },
+        head: heads.map(|heads| head(view, id, heads)),
+        owners: heads.map(|heads| copies(view, &heads.record)).unwrap_or_default(),
         state: volume.state.to_string(),
-        node: view.node_label(volume.node),
-        node_live: live,
-        store: view.stores.get(&volume.store).map(|s| s.record.path.clone()).unwrap_or_default(),
-        store_id: volume.store.to_string(),
+        node: node.map(|node| view.node_label(node)).unwrap_or_default(),
+        node_live: node.is_some_and(|node| view.live.contains_key(&node)),
+        store: store.and_then(|id| Some(view.stores.get(&id)?.record.path.clone())).unwrap_or_default(),
+        store_id: store.map(|id| id.to_string()).unwrap_or_default(),
         export: volume.export.map(|e| e.to_string()),
         created_unix_s: volume.created_unix_s,
         progress,
         error: report.map(|r| r.error.clone()).unwrap_or_default(),
     }
+}
+
+/// What is known of the head of a replicated volume.
+fn head(view: &View, id: VolumeId, heads: &Entry<HeadsRecord>) -> t::VolumeHead {
+    let record = &heads.record;
+    let status = view.status.get(&record.head).filter(|_| view.live.contains_key(&record.head));
+    let named = status.and_then(|s| s.heads.iter().find(|h| h.volume == id && h.takeover == record.takeover));
+    let revision = heads.revision.0.unsigned_abs();
+    let state = match (status, named) {
+        (_, Some(named)) => named.state.as_str(),
+        (Some(status), None) if status.heads_revision >= revision => "serving",
+        // It has not seen the record yet, or has more troubled heads than it can name.
+        (Some(_), None) | (None, None) => "unknown",
+    };
+    let needed = record.partitions.iter().map(|partition| record.min_in_sync(partition)).max();
+    t::VolumeHead {
+        node: view.node_label(record.head),
+        takeover: record.takeover,
+        state: state.to_owned(),
+        copies_needed: count(needed.unwrap_or(1)),
+        resync_extents: named.map_or(0, |named| named.resync_extents),
+        blocked: named.map(|named| named.blocked.clone()).unwrap_or_default(),
+    }
+}
+
+fn copies(view: &View, record: &HeadsRecord) -> Vec<t::VolumeCopy> {
+    let one = |member: &MemberRecord| {
+        let is = |mut among: Box<dyn Iterator<Item = &MemberRecord> + '_>| among.any(|other| other == member);
+        let state = if is(Box::new(record.members_stale())) {
+            "stale"
+        } else if is(Box::new(record.members_in_sync())) {
+            "in sync"
+        } else {
+            "incomplete"
+        };
+        t::VolumeCopy {
+            node: view.node_label(member.node),
+            node_live: view.live.contains_key(&member.node),
+            store: view.stores.get(&member.store).map(|s| s.record.path.clone()).unwrap_or_default(),
+            store_id: member.store.to_string(),
+            state: state.to_owned(),
+        }
+    };
+    record.members.iter().map(one).collect()
 }
 
 pub(crate) fn volumes(view: &View) -> Vec<t::Volume> {
@@ -187,8 +246,8 @@ pub(crate) fn volumes(view: &View) -> Vec<t::Volume> {
 pub(crate) fn export(view: &View, address: Address, export: &Entry<ExportRecord>) -> t::Export {
     let record = &export.record;
     let volume = view.volumes.get(&record.volume).map(|v| &v.record);
-    let live = volume.is_some_and(|v| view.live.contains_key(&v.node));
-    let status = volume.filter(|_| live).and_then(|v| view.status.get(&v.node));
+    let node = view.serving_node(record.volume);
+    let status = node.filter(|node| view.live.contains_key(node)).and_then(|node| view.status.get(&node));
     let text = address.to_string();
     let (state, error) = match status {
         _ if record.ending => ("ending", String::new()),
@@ -205,7 +264,7 @@ pub(crate) fn export(view: &View, address: Address, export: &Entry<ExportRecord>
         address: text,
         volume: volume.map(|v| v.name.clone()).unwrap_or_default(),
         volume_id: record.volume.to_string(),
-        node: volume.map(|v| view.node_label(v.node)).unwrap_or_default(),
+        node: node.map(|node| view.node_label(node)).unwrap_or_default(),
         size_bytes: volume.map_or(0, |v| v.size),
         mac: record.mac.to_string(),
         read_only: record.read_only,

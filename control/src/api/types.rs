@@ -115,6 +115,8 @@ pub struct NodeSummary {
     pub peer_addr: String,
     /// How its data plane is; empty if it is not live.
     pub data_plane: String,
+    /// Whether it can have copies of replicated volumes.
+    pub replicates: bool,
     /// Stores that are ready.
     pub stores: u64,
     /// Volumes on it.
@@ -352,6 +354,9 @@ pub struct VolumeRequest {
     /// Copies; min(3, nodes) if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copies: Option<u8>,
+    /// Copies that are to stay in sync; two of three or more, else one, if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_copies: Option<u8>,
 }
 
 /// A volume's new size.
@@ -374,6 +379,38 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
+/// A copy of a replicated volume, or a part of one.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct VolumeCopy {
+    /// Name of its node.
+    pub node: String,
+    /// Whether that node's session is alive.
+    pub node_live: bool,
+    /// Path of its store on that node.
+    pub store: String,
+    /// Identity of its store.
+    pub store_id: String,
+    /// `in sync`, `stale` (it misses writes) or `incomplete` (it has not everything yet).
+    pub state: String,
+}
+
+/// The head of a replicated volume: it answers the initiators and keeps the copies equal.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct VolumeHead {
+    /// Name of its node.
+    pub node: String,
+    /// How often the volume has got a head.
+    pub takeover: u64,
+    /// `opening`, `serving`, `replaced`, `past`, or `unknown` if its node is not live or cannot name all of its heads.
+    pub state: String,
+    /// Copies that must be in sync for requests to be carried out.
+    pub copies_needed: u64,
+    /// Extents that are still to be made equal on copies that are brought up to date, in steps of 64.
+    pub resync_extents: u64,
+    /// Why requests wait; may be empty.
+    pub blocked: String,
+}
+
 /// A volume.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
@@ -385,9 +422,15 @@ pub struct Volume {
     pub size_bytes: u64,
     /// Copies.
     pub copies: u8,
+    /// Copies in sync, where there are fewest; 0 also while nobody knows.
+    pub copies_in_sync: u64,
+    /// Head of a replicated volume; absent where there is one copy.
+    pub head: Option<VolumeHead>,
+    /// The copies of a replicated volume; empty where there is one copy.
+    pub owners: Vec<VolumeCopy>,
     /// `creating`, `ready`, `resizing` or `purging`.
     pub state: String,
-    /// Name of its node.
+    /// Name of its node: of the head's, if it is replicated.
     pub node: String,
     /// Whether that node's session is alive.
     pub node_live: bool,

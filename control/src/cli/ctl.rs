@@ -115,7 +115,7 @@ enum StoreCommand {
 enum VolumeCommand {
     /// Create a volume and wait until it can be used
     #[command(
-        after_help = "Examples:\n  torusctl volume create data 100GiB\n  torusctl volume create scratch 1.5TiB --copies 1"
+        after_help = "Examples:\n  torusctl volume create data 100GiB\n  torusctl volume create scratch 1.5TiB --copies 1\n  torusctl volume create db 1TiB --copies 3 --min-copies 2"
     )]
     Create {
         /// 1 to 64 of A-Z a-z 0-9 . _ -
@@ -126,6 +126,9 @@ enum VolumeCommand {
         /// Copies to keep [default: 3, or the number of nodes if that is less]
         #[arg(long, value_name = "N")]
         copies: Option<u8>,
+        /// Copies that are to stay in sync: with fewer, requests wait [default: 2 of 3 or more, else 1]
+        #[arg(long, value_name = "M")]
+        min_copies: Option<u8>,
         /// Do not wait
         #[arg(long)]
         no_wait: bool,
@@ -270,6 +273,7 @@ async fn node_show(client: &Client, json: bool, name: &str) -> Done {
         ("torusd", node.version.clone()),
         ("api", node.api_addr.clone()),
         ("peers", node.peer_addr.clone()),
+        ("replicates", yes_no(node.replicates)),
         ("volumes", node.volumes.to_string()),
         ("serves on", answer.interfaces.join(", ")),
     ]);
@@ -432,8 +436,8 @@ async fn store(client: &Client, json: bool, command: StoreCommand) -> Done {
 
 async fn volume(client: &Client, json: bool, command: VolumeCommand) -> Done {
     match command {
-        VolumeCommand::Create { name, size, copies, no_wait } => {
-            let request = t::VolumeRequest { name: name.clone(), size_bytes: size, copies };
+        VolumeCommand::Create { name, size, copies, min_copies, no_wait } => {
+            let request = t::VolumeRequest { name: name.clone(), size_bytes: size, copies, min_copies };
             let answer = client.request(Method::POST, "/v1/volumes", Some(&request)).await?;
             changed(
                 client,
@@ -497,8 +501,9 @@ async fn volume_list(client: &Client, json: bool) -> Done {
     }
     staleness(&list.metadata);
     let row = |v: t::Volume| {
+        let copies = copies(&v);
         let export = v.export.unwrap_or_default();
-        vec![v.name, human(v.size_bytes), v.copies.to_string(), v.state, v.node, dash(&export), v.id]
+        vec![v.name, human(v.size_bytes), copies, v.state, v.node, dash(&export), v.id]
     };
     let header = ["name", "size", "copies", "state", "node", "export", "id"];
     print(&table(&header, &[1, 2], list.volumes.into_iter().map(row).collect()))
@@ -511,20 +516,49 @@ async fn volume_show(client: &Client, json: bool, name: &str) -> Done {
     }
     staleness(&answer.metadata);
     let v = answer.volume;
+    let copies = copies(&v);
+    let mut replicas: Vec<(&str, String)> = Vec::new();
+    if let Some(head) = &v.head {
+        replicas.push(("head", format!("node {}, {} (take-over {})", head.node, head.state, head.takeover)));
+        replicas.push(("must be in sync", head.copies_needed.to_string()));
+        if head.resync_extents > 0 {
+            replicas.push(("to be made equal", format!("{} extents", head.resync_extents)));
+        }
+        if !head.blocked.is_empty() {
+            replicas.push(("requests wait", head.blocked.clone()));
+        }
+    }
+    for copy in &v.owners {
+        let down = if copy.node_live { "" } else { ", down" };
+        replicas.push(("copy", format!("{} on node {}{down} in {}", copy.state, copy.node, copy.store)));
+    }
     let progress = v.progress.map(|p| format!("{} of {}", human(p.done_bytes), human(p.total_bytes)));
-    print(&fields(&[
+    let mut lines = vec![
         ("volume", v.name),
         ("id", v.id),
         ("size", format!("{} ({} bytes)", human(v.size_bytes), v.size_bytes)),
-        ("copies", v.copies.to_string()),
+        ("copies", copies),
         ("state", v.state),
         ("progress", progress.unwrap_or_default()),
         ("node", if v.node_live { v.node } else { format!("{} (down)", v.node) }),
         ("store", format!("{} ({})", v.store, v.store_id)),
+    ];
+    lines.extend(replicas);
+    lines.extend([
         ("export", v.export.unwrap_or_else(|| "none".into())),
         ("created", rfc3339(v.created_unix_s)),
         ("error", v.error),
-    ]))
+    ]);
+    print(&fields(&lines))
+}
+
+/// How many copies there are, and how many of them are in sync where not all are.
+fn copies(v: &t::Volume) -> String {
+    if v.copies_in_sync == u64::from(v.copies) {
+        v.copies.to_string()
+    } else {
+        format!("{} of {}", v.copies_in_sync, v.copies)
+    }
 }
 
 async fn volume_delete(client: &Client, json: bool, name: &str, no_wait: bool) -> Done {
