@@ -11,7 +11,7 @@
 //! - `FAKE_ASK`: an initiator counts in the config string of every export, this often in all: it asks for 1 where there
 //!   is none, then for 2 instead of 1, and so on. What became of each is a line in the file `asked` beside the map;
 //! - `FAKE_REPLICATES`: it says that it replicates. The heads that it is to be serve; it grants all nodes but those whose ids
-//!   are in the file `silent` beside the map;
+//!   are in the file `silent` beside the map, and wishes that those stores are stale whose ids are in the file `ejected`;
 //! - `FAKE_DEAF`: never looks at the map again once it has reported (as a data plane that hangs).
 #![forbid(unsafe_code)]
 
@@ -26,9 +26,10 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use cluster_map::{
     Change, ChangeRequest, ClientCounter, Counter, DataMap, Desired, DesiredHead, DesiredStore,
-    DesiredVolume, Durability, ExportState, Granting, HeadState, Latency, LinkLosses, LinkMode, NodeId,
-    Observed, ObservedExport, ObservedHead, ObservedLink, ObservedStore, ObservedVolume, ScrubObserved,
-    ScrubState, ScrubWish, SetRule, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved, WritePath,
+    DesiredVolume, Durability, ExportState, Granting, HeadState, Latency, LinkLosses, LinkMode, MemberId,
+    MemberWish, NodeId, Observed, ObservedExport, ObservedHead, ObservedLink, ObservedStore, ObservedVolume,
+    ScrubObserved, ScrubState, ScrubWish, SetRule, StaleMark, StoreId, StoreState, VolumeId, VolumeIntent,
+    VolumeObserved, WritePath,
 };
 use rustix::fs::FlockOperation;
 
@@ -115,8 +116,8 @@ fn serve(path: &Path, lock: &Path) -> Result<()> {
         if let Ok(often) = std::env::var("FAKE_ASK") {
             count(&desired, &mut memory, often.parse()?, &asked)?;
         }
-        let silent = std::fs::read_to_string(path.with_file_name("silent")).unwrap_or_default();
-        let mut observed = observe(&desired, &mut memory, &silent)?;
+        let list = |name| std::fs::read_to_string(path.with_file_name(name)).unwrap_or_default();
+        let mut observed = observe(&desired, &mut memory, &list("silent"), &list("ejected"))?;
         busy = observed.volumes.iter().any(|v| v.state == VolumeObserved::Allocating)
             || observed.stores.iter().any(|s| s.scrub.is_some_and(|s| s.state == ScrubState::Running));
         map.publish_observed(&mut observed)?;
@@ -178,7 +179,7 @@ fn count(desired: &Desired, memory: &mut Memory, often: u64, asked: &Path) -> Re
     Ok(())
 }
 
-fn observe(desired: &Desired, memory: &mut Memory, silent: &str) -> Result<Observed> {
+fn observe(desired: &Desired, memory: &mut Memory, silent: &str, ejected: &str) -> Result<Observed> {
     let stores: Vec<_> = desired.stores.iter().map(|store| open(store, memory)).collect();
     let links = desired.interfaces.iter().map(|interface| ObservedLink {
         interface: interface.clone(),
@@ -209,7 +210,7 @@ fn observe(desired: &Desired, memory: &mut Memory, silent: &str) -> Result<Obser
         stores,
         replicates: std::env::var_os("FAKE_REPLICATES").is_some(),
         heads: desired.heads.iter().map(|head| serve_head(head, desired.start)).collect(),
-        wishes: Vec::new(),
+        wishes: desired.heads.iter().filter_map(|head| wish(head, desired.start, ejected)).collect(),
         granting: desired.peers.iter().map(|peer| grant(peer.node, silent)).collect(),
     })
 }
@@ -217,6 +218,24 @@ fn observe(desired: &Desired, memory: &mut Memory, silent: &str) -> Result<Obser
 fn serve_head(head: &DesiredHead, start: u64) -> ObservedHead {
     let (volume, takeover, state) = (head.volume, head.takeover, HeadState::Serving);
     ObservedHead { volume, takeover, start, state, ..ObservedHead::default() }
+}
+
+/// Who is in the list of the ejected is to be stale, and nobody else.
+fn wish(head: &DesiredHead, start: u64, ejected: &str) -> Option<MemberWish> {
+    let is_stale = |member: MemberId| head.stale.iter().any(|stale| stale.member == member);
+    let is_ejected = |member: MemberId| ejected.contains(&member.store.to_string());
+    let members = head.partitions.first()?.owners.iter().map(|owner| owner.member);
+    let eject: Vec<_> = members.filter(|member| is_ejected(*member) && !is_stale(*member)).collect();
+    let stale = head.stale.iter().map(|stale| stale.member);
+    let join: Vec<_> = stale.filter(|member| !is_ejected(*member)).collect();
+    (!eject.is_empty() || !join.is_empty()).then(|| MemberWish {
+        volume: head.volume,
+        takeover: head.takeover,
+        start,
+        revision: head.revision,
+        eject: eject.into_iter().map(|member| StaleMark { member, mark: 5 }).collect(),
+        join,
+    })
 }
 
 /// Everybody is granted everything who is not in the list of the silent.

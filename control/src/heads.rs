@@ -255,6 +255,8 @@ impl HeadsRecord {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use torus_replication::membership::{Change, Membership, Owner, Partition, Record};
+    use torus_replication::terms::{Epoch, Member, Site, Version};
 
     fn id(n: u8) -> MemberId {
         MemberId { store: StoreId([n; 16]), incarnation: 1 }
@@ -378,7 +380,88 @@ mod tests {
         assert_eq!(HeadsRecord { takeover: u64::MAX, ..record }.taken_over(NodeId([2; 16])), None);
     }
 
+    /// The same record as a head has it.
+    fn membership(record: &HeadsRecord) -> Membership {
+        let member = |id: MemberId| Member { store: id.store, incarnation: id.incarnation };
+        let desired = record.desired(VolumeId([7; 16]), Revision(1));
+        let owner = |owner: &HeadOwner| Owner {
+            member: member(owner.member),
+            site: Site { node: owner.node, core: 0 },
+            is_complete: owner.is_complete,
+        };
+        let partitions = desired.partitions.iter().map(|partition| Partition {
+            epoch: Epoch(partition.epoch),
+            owners: partition.owners.iter().map(owner).collect(),
+        });
+        let of_head = Record {
+            revision: desired.revision,
+            takeover: desired.takeover,
+            head: Some(record.head),
+            stale: desired.stale.iter().map(|s| (member(s.member), Version(s.mark))).collect(),
+            min_copies: desired.min_copies,
+        };
+        Membership::new(desired.volume, partitions.collect(), of_head, None)
+    }
+
+    fn arbitrary_record() -> impl Strategy<Value = HeadsRecord> {
+        let ejected = proptest::collection::vec((1_u8..6, 0_u64..9), 0..3);
+        let incomplete = proptest::collection::vec((0..SPREAD, 0_u16..5), 0..4);
+        (1_u8..6, 0_u8..6, ejected, incomplete).prop_map(|(copies, min_copies, ejected, incomplete)| {
+            let mut record = record(copies, min_copies);
+            for (partition, member) in incomplete {
+                let was = record.clone();
+                let of = &mut record.partitions[partition];
+                if of.owners.contains(&member) && !of.incomplete.contains(&member) {
+                    of.incomplete.push(member);
+                }
+                if record.check().is_err() {
+                    record = was;
+                }
+            }
+            for (n, mark) in ejected {
+                record = record.changed(&[StaleMark { member: id(n), mark }], &[]).unwrap_or(record);
+            }
+            record
+        })
+    }
+
     proptest! {
+        /// What a head may wish is made, and is made into what the head takes it to be.
+        #[test]
+        fn the_rules_are_those_of_the_heads(
+            record in arbitrary_record(),
+            eject in proptest::collection::btree_map(1_u8..6, 0_u64..9, 0..4),
+            join in proptest::collection::btree_set(1_u8..6, 0..3),
+        ) {
+            let known = |n: &u8| usize::from(*n) <= record.members.len();
+            let eject: Vec<_> = eject.iter().filter(|(n, _)| known(n)).collect();
+            let join: Vec<_> = join.iter().filter(|n| known(n) && eject.iter().all(|(e, _)| e != n)).collect();
+            let of_head = |n: u8| Member { store: StoreId([n; 16]), incarnation: 1 };
+            let change = Change {
+                eject: eject.iter().map(|(n, mark)| (of_head(**n), Version(**mark))).collect(),
+                join: join.iter().map(|n| of_head(**n)).collect(),
+            };
+            let before = membership(&record);
+            let applied = change.applied(before.record());
+            let marks: Vec<_> =
+                eject.iter().map(|(n, mark)| StaleMark { member: id(**n), mark: **mark }).collect();
+            let back: Vec<_> = join.iter().map(|n| id(**n)).collect();
+            let after = record.changed(&marks, &back);
+            if let Some(after) = &after {
+                let after = membership(after);
+                prop_assert_eq!(&after.record().stale, &applied.stale);
+            }
+            // A head counts on nobody whom it only now wants to take in; the record may.
+            if before.may_eject(&change.eject) {
+                prop_assert_eq!(after.is_some(), applied != *before.record());
+            } else if join.is_empty() {
+                prop_assert_eq!(after, None);
+            }
+            for (partition, of_head) in record.partitions.iter().zip(before.partitions()) {
+                prop_assert_eq!(record.min_in_sync(partition), of_head.min_in_sync(record.min_copies));
+            }
+        }
+
         /// Whatever is wished, in whatever order: every record keeps the rules, marks stay, and enough stay in sync.
         #[test]
         fn every_history_keeps_the_rules(

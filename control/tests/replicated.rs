@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_map::{
@@ -11,14 +12,17 @@ use cluster_map::{
     VolumeIntent, VolumeObserved,
 };
 use proptest::prelude::*;
+use tokio::sync::watch;
 use torus_control::heads::{HeadsRecord, MemberRecord};
 use torus_control::meta::memory::{MemoryStore, TxnFault};
 use torus_control::meta::{MAX_TXN_OPS, MetaStore, Revision, Txn, TxnOutcome};
 use torus_control::model::{
     LiveRecord, NodeRecord, PREFIX, StatusRecord, StoreSpec, View, VolumeState, encode, keys,
 };
+use torus_control::node::{Node, keep_key};
 use torus_control::ops::{self, NewExport, NewVolume, Plan, Refusal};
 use torus_control::reconcile::{self, Settings};
+use torus_control::supervise::DataPlane;
 use torus_control::takeover::{self, Look, PATIENCE, STAGGER, Stand, Vigil, Why, stand};
 
 const MIB: u64 = 1 << 20;
@@ -232,6 +236,33 @@ async fn the_key_is_the_files_or_the_metadatas() {
     let settings = Settings { cluster_key: Some(ClusterKey([5; 32])), ..Settings::default() };
     let given = reconcile::desired(&view(&meta).await, node_id(1), &settings).unwrap();
     assert_eq!(given.cluster_key, ClusterKey([5; 32]));
+}
+
+#[tokio::test]
+async fn the_first_node_without_a_key_file_makes_the_key() {
+    let meta = cluster(2).await;
+    let start = |n: u8| {
+        let (map, data_plane) = (watch::channel(None).1, watch::channel(DataPlane::Idle).1);
+        Node::start(node_id(n), format!("n{n}"), Arc::new(meta.clone()), map, data_plane)
+    };
+    let given = ClusterKey([5; 32]);
+    let with_file = start(1);
+    let keeping = tokio::spawn(keep_key(Arc::clone(&with_file), Some(given)));
+    with_file.subscribe().wait_for(|known| known.usable()).await.unwrap();
+    assert!(view(&meta).await.cluster_key.is_none(), "where all have the file, none is in the metadata");
+    let without = start(2);
+    let making = tokio::spawn(keep_key(Arc::clone(&without), None));
+    let mut known = with_file.subscribe();
+    known.wait_for(|known| known.view.cluster_key.is_some()).await.unwrap();
+    let made = view(&meta).await.cluster_key.unwrap().record.key;
+    assert!(!made.is_nil() && made != given);
+    // The two do not know each other, which is said where it can be seen.
+    while !with_file.problem().contains("--cluster-key-file") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(without.problem().is_empty(), "{}", without.problem());
+    keeping.abort();
+    making.abort();
 }
 
 #[tokio::test]

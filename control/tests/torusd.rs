@@ -706,6 +706,20 @@ fn a_replicated_volume_gets_another_head_when_its_head_is_silent() {
     assert!(!places.iter().any(|place| place.log().contains("head now")), "nobody is silent");
 
     let head = places.iter().position(|place| volume["head"]["node"] == *place.name()).unwrap();
+    // What the head wishes is made, as long as two copies stay in sync.
+    let owners = volume["owners"].as_array().unwrap();
+    let stores: Vec<_> = owners.iter().filter(|o| o["node"] != volume["head"]["node"]).collect();
+    let ids: Vec<&str> = stores.iter().map(|owner| owner["store_id"].as_str().unwrap()).collect();
+    let eject = |ids: &[&str]| fs::write(places[head].path("run/ejected"), ids.join("\n")).unwrap();
+    let in_sync = || shown(&places[0])["copies_in_sync"].clone();
+    eject(&ids[..1]);
+    wait_until("one copy is stale", || in_sync() == 2);
+    assert!(places[0].ok("torusctl", "volume list").contains("2 of 3"));
+    eject(&ids);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(in_sync(), 2, "two must stay");
+    eject(&[]);
+    wait_until("all are in sync again", || in_sync() == 3);
     let id = fs::read_to_string(places[head].path("state/node-id")).unwrap();
     let pid = places[head].data_plane_pid().unwrap();
     places[head].end(Signal::KILL);
