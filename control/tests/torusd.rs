@@ -715,6 +715,8 @@ fn a_replicated_volume_gets_another_head_when_its_head_is_silent() {
     eject(&ids[..1]);
     wait_until("one copy is stale", || in_sync() == 2);
     assert!(places[0].ok("torusctl", "volume list").contains("2 of 3"));
+    assert!(places[0].ok("torusblk", "list").contains("2 of 3"));
+    assert!(places[0].ok("torusblk", "show v").contains("2 of 3"));
     eject(&ids);
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(in_sync(), 2, "two must stay");

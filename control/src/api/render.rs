@@ -175,10 +175,7 @@ pub(crate) fn volume(view: &View, id: VolumeId, volume: &VolumeRecord) -> t::Vol
         name: volume.name.clone(),
         size_bytes: volume.size,
         copies: volume.copies,
-        copies_in_sync: match heads {
-            Some(heads) => count(heads.record.copies_in_sync()),
-            None => u64::from(volume.store.is_some()),
-        },
+        copies_in_sync: copies_in_sync(view, id, volume),
         head: heads.map(|heads| head(view, id, heads)),
         owners: heads.map(|heads| copies(view, &heads.record)).unwrap_or_default(),
         state: volume.state.to_string(),
@@ -190,6 +187,13 @@ pub(crate) fn volume(view: &View, id: VolumeId, volume: &VolumeRecord) -> t::Vol
         created_unix_s: volume.created_unix_s,
         progress,
         error: report.map(|r| r.error.clone()).unwrap_or_default(),
+    }
+}
+
+fn copies_in_sync(view: &View, id: VolumeId, volume: &VolumeRecord) -> u64 {
+    match view.heads.get(&id) {
+        Some(heads) => count(heads.record.copies_in_sync()),
+        None => u64::from(volume.store.is_some()),
     }
 }
 
@@ -266,6 +270,8 @@ pub(crate) fn export(view: &View, address: Address, export: &Entry<ExportRecord>
         volume_id: record.volume.to_string(),
         node: node.map(|node| view.node_label(node)).unwrap_or_default(),
         size_bytes: volume.map_or(0, |v| v.size),
+        copies: volume.map_or(0, |v| v.copies),
+        copies_in_sync: volume.map_or(0, |v| copies_in_sync(view, record.volume, v)),
         mac: record.mac.to_string(),
         read_only: record.read_only,
         state: state.to_owned(),

@@ -561,6 +561,10 @@ pub struct Export {
     pub node: String,
     /// Size in bytes.
     pub size_bytes: u64,
+    /// Copies of the volume.
+    pub copies: u8,
+    /// Copies in sync, where there are fewest; 0 also while nobody knows.
+    pub copies_in_sync: u64,
     /// Base MAC address.
     pub mac: String,
     /// Refuses writes.

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{
-    CliError, Common, Done, EXIT_CODES, EXPORT_LIMIT, POLL, completion, dash, fields, finish, print,
+    CliError, Common, Done, EXIT_CODES, EXPORT_LIMIT, POLL, completion, copies, dash, fields, finish, print,
     print_json, print_version, staleness, table, yes_no,
 };
 use crate::api::types as t;
@@ -358,6 +358,7 @@ async fn list(client: &Client, json: bool) -> Done {
             e.address,
             e.volume,
             human(e.size_bytes),
+            copies(e.copies, e.copies_in_sync),
             e.node,
             e.state,
             yes_no(e.read_only),
@@ -366,8 +367,9 @@ async fn list(client: &Client, json: bool) -> Done {
             error,
         ]
     };
-    let header = ["address", "volume", "size", "node", "state", "read-only", "mac", "device", "error"];
-    print(&table(&header, &[2], list.exports.into_iter().map(row).collect()))
+    let header =
+        ["address", "volume", "size", "copies", "node", "state", "read-only", "mac", "device", "error"];
+    print(&table(&header, &[2, 3], list.exports.into_iter().map(row).collect()))
 }
 
 /// A setting of an export, as the API has it.
@@ -445,6 +447,7 @@ async fn show(client: &Client, json: bool, name: &str) -> Done {
         ("address", e.address),
         ("volume", format!("{} ({})", e.volume, e.volume_id)),
         ("size", human(e.size_bytes)),
+        ("copies", copies(e.copies, e.copies_in_sync)),
         ("node", e.node),
         ("state", e.state),
         ("read-only", yes_no(e.read_only)),

@@ -8,8 +8,8 @@ use clap_complete::Shell;
 use hyper::Method;
 
 use super::{
-    CliError, Common, Done, EXIT_CODES, completion, dash, fields, finish, follow_volume, offline, print,
-    print_json, print_version, scrub, staleness, table, yes_no,
+    CliError, Common, Done, EXIT_CODES, completion, copies, dash, fields, finish, follow_volume, offline,
+    print, print_json, print_version, scrub, staleness, table, yes_no,
 };
 use crate::api::types as t;
 use crate::client::{Client, segment};
@@ -501,7 +501,7 @@ async fn volume_list(client: &Client, json: bool) -> Done {
     }
     staleness(&list.metadata);
     let row = |v: t::Volume| {
-        let copies = copies(&v);
+        let copies = copies(v.copies, v.copies_in_sync);
         let export = v.export.unwrap_or_default();
         vec![v.name, human(v.size_bytes), copies, v.state, v.node, dash(&export), v.id]
     };
@@ -516,7 +516,7 @@ async fn volume_show(client: &Client, json: bool, name: &str) -> Done {
     }
     staleness(&answer.metadata);
     let v = answer.volume;
-    let copies = copies(&v);
+    let copies = copies(v.copies, v.copies_in_sync);
     let mut replicas: Vec<(&str, String)> = Vec::new();
     if let Some(head) = &v.head {
         replicas.push(("head", format!("node {}, {} (take-over {})", head.node, head.state, head.takeover)));
@@ -550,15 +550,6 @@ async fn volume_show(client: &Client, json: bool, name: &str) -> Done {
         ("error", v.error),
     ]);
     print(&fields(&lines))
-}
-
-/// How many copies there are, and how many of them are in sync where not all are.
-fn copies(v: &t::Volume) -> String {
-    if v.copies_in_sync == u64::from(v.copies) {
-        v.copies.to_string()
-    } else {
-        format!("{} of {}", v.copies_in_sync, v.copies)
-    }
 }
 
 async fn volume_delete(client: &Client, json: bool, name: &str, no_wait: bool) -> Done {

@@ -202,6 +202,11 @@ fn yes_no(value: bool) -> String {
     if value { "yes" } else { "no" }.to_owned()
 }
 
+/// How many copies there are, and how many of them are in sync where not all are.
+fn copies(copies: u8, in_sync: u64) -> String {
+    if in_sync == u64::from(copies) { copies.to_string() } else { format!("{in_sync} of {copies}") }
+}
+
 fn dash(text: &str) -> String {
     if text.is_empty() { "-" } else { text }.to_owned()
 }
