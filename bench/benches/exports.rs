@@ -22,13 +22,15 @@ use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, comman
 use cluster_map::{ClusterId, ControlMap, CoreStats, DataMap, Geometry, NodeId};
 use rustix::time::{ClockId, clock_gettime};
 use torus_dataplane::clients::Clients;
-use torus_dataplane::exchange::Served;
+use torus_dataplane::exchange::{Backing, Served};
 use torus_dataplane::fairness::Limits;
+use torus_dataplane::replicating::Replicating;
 use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
 use torus_dataplane::store::extent::format::Shape;
 use torus_dataplane::store::extent::fresh::FreshStore;
 use torus_dataplane::store::extent::shard::Object;
 use torus_dataplane::store::{Disk, Durable, EXTENT_BYTES};
+use torus_replication::terms::Site;
 use torus_uring::Blocks;
 use zerocopy::IntoBytes;
 
@@ -60,6 +62,10 @@ impl Devices for &mut NullDevices {
 
     fn device(&mut self, _store: usize) -> impl Disk {
         NullDisk(self)
+    }
+
+    fn boot_ns(&self) -> u64 {
+        0
     }
 }
 
@@ -143,12 +149,18 @@ impl Core {
         let map = DataMap::attach(&path).unwrap();
         let region =
             Region::new(RegionConfig { cores: 2, chunks_per_core: 4096, headers_per_core: 64 }).unwrap();
-        let mut serving = Serving::new(LIMITS, Clients::new(1024, map.core_clients(0).unwrap()));
+        let mut serving = Serving::new(
+            LIMITS,
+            Clients::new(1024, map.core_clients(0).unwrap()),
+            Replicating::new(Site::default(), 0),
+        );
         // An extent for each export, all on one shard, and room for the tables.
         let device_bytes = (256 << 20) + u64::from(exports) * 2 * EXTENT_BYTES;
         let store = FreshStore::new(device_bytes, Shape { shards: Some(1), journal_blocks: None }).unwrap();
         serving.open_store(0, store.shards.into_iter());
-        let served = |number| Some(Served { store: 0, object: Object { shard: 0, number }, owner: 0 });
+        let served = |number| {
+            Some(Served { store: 0, backing: Backing::Layer(Object { shard: 0, number }), owner: 0 })
+        };
         let mut senders = region.pool(1).unwrap();
         let read = export(exports / 2);
         let frames = (0..BATCH).map(|n| frame(&mut senders, &read, 8 * n, false));

@@ -21,13 +21,15 @@ use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, comman
 use cluster_map::{ClusterId, ControlMap, CoreStats, DataMap, Geometry, NodeId};
 use rustix::time::{ClockId, clock_gettime};
 use torus_dataplane::clients::Clients;
-use torus_dataplane::exchange::Served;
+use torus_dataplane::exchange::{Backing, Served};
 use torus_dataplane::fairness::Limits;
+use torus_dataplane::replicating::Replicating;
 use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
 use torus_dataplane::store::extent::format::Shape;
 use torus_dataplane::store::extent::fresh::FreshStore;
 use torus_dataplane::store::extent::shard::Object;
 use torus_dataplane::store::{Disk, Durable};
+use torus_replication::terms::Site;
 use torus_uring::Blocks;
 use zerocopy::IntoBytes;
 
@@ -61,6 +63,10 @@ impl Devices for &mut NullDevices {
 
     fn device(&mut self, _store: usize) -> impl Disk {
         NullDisk(self)
+    }
+
+    fn boot_ns(&self) -> u64 {
+        0
     }
 }
 
@@ -111,7 +117,7 @@ impl Core {
         let region = Region::new(config).unwrap();
         let store = FreshStore::new(DEVICE_BYTES, Shape { shards: Some(1), journal_blocks: None }).unwrap();
         let clients = Clients::new(REQUESTS_MAX, map.core_clients(0).unwrap());
-        let mut serving = Serving::new(LIMITS, clients);
+        let mut serving = Serving::new(LIMITS, clients, Replicating::new(Site::default(), 0));
         serving.open_store(0, store.shards.into_iter());
         let mut core = Core {
             serving,
@@ -121,7 +127,11 @@ impl Core {
                 requests: 0,
             },
             senders: region.pool(1).unwrap(),
-            served: vec![Some(Served { store: 0, object: Object { shard: 0, number: 0 }, owner: 0 })],
+            served: vec![Some(Served {
+                store: 0,
+                backing: Backing::Layer(Object { shard: 0, number: 0 }),
+                owner: 0,
+            })],
             export: Export {
                 key: 0,
                 address: ADDRESS,

@@ -88,6 +88,9 @@ pub struct HeadOwner {
     pub member: MemberId,
     /// The node that has the store.
     pub node: NodeId,
+    /// Into how many shards the store was cut at its format, at least 1: with the volume's lane that says on which core of its node
+    /// the volume is.
+    pub shards: u16,
     /// It has everything that it should; else it is being made complete.
     pub is_complete: bool,
 }
@@ -326,6 +329,7 @@ struct OwnerRecord {
     member: MemberRecord,
     node: [u8; 16],
     is_complete: u8,
+    shards: U16,
 }
 
 impl Record for OwnerRecord {
@@ -339,12 +343,13 @@ impl OwnerRecord {
             member: MemberRecord::encode(owner.member),
             node: owner.node.0,
             is_complete: owner.is_complete.into(),
+            shards: owner.shards.into(),
         }
     }
 
     fn decode(self) -> Result<HeadOwner, Fault> {
-        let (member, node) = (self.member.decode(), NodeId(self.node));
-        Ok(HeadOwner { member, node, is_complete: flag(self.is_complete, "is_complete")? })
+        let (member, node, shards) = (self.member.decode(), NodeId(self.node), self.shards.get());
+        Ok(HeadOwner { member, node, shards, is_complete: flag(self.is_complete, "is_complete")? })
     }
 }
 
@@ -674,8 +679,9 @@ pub(crate) mod strategies {
     }
 
     fn partition() -> impl Strategy<Value = HeadPartition> {
-        let owner = (member(), any::<[u8; 16]>(), any::<bool>())
-            .prop_map(|(member, node, is_complete)| HeadOwner { member, node: NodeId(node), is_complete });
+        let owner = (member(), any::<[u8; 16]>(), any::<u16>(), any::<bool>()).prop_map(
+            |(member, node, shards, is_complete)| HeadOwner { member, node: NodeId(node), shards, is_complete },
+        );
         (any::<u64>(), vec(owner, 1..4)).prop_map(|(epoch, owners)| HeadPartition { epoch, owners })
     }
 

@@ -8,6 +8,8 @@
 //! * Chunks on their way home wake nobody until a batch of them waits: a sleeper needs them only when it is awake.
 //! * Chunks travel with the message that names them and go home to the core that owns them.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
@@ -15,11 +17,15 @@ use std::sync::{Arc, OnceLock};
 use af_xdp::region::RECEIVE_CHUNKS_MIN;
 use aoe_xdp::link::{Chunk, RxFrame, Segments};
 use aoe_xdp::target::{ChangeOutcome, ExportTable, Ingress, ReplyHead};
-use cluster_map::{Durability, LinkLosses};
+use cluster_map::{Durability, LinkLosses, NodeId, VolumeId};
 use crossbeam::queue::ArrayQueue;
 use rustix::event::EventfdFlags;
+use torus_replication::head::End;
+use torus_replication::membership::{Membership, Record};
+use torus_replication::terms::{Generation, Member, Site};
 use torus_uring::{MappedFile, WakeHandle};
 
+use crate::replicating::{Place, Wish};
 use crate::store::extent::shard::{Object, ScrubTask, Shard};
 
 /// Messages that may wait for a core: a few receive batches from every other core.
@@ -66,6 +72,8 @@ pub enum Message {
         /// The first block to go.
         from_block: u64,
     },
+    /// The manager wants something of heads and replicas.
+    Replicate(Box<Order>),
     /// The manager says which scrub of a store it wants.
     Scrub {
         /// Position of the store.
@@ -73,6 +81,51 @@ pub enum Message {
         /// The run, and the rate of one shard; `None` for none.
         task: Option<ScrubTask>,
     },
+}
+
+/// What the manager wants of a core's heads and replicas.
+#[derive(Debug)]
+pub enum Order {
+    /// Other sites are reached there; one that is not named is not known any more.
+    Sites(BTreeMap<Site, SocketAddr>),
+    /// A volume has been made on an open store.
+    AddReplica(Member, VolumeId, Place),
+    /// A volume on an open store is given up: nothing is asked of it any more.
+    DropReplica(Member, VolumeId),
+    /// Be the head of a volume.
+    Begin(Generation, Membership),
+    /// The volume's record is this: nothing that was asked for before can still change it.
+    Record(VolumeId, Record),
+    /// Be the head of the volume no more.
+    End(VolumeId),
+}
+
+/// What a core tells of its heads and replicas: all of it as it is, so that only the newest report counts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Its heads.
+    pub heads: BTreeMap<VolumeId, HeadReport>,
+    /// What they wish to be changed.
+    pub wishes: BTreeMap<VolumeId, Wish>,
+    /// The last head of each volume that has ended, and why.
+    pub ended: BTreeMap<VolumeId, (Generation, End)>,
+    /// Whether replicas have granted the heads of a node something lately.
+    pub granting: BTreeMap<NodeId, bool>,
+}
+
+/// What there is to tell of a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadReport {
+    /// Under which generation.
+    pub generation: Generation,
+    /// Everything that it needs is open and granted.
+    pub is_serving: bool,
+    /// Of the partition with the fewest: copies that are in sync.
+    pub in_sync: u8,
+    /// And how many there should be.
+    pub copies: u8,
+    /// Extents to be made equal.
+    pub extents_to_go: u64,
 }
 
 /// How cores reach a store.
@@ -88,38 +141,58 @@ pub struct StoreAccess {
     pub mapped: Option<Arc<MappedFile>>,
     /// The shards on their way to their cores, by core.
     pub shards: Arc<[ShardQueue]>,
+    /// Who the store is among those that hold a volume.
+    pub member: Member,
+    /// The volumes that it had when it was opened.
+    pub volumes: Arc<[(VolumeId, Object)]>,
 }
 
 /// Shards for one core to adopt.
 pub type ShardQueue = ArrayQueue<Box<Shard>>;
 
-/// Deals the shards of the store at a position out to cores.
+/// Deals the shards of a store out to cores.
 #[must_use]
-pub fn deal_shards(shards: Vec<Box<Shard>>, store: usize, cores: usize) -> Arc<[ShardQueue]> {
+pub fn deal_shards(shards: Vec<Box<Shard>>, cores: usize) -> Arc<[ShardQueue]> {
     let queues: Arc<[ShardQueue]> = (0..cores).map(|_| ArrayQueue::new(shards.len().max(1))).collect();
     for shard in shards {
-        let core = usize::from(core_of_shard(shard.number(), store, cores));
+        let core = usize::from(core_of_shard(shard.number(), cores));
         let queued = queues[core].push(shard);
         assert!(queued.is_ok(), "a queue has room for all shards");
     }
     queues
 }
 
-/// The core that has a shard of the store at a position: neighbours have different ones, of one store and of several.
+/// The core that has a shard, of whatever store: so that a volume with copies on several of them is on one core, and other nodes know
+/// on which.
 #[must_use]
-pub fn core_of_shard(shard: u16, store: usize, cores: usize) -> u16 {
-    u16::try_from((usize::from(shard) + store) % cores).expect("a core's index has 16 bits")
+pub fn core_of_shard(shard: u16, cores: usize) -> u16 {
+    u16::try_from(usize::from(shard) % cores).expect("a core's index has 16 bits")
+}
+
+/// The shard that has a replicated volume.
+#[must_use]
+pub fn shard_of_lane(lane: u16, shards: u16) -> u16 {
+    lane % shards.max(1)
 }
 
 /// Where the data of an export is.
 #[derive(Debug, Clone)]
 pub struct Served {
-    /// Position of its store in [`CoreConfig::stores`].
+    /// Position in [`CoreConfig::stores`] of the store whose device's turns it takes.
     pub store: usize,
-    /// Its layer there.
-    pub object: Object,
+    /// What is behind it.
+    pub backing: Backing,
     /// The core that serves it: the one that has its shard.
     pub owner: u16,
+}
+
+/// What is behind an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// A layer of its store, the only copy.
+    Layer(Object),
+    /// The head of that volume, on this core, under that take-over.
+    Head(VolumeId, u64),
 }
 
 /// Everything that cores are told; a new one replaces the old one as a whole.
@@ -169,6 +242,8 @@ pub struct Mailbox {
     config: ArrayQueue<Arc<CoreConfig>>,
     /// Old configurations, for the manager to drop: a core frees no memory.
     retired: ArrayQueue<Arc<CoreConfig>>,
+    /// The newest report, on its way to the manager.
+    report: ArrayQueue<Box<Report>>,
     sleeping: AtomicBool,
     applied: AtomicU64,
     wake: OnceLock<WakeHandle>,
@@ -185,6 +260,7 @@ impl Mailbox {
             messages: ArrayQueue::new(MESSAGES_MAX),
             config: ArrayQueue::new(1),
             retired: ArrayQueue::new(4),
+            report: ArrayQueue::new(1),
             sleeping: AtomicBool::new(false),
             applied: AtomicU64::new(0),
             wake: OnceLock::new(),
@@ -247,6 +323,17 @@ impl Mailbox {
     pub fn silence_doorbell(&self) {
         let mut count = [0u8; 8];
         let _nothing_to_read = rustix::io::read(&self.doorbell, &mut count);
+    }
+
+    /// The owner tells the manager of its heads and replicas. Whatever it told before and was not read is gone.
+    pub fn tell(&self, report: Box<Report>) {
+        self.report.force_push(report);
+    }
+
+    /// The manager takes the newest report.
+    #[must_use]
+    pub fn take_report(&self) -> Option<Box<Report>> {
+        self.report.pop()
     }
 
     /// The owner takes a new configuration.

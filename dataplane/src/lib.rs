@@ -22,6 +22,8 @@ pub mod peers;
 #[cfg(not(loom))]
 pub mod reactor;
 #[cfg(not(loom))]
+pub mod replicating;
+#[cfg(not(loom))]
 pub mod request;
 #[cfg(not(loom))]
 pub mod serving;

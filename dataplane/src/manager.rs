@@ -10,6 +10,7 @@
 
 mod changes;
 mod links;
+mod replication;
 mod start;
 mod stores;
 
@@ -29,11 +30,12 @@ use rustix::time::{ClockId, clock_gettime};
 
 use changes::Changes;
 use links::{Links, NodeInterface};
+use replication::Replication;
 pub use start::{StartError, start};
 use stores::Stores;
 
 use crate::changes::ChangeQueue;
-use crate::exchange::{CoreConfig, Mailbox, Served};
+use crate::exchange::{Backing, CoreConfig, Mailbox, Served};
 
 /// How often interfaces are looked at, and the longest time between two signs of life.
 const LOOK: Duration = Duration::from_secs(1);
@@ -53,6 +55,8 @@ struct KeyedExport {
     size_sectors: u64,
     /// The interfaces that it is served on, by the ordinals that they have in this process.
     on_interfaces: u16,
+    /// The take-over of the head that serves it; `None`: its store does, which has the only copy.
+    takeover: Option<u64>,
 }
 
 /// Why cores get a configuration.
@@ -73,12 +77,15 @@ pub struct Manager {
     interfaces: Vec<String>,
     links: Links,
     stores: Stores,
+    replication: Replication,
     mailboxes: Arc<[Mailbox]>,
     threads: Vec<JoinHandle<std::io::Result<()>>>,
     version: u64,
     /// What cores serve now.
     exports: BTreeMap<VolumeId, KeyedExport>,
     keys_free: BTreeSet<u32>,
+    /// Of volumes that are not served and whose heads may have requests still: their keys stay theirs.
+    keys_of_heads: BTreeMap<VolumeId, u32>,
     keys_next: u32,
     published: Option<Observed>,
     /// What initiators ask to be changed: on its way here, and on its way through the control process.
@@ -87,11 +94,13 @@ pub struct Manager {
 }
 
 impl Manager {
+    #[expect(clippy::too_many_arguments, reason = "what a node is made of")]
     fn new(
         map: DataMap,
         names: Vec<String>,
         interfaces: Vec<NodeInterface>,
         stores: Stores,
+        replication: Replication,
         mailboxes: Arc<[Mailbox]>,
         threads: Vec<JoinHandle<std::io::Result<()>>>,
         change_queue: Arc<ChangeQueue>,
@@ -101,11 +110,13 @@ impl Manager {
             interfaces: names,
             links: Links::new(interfaces),
             stores,
+            replication,
             mailboxes,
             threads,
             version: 0,
             exports: BTreeMap::new(),
             keys_free: BTreeSet::new(),
+            keys_of_heads: BTreeMap::new(),
             keys_next: 0,
             published: None,
             change_queue,
@@ -136,12 +147,15 @@ impl Manager {
                 }
             }
             let is_new = self.published.as_ref().is_none_or(|published| published.applied != desired.version);
-            if is_new || self.stores.have_work() {
+            let is_told = self.take_reports();
+            if is_new || is_told || self.stores.have_work() {
                 self.converge(&desired)?;
             }
             self.take_changes(&desired);
             if self.published.as_ref().is_some_and(|published| {
-                published.links != self.links.observe() || published.changes != self.changes.observe()
+                published.links != self.links.observe()
+                    || published.changes != self.changes.observe()
+                    || published.granting != self.replication.observe_granting(&desired, boot_time_ns())
             }) {
                 self.publish(&desired)?;
             }
@@ -171,6 +185,17 @@ impl Manager {
         }
         // From here on no core has a request on what is not served.
         let served: BTreeSet<VolumeId> = self.exports.keys().copied().collect();
+        // Stores that heads and replicas are on are known to cores by now; and what is given up is not used any more before it goes.
+        let replicas = self.stores.replicas(desired);
+        self.replication.follow(desired, &replicas, self.stores.outbox());
+        let (heads, free) = (&self.replication, &mut self.keys_free);
+        self.keys_of_heads.retain(|volume, key| {
+            let has_head = heads.has_head(*volume);
+            if !has_head {
+                free.insert(*key);
+            }
+            has_head
+        });
         self.stores.release(desired, &served);
         self.send_to_cores();
         if self.stores.close_removed() {
@@ -178,6 +203,18 @@ impl Manager {
             self.stores.drop_closed();
         }
         self.publish(desired)
+    }
+
+    /// Takes what cores tell of their heads and replicas; whether there was anything.
+    fn take_reports(&mut self) -> bool {
+        let mut any = false;
+        for (core, mailbox) in self.mailboxes.iter().enumerate() {
+            if let Some(report) = mailbox.take_report() {
+                self.replication.take(core, *report);
+                any = true;
+            }
+        }
+        any
     }
 
     /// Sends what stores have for cores; what finds a full box waits for the next round.
@@ -222,18 +259,23 @@ impl Manager {
         let mut wanted = BTreeMap::new();
         let mut addresses = BTreeSet::new();
         let sizes = self.stores.servable_sectors(desired);
+        let replicated: BTreeSet<VolumeId> =
+            desired.volumes.iter().filter(|volume| volume.lane.is_some()).map(|volume| volume.id).collect();
         for wish in &desired.exports {
             let Some(&size_sectors) = sizes.get(&wish.volume) else { continue };
+            let takeover = self.replication.served_takeover(wish.volume);
+            if takeover.is_none() && replicated.contains(&wish.volume) {
+                continue;
+            }
             // The control process keeps addresses unique; should it fail to, the first one stands.
             if !addresses.insert((wish.shelf, wish.slot)) || wanted.contains_key(&wish.volume) {
                 continue;
             }
-            let key = match self.exports.get(&wish.volume) {
-                Some(known) => known.key,
-                None => self.take_key(),
-            };
+            let known = self.exports.get(&wish.volume).map(|known| known.key);
+            let key = known.or_else(|| self.keys_of_heads.remove(&wish.volume));
+            let key = key.unwrap_or_else(|| self.take_key());
             let on_interfaces = here(wish.on_interfaces, &desired.interfaces, &self.interfaces);
-            let export = KeyedExport { key, wish: wish.clone(), size_sectors, on_interfaces };
+            let export = KeyedExport { key, wish: wish.clone(), size_sectors, on_interfaces, takeover };
             wanted.insert(wish.volume, export);
         }
         wanted
@@ -259,7 +301,11 @@ impl Manager {
         let mut objects = self.stores.objects();
         for (volume, export) in &exports {
             let Some((store, object, owner)) = objects.remove(volume) else { continue };
-            served[export.key as usize] = Some(Served { store, object, owner });
+            let backing = match export.takeover {
+                Some(takeover) => Backing::Head(*volume, takeover),
+                None => Backing::Layer(object),
+            };
+            served[export.key as usize] = Some(Served { store, backing, owner });
             table.push(wire_export(export));
             if purpose == Purpose::Reannounce || self.exports.get(volume) != Some(export) {
                 announce.push(export.key);
@@ -284,7 +330,12 @@ impl Manager {
             self.await_settled()?;
         }
         for (volume, export) in &self.exports {
-            if !exports.contains_key(volume) {
+            if exports.contains_key(volume) {
+                continue;
+            }
+            if export.takeover.is_some() {
+                self.keys_of_heads.insert(*volume, export.key);
+            } else {
                 self.keys_free.insert(export.key);
             }
         }
@@ -364,7 +415,10 @@ impl Manager {
             volumes: self.stores.observe_volumes(desired),
             exports: self.observe_exports(desired),
             changes: self.changes.observe(),
-            ..Observed::default()
+            replicates: true,
+            heads: self.replication.observe_heads(),
+            wishes: self.replication.observe_wishes(),
+            granting: self.replication.observe_granting(desired, boot_time_ns()),
         };
         if self.published.as_ref() == Some(&observed) {
             return Ok(());

@@ -16,25 +16,32 @@ mod devices;
 mod discovery;
 mod idle;
 mod receive;
+mod replication;
 mod send;
 mod waiting;
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use aoe_xdp::link::{Lane, LinkStats, Pool, Queue, Region, RxFrame, TxFrame};
-use cluster_map::{CoreClients, CoreStats};
+use cluster_map::{CoreClients, CoreStats, NodeId};
 use rustix::time::{ClockId, clock_gettime};
+use torus_replication::connection::handshake::Identity;
+use torus_replication::terms::Site;
 use torus_uring::{Ring, RingConfig, RingError};
 
 use self::changes::WaitingChanges;
 use self::devices::{Inline, OwnDevice};
+use self::replication::OwnReplication;
 use self::waiting::WaitingRequests;
 use crate::changes::ChangeQueue;
 use crate::clients::Clients;
 use crate::discovery::Discovery;
 use crate::exchange::{CoreConfig, Losses, Mailbox, Served};
 use crate::fairness::{DEVICES_MAX, Limits};
+use crate::peers::{Peers, PeersLimits};
+use crate::replicating::Replicating;
 use crate::serving::Serving;
 
 /// Requests in progress on one core. Linux keeps 64 in flight for each target MAC, so this serves 16 busy exports at their
@@ -52,6 +59,16 @@ pub const DISK_REQUESTS_MAX: u32 = 2 * REQUESTS_MAX;
 const RX_BATCH: usize = 64;
 /// Answers that wait for room in one transmit ring.
 const BACKLOG_MAX: usize = REQUESTS_MAX as usize;
+/// Connections of one core. Each holds [`PeersLimits::chunks_each`] chunks: 2 MiB for a hundred of them would be a quarter of the core's
+/// memory, so that they are few, and large enough for a window of writes to arrive between two turns.
+const PEERS_LIMITS: PeersLimits = PeersLimits {
+    connections_max: 64,
+    strangers_max: 8,
+    chunks_each: 16,
+    waiting_bytes_max: 8 << 20,
+    requests_leave_chunks: 1024,
+    answers_leave_chunks: 0,
+};
 /// Shortest spin: a look at every source of work.
 const SPIN_NS_MIN: u64 = 2_000;
 /// How often the kernel's counters are read.
@@ -75,6 +92,8 @@ pub enum Egress {
 pub struct Parts {
     /// Its index among the cores.
     pub core: u16,
+    /// The node that it is of.
+    pub node: NodeId,
     /// Its part of the frame memory.
     pub pool: Pool,
     /// Its queues.
@@ -91,6 +110,8 @@ pub struct Parts {
     pub clients: CoreClients,
     /// How it asks the manager for changes.
     pub changes: Arc<ChangeQueue>,
+    /// Where it listens for other nodes, and who it is to them; `None` where it has nothing to do with others.
+    pub listen: Option<(SocketAddr, Identity)>,
 }
 
 /// A queue for a core to own.
@@ -149,6 +170,24 @@ struct OwnLane {
     losses: Arc<Losses>,
 }
 
+/// Why a core cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum CoreError {
+    /// Its ring.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// Its port.
+    #[error(
+        "cannot listen for other nodes at {address} ({source}): is the port in use, or the address another machine's?"
+    )]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
 /// A core at work.
 pub struct Reactor {
     core: u16,
@@ -176,6 +215,7 @@ pub struct Reactor {
     advertise_on: Arc<[u8]>,
     changes: WaitingChanges,
     change_queue: Arc<ChangeQueue>,
+    replication: OwnReplication,
     /// The kernel would take more frames if it were asked again.
     unsent: bool,
     doorbell_armed: bool,
@@ -189,11 +229,17 @@ impl Reactor {
     /// Makes the reactor of the calling thread, and tells the others how to wake it.
     ///
     /// # Errors
-    /// [`RingError`].
-    pub fn new(parts: Parts) -> Result<Reactor, RingError> {
+    /// [`CoreError`].
+    pub fn new(parts: Parts) -> Result<Reactor, CoreError> {
+        let mut parts = parts;
         let region = Arc::clone(parts.pool.region());
         let like = parts.mailboxes.iter().find_map(Mailbox::wake_handle);
-        let ring = Ring::new(RingConfig { requests_max: DISK_REQUESTS_MAX }, &region, like)?;
+        let mut ring = Ring::new(RingConfig { requests_max: DISK_REQUESTS_MAX }, &region, like)?;
+        let peers = parts.listen.take().map(|(address, identity)| {
+            let made = Peers::new(identity, PEERS_LIMITS, address, &mut ring, &parts.pool);
+            made.map_err(|source| CoreError::Listen { address, source })
+        });
+        let peers = peers.transpose()?;
         let own = &parts.mailboxes[usize::from(parts.core)];
         own.set_wake_handle(ring.wake_handle().map_err(RingError::Setup)?);
         let firsts = parts.queues.iter().map(|owned| &owned.queue).filter(|queue| queue.info().queue == 0);
@@ -223,7 +269,11 @@ impl Reactor {
             stats: parts.stats,
             config: Arc::new(CoreConfig::default()),
             settling: false,
-            serving: Serving::new(LIMITS, Clients::new(CLIENTS_MAX, parts.clients)),
+            serving: Serving::new(
+                LIMITS,
+                Clients::new(CLIENTS_MAX, parts.clients),
+                Replicating::new(Site { node: parts.node, core: parts.core }, boot_ns()),
+            ),
             devices: Vec::with_capacity(DEVICES_MAX),
             waiting: WaitingRequests::new(),
             inline: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),
@@ -232,6 +282,7 @@ impl Reactor {
             advertise_on,
             changes: WaitingChanges::new(),
             change_queue: parts.changes,
+            replication: OwnReplication::new(peers),
             unsent: false,
             doorbell_armed: false,
             now_ns: now_ns(),
@@ -273,6 +324,7 @@ impl Reactor {
             worked |= self.receive();
         }
         worked |= self.take_messages();
+        worked |= self.replicate();
         // Not before everything is in: neighbours are served together.
         worked |= self.start_all();
         self.ring.submit()?;
@@ -296,6 +348,15 @@ fn served(config: &CoreConfig, key: u32) -> Option<&Served> {
 }
 
 fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
+    read_clock(ClockId::Monotonic)
+}
+
+/// Of a clock that goes on while the machine is suspended: others do not wait for it.
+fn boot_ns() -> u64 {
+    read_clock(ClockId::Boottime)
+}
+
+fn read_clock(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }

@@ -25,6 +25,10 @@ pub const RIDERS_PER_REQUEST_MAX: u8 = 32;
 
 const NONE: u32 = u32::MAX;
 
+/// In place of a configuration's parity: a volume's head has the request, which may keep it for long. What a configuration names – stores,
+/// positions, keys – it does not need: its export goes when its head has ended.
+pub const AT_HEAD: u8 = 2;
+
 /// Sectors of a volume, side by side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
@@ -132,7 +136,7 @@ pub struct Request {
     pub export: u32,
     /// Who asked for it.
     pub client: ClientId,
-    /// Parity of the configuration that it was admitted under.
+    /// Parity of the configuration that it was admitted under; [`AT_HEAD`] once its head has it.
     pub epoch: u8,
     /// The store has it.
     pub started: bool,
@@ -198,7 +202,7 @@ pub struct Requests {
     riders: Box<[RiderSlot]>,
     riders_free: Vec<u32>,
     /// Requests in progress, by the parity of their configuration.
-    by_epoch: [usize; 2],
+    by_epoch: [usize; 3],
 }
 
 impl Requests {
@@ -210,7 +214,7 @@ impl Requests {
             free: (0..requests_max).rev().collect(),
             riders: (0..riders_max).map(|_| RiderSlot { rider: None, next: NONE }).collect(),
             riders_free: (0..riders_max).rev().collect(),
-            by_epoch: [0; 2],
+            by_epoch: [0; 3],
         }
     }
 
@@ -229,7 +233,7 @@ impl Requests {
             return Err(request);
         }
         let Some(id) = self.free.pop() else { return Err(request) };
-        self.by_epoch[usize::from(request.epoch & 1)] += 1;
+        self.by_epoch[usize::from(request.epoch)] += 1;
         self.slots[id as usize] = Some(request);
         let id = RequestId(id);
         let added = self.add_rider(id, rider);
@@ -306,9 +310,20 @@ impl Requests {
     pub fn remove(&mut self, id: RequestId) -> Request {
         let request = self.slots[id.0 as usize].take().expect("a request in progress");
         assert_eq!(request.riders.count, 0, "every rider has left");
-        self.by_epoch[usize::from(request.epoch & 1)] -= 1;
+        self.by_epoch[usize::from(request.epoch)] -= 1;
         self.free.push(id.0);
         request
+    }
+
+    /// The head of its volume takes a request.
+    ///
+    /// # Panics
+    /// If there is none of that number.
+    pub fn to_head(&mut self, id: RequestId) {
+        let request = self.slots[id.0 as usize].as_mut().expect("a request in progress");
+        self.by_epoch[usize::from(request.epoch)] -= 1;
+        request.epoch = AT_HEAD;
+        self.by_epoch[usize::from(AT_HEAD)] += 1;
     }
 
     /// Requests admitted under configurations of this parity.

@@ -22,20 +22,22 @@
 //!   rider of the new one.
 //! * No step allocates.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use aoe_xdp::link::{Pool, RxFrame, Segment, Segments};
 use aoe_xdp::order::{Access, Admission, RangeOrder, RequestId};
 use aoe_xdp::target::{self, Export, Io, IoKind, ReplyHead};
-use cluster_map::{CoreStats, Counter, Latency};
+use cluster_map::{CoreStats, Counter, Latency, VolumeId};
+use torus_replication::terms::{Member, Site};
 use torus_uring::{BLOCKS_MAX, Blocks, IoError};
 
 use crate::clients::{ClientId, Clients, Dropped};
-use crate::exchange::Served;
+use crate::exchange::{Backing, Report, Served};
 use crate::fairness::{DEVICES_MAX, Limits, Turns, may_take};
+use crate::replicating::{Ground, Outgoing, Payload, Place, Replicating, Wanted};
 use crate::request::{
-    RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload, share_blocks,
-    take_blocks,
+    AT_HEAD, RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload,
+    share_blocks, take_blocks,
 };
 use crate::store::extent::ExtentStore;
 use crate::store::extent::shard::{Object, ScrubTask, Shard};
@@ -54,6 +56,8 @@ pub trait Devices {
     fn pool(&mut self) -> &mut Pool;
     /// The device of the store at this position.
     fn device(&mut self, store: usize) -> impl Disk;
+    /// The time now, of `CLOCK_BOOTTIME`, nanoseconds: read anew for every call, since grants are held against it (I1).
+    fn boot_ns(&self) -> u64;
 }
 
 /// What serving works with but does not own.
@@ -105,6 +109,7 @@ pub struct Serving {
     stores: Vec<Option<ExtentStore>>,
     outcomes: Vec<Outcome>,
     answers: VecDeque<Answer>,
+    replicating: Replicating,
     /// Parity of the configuration in force.
     epoch: u8,
 }
@@ -112,7 +117,7 @@ pub struct Serving {
 impl Serving {
     /// Nothing in progress, no store open. `clients` has as many places as the limits say.
     #[must_use]
-    pub fn new(limits: Limits, clients: Clients) -> Serving {
+    pub fn new(limits: Limits, clients: Clients, replicating: Replicating) -> Serving {
         let requests_max = limits.requests;
         let riders_max = requests_max * RIDERS_PER_REQUEST;
         Serving {
@@ -124,6 +129,7 @@ impl Serving {
             stores: Vec::with_capacity(DEVICES_MAX),
             outcomes: Vec::with_capacity(requests_max as usize),
             answers: VecDeque::with_capacity(riders_max as usize),
+            replicating,
             epoch: 0,
         }
     }
@@ -143,8 +149,20 @@ impl Serving {
         self.stores[at] = Some(store);
     }
 
+    /// Lets heads and replicas know of a store that was opened: who it is, and which volumes this core has there.
+    pub fn open_replicas(
+        &mut self,
+        at: usize,
+        member: Member,
+        volumes: impl Iterator<Item = (VolumeId, Object)>,
+    ) {
+        let places = volumes.map(|(volume, object)| (volume, Place { store: at, object }));
+        self.replicating.open_store(member, places, &self.stores);
+    }
+
     /// Begins to bring a store to rest that no new request will name.
     pub fn close_store(&mut self, at: usize) {
+        self.replicating.close_store(at);
         if let Some(store) = self.stores.get_mut(at).and_then(Option::as_mut) {
             store.close();
         }
@@ -202,7 +220,7 @@ impl Serving {
     /// Whether nothing is in progress.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.requests.is_empty() && self.answers.is_empty()
+        self.requests.is_empty() && self.answers.is_empty() && self.replicating.is_idle()
     }
 
     /// The clients of this core.
@@ -365,13 +383,22 @@ impl Serving {
         request.started = true;
         request.device = device;
         let place = served(around.served, request.export);
+        let layer = match place.map(|place| place.backing) {
+            Some(Backing::Head(volume, _)) => {
+                self.ask_head(id, volume, around);
+                return true;
+            }
+            Some(Backing::Layer(layer)) => Some(layer),
+            None => None,
+        };
         let store = place.and_then(|place| self.stores.get_mut(place.store)?.as_mut());
-        let (Some(place), Some(store)) = (place, store) else {
+        let (Some(place), Some(object), Some(store)) = (place, layer, store) else {
             // Unexported, or its store is gone, while it waited.
             self.abandon(id, None, around);
             return true;
         };
         let range = request.range;
+        let token = RequestToken(id.0);
         let pool = around.devices.pool();
         let operation = match request.kind {
             IoKind::Flush => Operation::Flush,
@@ -391,8 +418,70 @@ impl Serving {
             },
         };
         let mut device = around.devices.device(place.store);
-        store.start(RequestToken(id.0), &place.object, operation, &mut device, &mut self.outcomes);
+        store.start(token, &object, operation, &mut device, &mut self.outcomes);
         true
+    }
+
+    /// Gives a request to the head of its volume.
+    fn ask_head(&mut self, id: RequestId, volume: VolumeId, around: &mut Around<'_, impl Devices>) {
+        let request = self.requests.get(id);
+        let (range, token) = (request.range, RequestToken(id.0));
+        let wanted = match request.kind {
+            // Everything acknowledged is durable.
+            IoKind::Flush => {
+                self.outcomes.push(Outcome { request: token, blocks: Blocks::new(), result: Ok(()) });
+                return;
+            }
+            IoKind::Read => Wanted::Read(range.first_block()..range.last_block() + 1),
+            IoKind::Write => Wanted::Write {
+                first_block: range.first_block(),
+                payload: Payload::known(share_blocks(around.devices.pool(), &request.payload), &request.crcs),
+                keep_head_bytes: range.head_bytes(),
+                keep_tail_bytes: range.tail_bytes(),
+            },
+        };
+        self.requests.to_head(id);
+        let (replicating, mut ground) = self.replicating(around);
+        replicating.start(token, volume, wanted, &mut ground);
+    }
+
+    /// The sites that heads here ask.
+    #[must_use]
+    pub fn wanted_sites(&self) -> BTreeSet<Site> {
+        self.replicating.wanted()
+    }
+
+    /// Whether what comes by the connection of a site is done at once.
+    #[must_use]
+    pub fn serves_site(&self, site: Site) -> bool {
+        self.replicating.serves(site)
+    }
+
+    /// Whether heads or replicas wait for a time.
+    #[must_use]
+    pub fn is_replication_timed(&self) -> bool {
+        self.replicating.is_timed()
+    }
+
+    /// Whether heads have something to tell of which that report says nothing.
+    #[must_use]
+    pub fn has_news(&self, reported: &Report) -> bool {
+        self.replicating.has_news(reported)
+    }
+
+    /// The next message of a head or replica to another site.
+    pub fn next_outgoing(&mut self) -> Option<Outgoing> {
+        self.replicating.next_outgoing()
+    }
+
+    /// Heads and replicas, and what they work with.
+    pub fn replicating<'s, D: Devices>(
+        &'s mut self,
+        around: &'s mut Around<'_, D>,
+    ) -> (&'s mut Replicating, Ground<'s, D>) {
+        let ground =
+            Ground { stores: &mut self.stores, devices: &mut around.devices, outcomes: &mut self.outcomes };
+        (&mut self.replicating, ground)
     }
 
     /// Lets stores send what they have gathered; whether any had something to do. Called when nothing else is left: what has come
@@ -433,6 +522,8 @@ impl Serving {
     /// has finished one.
     pub fn finish_next(&mut self, around: &mut Around<'_, impl Devices>) -> bool {
         let Some(outcome) = self.outcomes.pop() else { return false };
+        let (replicating, mut ground) = self.replicating(around);
+        let Some(outcome) = replicating.store_ended(outcome, &mut ground) else { return true };
         let id = RequestId(outcome.request.0);
         let (kind, client) = (self.requests.get(id).kind, self.requests.get(id).client);
         let first_block = self.requests.get(id).range.first_block();
@@ -441,6 +532,11 @@ impl Serving {
             Err(StoreError::NoMemory) => {
                 release_blocks(around.devices.pool(), outcome.blocks);
                 self.abandon(id, Some(Dropped::Memory), around);
+                return true;
+            }
+            Err(StoreError::NoHead) => {
+                release_blocks(around.devices.pool(), outcome.blocks);
+                self.abandon(id, None, around);
                 return true;
             }
             Err(
@@ -512,7 +608,7 @@ fn rider(arrival: &Arrival<'_>, now_ns: u64) -> Rider {
 fn suits(host: &Request, kind: IoKind, client: ClientId, epoch: u8, range: Range) -> bool {
     if host.kind != kind
         || host.client != client
-        || host.epoch != epoch
+        || (host.epoch != epoch && host.epoch != AT_HEAD)
         || host.rider_count() >= RIDERS_PER_REQUEST_MAX
     {
         return false;

@@ -92,6 +92,9 @@ pub enum StoreError {
     /// The block was written once, and no good copy of it is left.
     #[error("no good copy is left")]
     Lost,
+    /// The volume's head is not here any more: whoever asked asks the new one.
+    #[error("the volume's head is not here any more")]
+    NoHead,
     /// No extent is free for a part of the volume that was never written.
     #[error("the store is full")]
     NoSpace,

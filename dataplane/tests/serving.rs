@@ -15,12 +15,15 @@ use aoe_xdp::target::{AoePolicy, Export, ExportTable, Ingress, ON_ALL_INTERFACES
 use aoe_xdp::wire::{ATA_DATA_OFFSET, Address, AtaArg, AtaHead, Header, Mac, command, parse_ata};
 use cluster_map::{ClusterId, ControlMap, Counter, DataMap, Geometry, NodeId, StoreId, VolumeId};
 use torus_dataplane::changes::ChangeQueue;
-use torus_dataplane::exchange::{CoreConfig, Mailbox, Served, StoreAccess, core_of_shard, deal_shards};
+use torus_dataplane::exchange::{
+    Backing, CoreConfig, Mailbox, Served, StoreAccess, core_of_shard, deal_shards,
+};
 use torus_dataplane::reactor::{Egress, OwnedQueue, Parts, Reactor};
 use torus_dataplane::store::EXTENT_BYTES;
 use torus_dataplane::store::extent::extents::FreeSlot;
 use torus_dataplane::store::extent::opening::{self, Identity};
 use torus_dataplane::store::extent::shard::Object;
+use torus_replication::terms::Member;
 use zerocopy::IntoBytes;
 
 #[path = "../../aoe-xdp/tests/link/netns.rs"]
@@ -111,7 +114,11 @@ impl Node {
             interface.add_mac(export(slot).mac.0).unwrap();
         }
         let served = objects.into_iter().map(|object| {
-            Some(Served { store: 0, object, owner: core_of_shard(object.shard, 0, usize::from(cores)) })
+            Some(Served {
+                store: 0,
+                backing: Backing::Layer(object),
+                owner: core_of_shard(object.shard, usize::from(cores)),
+            })
         });
         let config = CoreConfig {
             version: 1,
@@ -141,6 +148,7 @@ impl Node {
         for (core, pool) in (0u16..).zip(pools) {
             let parts = Parts {
                 core,
+                node: NodeId([2; 16]),
                 pool,
                 lanes: Vec::new(),
                 queues: queue.take().map(OwnedQueue::new).into_iter().collect(),
@@ -149,6 +157,7 @@ impl Node {
                 stats: map.core_stats(core).unwrap(),
                 changes: Arc::clone(&changes),
                 clients: map.core_clients(core).unwrap(),
+                listen: None,
             };
             node.cores.push(std::thread::spawn(move || {
                 let mut reactor = Reactor::new(parts).unwrap();
@@ -236,7 +245,7 @@ fn make_store(path: &Path, cores: u16) -> (StoreAccess, Vec<Object>) {
     opened.store.commit(catalog).unwrap();
     let object = |slot| {
         let volume = opened.store.catalog().get(VolumeId([slot; 16])).unwrap();
-        assert_eq!(core_of_shard(volume.shard, 0, usize::from(cores)), u16::from(slot) % cores);
+        assert_eq!(core_of_shard(volume.shard, usize::from(cores)), u16::from(slot) % cores);
         Object { shard: volume.shard, number: volume.object }
     };
     let objects = (0..EXPORTS).map(object).collect();
@@ -253,7 +262,9 @@ fn make_store(path: &Path, cores: u16) -> (StoreAccess, Vec<Object>) {
         durability: device.durability(),
         dsync: device.needs_dsync(),
         mapped: device.map_memory(),
-        shards: deal_shards(opened.shards, 0, usize::from(cores)),
+        shards: deal_shards(opened.shards, usize::from(cores)),
+        member: Member::default(),
+        volumes: Arc::default(),
     };
     (access, objects)
 }

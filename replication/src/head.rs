@@ -194,15 +194,15 @@ impl Purport {
 
 /// A volume's head.
 #[derive(Debug)]
-pub struct Head<M: Memory> {
+pub struct Head<B> {
     node: NodeId,
     generation: Generation,
     membership: Membership,
     peers: BTreeMap<Member, Peer>,
-    ops: BTreeMap<OpId, Op<M::Blocks>>,
+    ops: BTreeMap<OpId, Op<B>>,
     /// Requests that wait, in order.
     waiting: VecDeque<OpId>,
-    jobs: BTreeMap<JobId, Equalize<M::Blocks>>,
+    jobs: BTreeMap<JobId, Equalize<B>>,
     /// Extents that may differ between in-sync copies, with the lowest version that anybody has of each; and whether a job is at it.
     unequal: BTreeMap<Extent, (Version, bool)>,
     /// Extents for which every owner has room.
@@ -219,14 +219,14 @@ pub struct Head<M: Memory> {
     survey_at_ns: u64,
     /// When an idle head last said what is stable.
     stable_told: Version,
-    outputs: VecDeque<Output<M::Blocks>>,
+    outputs: VecDeque<Output<B>>,
     end: Option<End>,
 }
 
-impl<M: Memory> Head<M> {
+impl<B> Head<B> {
     /// Begins to be the head, under a generation that the volume's record names. `unequal` stays unknown until replicas have opened.
     #[must_use]
-    pub fn new(node: NodeId, generation: Generation, membership: Membership, now_ns: u64) -> Head<M> {
+    pub fn new(node: NodeId, generation: Generation, membership: Membership, now_ns: u64) -> Head<B> {
         let mut head = Head {
             node,
             generation,
@@ -291,6 +291,13 @@ impl<M: Memory> Head<M> {
         opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
     }
 
+    /// Extents that are being made equal, or are to be, on copies that are in sync and on those that are being brought up to date.
+    #[must_use]
+    pub fn extents_to_go(&self) -> u64 {
+        let learners = self.peers.values().filter_map(|peer| peer.learner.as_ref());
+        self.unequal.len() as u64 + learners.map(resync::Learner::extents_to_go).sum::<u64>()
+    }
+
     /// Whether nothing is asked, in progress, unequal or being brought up to date.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
@@ -298,16 +305,16 @@ impl<M: Memory> Head<M> {
     }
 
     /// What is to be done next, if anything.
-    pub fn output(&mut self) -> Option<Output<M::Blocks>> {
+    pub fn output(&mut self) -> Option<Output<B>> {
         self.outputs.pop_front()
     }
 
     /// Gives all memory back.
-    pub fn dissolve(mut self, memory: &mut M) {
+    pub fn dissolve(mut self, memory: &mut impl Memory<Blocks = B>) {
         self.release_all(memory);
     }
 
-    fn release_all(&mut self, memory: &mut M) {
+    fn release_all(&mut self, memory: &mut impl Memory<Blocks = B>) {
         for op in std::mem::take(&mut self.ops).into_values() {
             for blocks in
                 op.payload.into_iter().chain(op.readings.into_iter().filter_map(|reading| reading.got))
@@ -323,7 +330,7 @@ impl<M: Memory> Head<M> {
         self.waiting.clear();
     }
 
-    fn finish(&mut self, end: End, memory: &mut M) {
+    fn finish(&mut self, end: End, memory: &mut impl Memory<Blocks = B>) {
         if self.end.is_none() {
             self.end = Some(end);
             self.release_all(memory);
@@ -332,7 +339,14 @@ impl<M: Memory> Head<M> {
     }
 
     /// Begins to read.
-    pub fn read(&mut self, token: Token, blocks: Range<u64>, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn read(
+        &mut self,
+        token: Token,
+        blocks: Range<u64>,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.begin(token, Kind::Read, blocks, None, grants, memory, now_ns);
     }
 
@@ -342,11 +356,11 @@ impl<M: Memory> Head<M> {
         &mut self,
         token: Token,
         blocks: Range<u64>,
-        payload: M::Blocks,
+        payload: B,
         keep_head_bytes: u16,
         keep_tail_bytes: u16,
         grants: &Grants,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
         now_ns: u64,
     ) {
         let kind = Kind::Write { keep_head_bytes, keep_tail_bytes };
@@ -354,7 +368,14 @@ impl<M: Memory> Head<M> {
     }
 
     /// Begins to take blocks away.
-    pub fn unmap(&mut self, token: Token, blocks: Range<u64>, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn unmap(
+        &mut self,
+        token: Token,
+        blocks: Range<u64>,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.begin(token, Kind::Unmap, blocks, None, grants, memory, now_ns);
     }
 
@@ -364,9 +385,9 @@ impl<M: Memory> Head<M> {
         token: Token,
         kind: Kind,
         range: Range<u64>,
-        payload: Option<M::Blocks>,
+        payload: Option<B>,
         grants: &Grants,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
         now_ns: u64,
     ) {
         self.now_ns = now_ns;
@@ -393,7 +414,13 @@ impl<M: Memory> Head<M> {
     }
 
     /// An answer has come. `from` is the node that it came from.
-    pub fn answer(&mut self, answer: Answer<M::Blocks>, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn answer(
+        &mut self,
+        answer: Answer<B>,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         let purport = self
             .peers
@@ -416,7 +443,13 @@ impl<M: Memory> Head<M> {
         self.advance(grants, memory);
     }
 
-    fn refused(&mut self, from: Member, purport: Purport, refusal: Refusal, memory: &mut M) {
+    fn refused(
+        &mut self,
+        from: Member,
+        purport: Purport,
+        refusal: Refusal,
+        memory: &mut impl Memory<Blocks = B>,
+    ) {
         match refusal {
             Refusal::Replaced(_) => self.finish(End::Replaced, memory),
             Refusal::Past(_) => self.finish(End::Past, memory),
@@ -439,9 +472,9 @@ impl<M: Memory> Head<M> {
         &mut self,
         from: Member,
         purport: Purport,
-        reply: Reply<M::Blocks>,
+        reply: Reply<B>,
         grants: &Grants,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
     ) {
         match (purport, reply) {
             (Purport::Open, Reply::Opened { highest, active }) => {
@@ -471,7 +504,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Time has passed, or grants have come.
-    pub fn tick(&mut self, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn tick(&mut self, grants: &Grants, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
         self.now_ns = now_ns;
         if self.end.is_some() {
             return;
@@ -491,7 +524,13 @@ impl<M: Memory> Head<M> {
     }
 
     /// The volume's record is this: nothing that was asked for before can still change it.
-    pub fn record(&mut self, record: Record, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn record(
+        &mut self,
+        record: Record,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if self.end.is_some() || record.revision < self.membership.record().revision {
             return;
@@ -506,14 +545,14 @@ impl<M: Memory> Head<M> {
     }
 
     /// A renewal of its grants has excluded all generations of the volume below this one.
-    pub fn excluded(&mut self, below: Generation, memory: &mut M) {
+    pub fn excluded(&mut self, below: Generation, memory: &mut impl Memory<Blocks = B>) {
         if self.generation < below {
             self.finish(End::Replaced, memory);
         }
     }
 
     /// Everything that can go on does.
-    fn advance(&mut self, grants: &Grants, memory: &mut M) {
+    fn advance(&mut self, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         if self.end.is_some() {
             return;
         }
@@ -524,7 +563,7 @@ impl<M: Memory> Head<M> {
         self.advance_learners(memory);
     }
 
-    fn begin_waiting(&mut self, grants: &Grants, memory: &mut M) {
+    fn begin_waiting(&mut self, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         let waiting = std::mem::take(&mut self.waiting);
         for at in waiting {
             let range = self.op(at).range.clone();
@@ -539,7 +578,7 @@ impl<M: Memory> Head<M> {
     /// Whether blocks are held by somebody else: a job, or a write that was answered and that not everybody has.
     fn is_held(&self, range: &Range<u64>, but: Option<OpId>) -> bool {
         let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
-        let holds = |job: &Equalize<M::Blocks>| !(mutants::is(Mutant::CopyWithoutLock) && job.is_resync());
+        let holds = |job: &Equalize<B>| !(mutants::is(Mutant::CopyWithoutLock) && job.is_resync());
         self.jobs.values().any(|job| holds(job) && overlaps(&job.range()))
             || self.ops.iter().any(|(at, op)| Some(*at) != but && op.token.is_none() && overlaps(&op.range))
     }
@@ -573,7 +612,7 @@ impl<M: Memory> Head<M> {
         self.is_covered(range, grants) || mutants::is(Mutant::GrantsUncheckedAtReply)
     }
 
-    fn start(&mut self, at: OpId, memory: &mut M) {
+    fn start(&mut self, at: OpId, memory: &mut impl Memory<Blocks = B>) {
         let op = self.op_mut(at);
         let range = op.range.clone();
         match op.kind {
@@ -600,7 +639,13 @@ impl<M: Memory> Head<M> {
     }
 
     /// Asks the next copy, not that of `avoided` this time.
-    fn send_read(&mut self, at: OpId, index: usize, avoided: Option<Member>, memory: &mut M) {
+    fn send_read(
+        &mut self,
+        at: OpId,
+        index: usize,
+        avoided: Option<Member>,
+        memory: &mut impl Memory<Blocks = B>,
+    ) {
         let reading = &self.op(at).readings[index];
         let (span, failed) = (reading.span, reading.failed.clone());
         let usable = |member: &Member| {
@@ -627,7 +672,14 @@ impl<M: Memory> Head<M> {
         self.send(member, Purport::Read { op: at, reading: index }, memory);
     }
 
-    fn read_ended(&mut self, at: OpId, index: usize, from: Member, reply: Reply<M::Blocks>, memory: &mut M) {
+    fn read_ended(
+        &mut self,
+        at: OpId,
+        index: usize,
+        from: Member,
+        reply: Reply<B>,
+        memory: &mut impl Memory<Blocks = B>,
+    ) {
         let Some(reading) = self.ops.get_mut(&at).and_then(|op| op.readings.get_mut(index)) else {
             if let Reply::Blocks(blocks) = reply {
                 memory.release(blocks);
@@ -661,7 +713,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn advance_ops(&mut self, grants: &Grants, memory: &mut M) {
+    fn advance_ops(&mut self, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         let all: SmallVec<[OpId; 64]> = self.ops.keys().copied().collect();
         for at in all {
             if self.ops.contains_key(&at) {
@@ -670,7 +722,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn advance_op(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
+    fn advance_op(&mut self, at: OpId, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         if self.op(at).stage == Stage::Filling {
             let op = self.op(at);
             if op.failure.is_none() && op.readings.iter().any(|reading| reading.got.is_none()) {
@@ -713,7 +765,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Ends a request of which nothing was sent to be written.
-    fn end_unsent(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
+    fn end_unsent(&mut self, at: OpId, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         if !self.may_answer(&self.op(at).range.clone(), grants) {
             return;
         }
@@ -728,13 +780,13 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn end_read(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
+    fn end_read(&mut self, at: OpId, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         // Checked again now: whoever came meanwhile may have written.
         if !self.may_answer(&self.op(at).range.clone(), grants) {
             return;
         }
         let op = self.take_op(at);
-        let mut all: Option<M::Blocks> = None;
+        let mut all: Option<B> = None;
         for blocks in op.readings.into_iter().filter_map(|reading| reading.got) {
             match &mut all {
                 None => all = Some(blocks),
@@ -747,7 +799,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Makes whole blocks of a write.
-    fn fill(&mut self, at: OpId, memory: &mut M) {
+    fn fill(&mut self, at: OpId, memory: &mut impl Memory<Blocks = B>) {
         let op = self.op_mut(at);
         let Kind::Write { keep_head_bytes, keep_tail_bytes } = op.kind else { return };
         let last = usize::try_from(op.range.end - op.range.start).expect("a request is short") - 1;
@@ -773,7 +825,7 @@ impl<M: Memory> Head<M> {
             .collect()
     }
 
-    fn reserve(&mut self, at: OpId, memory: &mut M) {
+    fn reserve(&mut self, at: OpId, memory: &mut impl Memory<Blocks = B>) {
         let pieces: SmallVec<[(Span, usize); 2]> = spans(&self.op(at).range).collect();
         let is_unmap = self.op(at).kind == Kind::Unmap;
         self.op_mut(at).stage = Stage::Reserving;
@@ -791,7 +843,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn reserve_ended(&mut self, at: OpId, piece: usize, from: Member, reply: &Reply<M::Blocks>) {
+    fn reserve_ended(&mut self, at: OpId, piece: usize, from: Member, reply: &Reply<B>) {
         let Some(op) = self.ops.get_mut(&at).filter(|op| op.stage == Stage::Reserving) else { return };
         match reply {
             Reply::Failed(Fault::NoSpace) => {
@@ -815,7 +867,7 @@ impl<M: Memory> Head<M> {
         self.op(at).pieces.iter().all(|piece| piece.targets.iter().all(|target| target.is_done))
     }
 
-    fn send_writes(&mut self, at: OpId, memory: &mut M) {
+    fn send_writes(&mut self, at: OpId, memory: &mut impl Memory<Blocks = B>) {
         self.op_mut(at).stage = Stage::Sent;
         for index in 0..self.op(at).pieces.len() {
             let extent = self.op(at).pieces[index].span.extent;
@@ -839,7 +891,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn end_write(&mut self, at: OpId, grants: &Grants, memory: &mut M) {
+    fn end_write(&mut self, at: OpId, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
         let op = self.op(at);
         let has = |piece: &Piece, member: Member| {
             piece.targets.iter().any(|target| target.member == member && target.is_done)
@@ -874,15 +926,15 @@ impl<M: Memory> Head<M> {
     }
 
     /// A request that is in progress.
-    fn op(&self, at: OpId) -> &Op<M::Blocks> {
+    fn op(&self, at: OpId) -> &Op<B> {
         &self.ops[&at]
     }
 
-    fn op_mut(&mut self, at: OpId) -> &mut Op<M::Blocks> {
+    fn op_mut(&mut self, at: OpId) -> &mut Op<B> {
         self.ops.get_mut(&at).expect("a request in progress")
     }
 
-    fn take_op(&mut self, at: OpId) -> Op<M::Blocks> {
+    fn take_op(&mut self, at: OpId) -> Op<B> {
         self.ops.remove(&at).expect("a request in progress")
     }
 
@@ -920,8 +972,8 @@ impl<M: Memory> Head<M> {
         &self,
         purport: Purport,
         member: Member,
-        memory: &mut M,
-    ) -> Option<(Ask<M::Blocks>, Option<Extent>)> {
+        memory: &mut impl Memory<Blocks = B>,
+    ) -> Option<(Ask<B>, Option<Extent>)> {
         let (ask, extent) = match purport {
             Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
             Purport::List { from, .. } => return Some((Ask::List { from }, None)),
@@ -984,7 +1036,7 @@ impl<M: Memory> Head<M> {
         self.membership.sure(extent).all(|owner| owner.member == member)
     }
 
-    fn send_now(&mut self, member: Member, id: u64, purport: Purport, memory: &mut M) {
+    fn send_now(&mut self, member: Member, id: u64, purport: Purport, memory: &mut impl Memory<Blocks = B>) {
         let Some((ask, extent)) = self.ask_for(purport, member, memory) else { return };
         let (partition, epoch) = extent.map_or((0, Epoch(0)), |extent| self.membership.epoch(extent));
         let stable = self.stable();

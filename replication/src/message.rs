@@ -269,3 +269,55 @@ pub enum Message<B> {
     /// It is granted.
     GrantAnswer(GrantAnswer),
 }
+
+impl<B> Message<B> {
+    /// The same with what `change` makes of its blocks, if it has any.
+    pub fn map<C>(self, change: impl FnOnce(B) -> C) -> Message<C> {
+        match self {
+            Message::Request(request) => {
+                let Request { to, volume, generation, partition, epoch, id, stable, ask } = request;
+                let ask = ask.map(change);
+                Message::Request(Request { to, volume, generation, partition, epoch, id, stable, ask })
+            }
+            Message::Answer(Answer { from, volume, generation, id, reply }) => {
+                Message::Answer(Answer { from, volume, generation, id, reply: reply.map(change) })
+            }
+            Message::GrantRequest(request) => Message::GrantRequest(request),
+            Message::GrantAnswer(answer) => Message::GrantAnswer(answer),
+        }
+    }
+}
+
+impl<B> Ask<B> {
+    fn map<C>(self, change: impl FnOnce(B) -> C) -> Ask<C> {
+        match self {
+            Ask::Write { version, span, blocks, is_sole } => {
+                Ask::Write { version, span, blocks: change(blocks), is_sole }
+            }
+            Ask::Open { revision } => Ask::Open { revision },
+            Ask::Close => Ask::Close,
+            Ask::Reserve { extent } => Ask::Reserve { extent },
+            Ask::Unmap { version, span } => Ask::Unmap { version, span },
+            Ask::Lose { version, span } => Ask::Lose { version, span },
+            Ask::Read { span } => Ask::Read { span },
+            Ask::Salvage { span } => Ask::Salvage { span },
+            Ask::Digest { span } => Ask::Digest { span },
+            Ask::List { from } => Ask::List { from },
+            Ask::Stable => Ask::Stable,
+        }
+    }
+}
+
+impl<B> Reply<B> {
+    fn map<C>(self, change: impl FnOnce(B) -> C) -> Reply<C> {
+        match self {
+            Reply::Blocks(blocks) => Reply::Blocks(change(blocks)),
+            Reply::Opened { highest, active } => Reply::Opened { highest, active },
+            Reply::Done => Reply::Done,
+            Reply::Digests(digests) => Reply::Digests(digests),
+            Reply::List { held, is_whole } => Reply::List { held, is_whole },
+            Reply::Failed(fault) => Reply::Failed(fault),
+            Reply::Refused(refusal) => Reply::Refused(refusal),
+        }
+    }
+}

@@ -212,6 +212,17 @@ impl<B> Replicas<B> {
         }
     }
 
+    /// A store has given a volume up. What it is doing for it still ends as it does.
+    pub fn drop_replica(&mut self, member: Member, volume: VolumeId) {
+        self.volumes.remove(&(member, volume));
+    }
+
+    /// A store is closed. What it is doing still ends as it does.
+    pub fn remove_store(&mut self, member: Member) {
+        self.members.remove(&member);
+        self.volumes.retain(|(of, _), _| *of != member);
+    }
+
     /// What is to be done next, if anything.
     pub fn output(&mut self) -> Option<Output<B>> {
         self.outputs.pop_front()
@@ -258,6 +269,17 @@ impl<B> Replicas<B> {
             *id == volume && at.durable.head == node && at.seen == at.durable.generation
         });
         serves && self.last_grant_ns(node).is_some_and(|granted| now_ns.saturating_sub(granted) < within_ns)
+    }
+
+    /// Every node whose heads were given a grant, with when the last one was given.
+    #[must_use]
+    pub fn granted(&self) -> BTreeMap<NodeId, u64> {
+        let mut granted = BTreeMap::new();
+        for (site, granted_ns) in &self.granted_ns {
+            let last_ns = granted.entry(site.node).or_insert(*granted_ns);
+            *last_ns = (*granted_ns).max(*last_ns);
+        }
+        granted
     }
 
     /// When heads of a node, on whatever core, were given the last grant.

@@ -12,7 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
-use cluster_map::VolumeId;
+use cluster_map::{NodeId, VolumeId};
 
 use crate::grants::{Grants, RENEW_NS};
 use crate::head::{self, End, Failure, Head, Token};
@@ -21,6 +21,10 @@ use crate::message::{Answer, GrantRequest, Memory, Message, Reply, Request};
 use crate::mutants::{self, Mutant};
 use crate::replica::{self, Durable, Ended, Replicas, Work, WorkId};
 use crate::terms::{Generation, Member, Site, Version};
+
+/// How often a site looks at the time while something depends on it: grants, silence and impatience are counted in hundreds of
+/// milliseconds.
+pub const TICK_NS: u64 = 20_000_000;
 
 /// What a site wants done.
 #[derive(Debug, PartialEq, Eq)]
@@ -97,24 +101,24 @@ impl<B> Default for Peer<B> {
 
 /// The heads and replicas of a site.
 #[derive(Debug)]
-pub struct Engine<M: Memory> {
+pub struct Engine<B> {
     site: Site,
-    replicas: Replicas<M::Blocks>,
-    heads: BTreeMap<VolumeId, Head<M>>,
+    replicas: Replicas<B>,
+    heads: BTreeMap<VolumeId, Head<B>>,
     /// The last generation of each volume that had a head here: it is used.
     used: BTreeMap<VolumeId, Generation>,
     grants: Grants,
-    peers: BTreeMap<Site, Peer<M::Blocks>>,
+    peers: BTreeMap<Site, Peer<B>>,
     /// From the heads here to the replicas here, and back.
-    own: VecDeque<Message<M::Blocks>>,
-    outputs: VecDeque<Output<M::Blocks>>,
+    own: VecDeque<Message<B>>,
+    outputs: VecDeque<Output<B>>,
     now_ns: u64,
 }
 
-impl<M: Memory> Engine<M> {
+impl<B> Engine<B> {
     /// Of a process that was started at `now_ns` of its boot-time clock, as all times here are.
     #[must_use]
-    pub fn new(site: Site, now_ns: u64) -> Engine<M> {
+    pub fn new(site: Site, now_ns: u64) -> Engine<B> {
         Engine {
             site,
             replicas: Replicas::new(now_ns),
@@ -133,6 +137,16 @@ impl<M: Memory> Engine<M> {
         self.replicas.add_store(member, volumes);
     }
 
+    /// A store is closed.
+    pub fn remove_store(&mut self, member: Member) {
+        self.replicas.remove_store(member);
+    }
+
+    /// A volume on an open store is given up.
+    pub fn drop_replica(&mut self, member: Member, volume: VolumeId) {
+        self.replicas.drop_replica(member, volume);
+    }
+
     // ---------------------------------------------------------------------------------------------------------------
     // Heads
 
@@ -141,7 +155,7 @@ impl<M: Memory> Engine<M> {
         &mut self,
         generation: Generation,
         membership: Membership,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
         now_ns: u64,
     ) -> bool {
         let volume = membership.volume;
@@ -166,6 +180,14 @@ impl<M: Memory> Engine<M> {
         true
     }
 
+    /// Is the head of a volume no more: its record names another one.
+    pub fn end(&mut self, volume: VolumeId, memory: &mut impl Memory<Blocks = B>) {
+        if let Some(head) = self.heads.remove(&volume) {
+            self.outputs.push_back(Output::Ended(volume, head.generation(), End::Replaced));
+            head.dissolve(memory);
+        }
+    }
+
     /// The last generation under which this process had a head of the volume.
     #[must_use]
     pub fn used(&self, volume: VolumeId) -> Option<Generation> {
@@ -174,12 +196,12 @@ impl<M: Memory> Engine<M> {
 
     /// The head of a volume.
     #[must_use]
-    pub fn head(&self, volume: VolumeId) -> Option<&Head<M>> {
+    pub fn head(&self, volume: VolumeId) -> Option<&Head<B>> {
         self.heads.get(&volume)
     }
 
     /// All heads.
-    pub fn heads(&self) -> impl Iterator<Item = (VolumeId, &Head<M>)> {
+    pub fn heads(&self) -> impl Iterator<Item = (VolumeId, &Head<B>)> {
         self.heads.iter().map(|(volume, head)| (*volume, head))
     }
 
@@ -190,7 +212,13 @@ impl<M: Memory> Engine<M> {
     }
 
     /// The record of a volume is this: nothing that was asked for before can still change it.
-    pub fn record(&mut self, volume: VolumeId, record: Record, memory: &mut M, now_ns: u64) {
+    pub fn record(
+        &mut self,
+        volume: VolumeId,
+        record: Record,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if let Some(head) = self.heads.get_mut(&volume) {
             head.record(record, &self.grants, memory, now_ns);
@@ -199,7 +227,14 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Begins to read blocks of a volume. Without a head nothing comes of it.
-    pub fn read(&mut self, volume: VolumeId, token: Token, blocks: Range<u64>, memory: &mut M, now_ns: u64) {
+    pub fn read(
+        &mut self,
+        volume: VolumeId,
+        token: Token,
+        blocks: Range<u64>,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if let Some(head) = self.heads.get_mut(&volume) {
             head.read(token, blocks, &self.grants, memory, now_ns);
@@ -215,10 +250,10 @@ impl<M: Memory> Engine<M> {
         volume: VolumeId,
         token: Token,
         blocks: Range<u64>,
-        payload: M::Blocks,
+        payload: B,
         keep_head_bytes: u16,
         keep_tail_bytes: u16,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
         now_ns: u64,
     ) {
         self.now_ns = now_ns;
@@ -233,7 +268,14 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Begins to take blocks of a volume away. Without a head nothing comes of it.
-    pub fn unmap(&mut self, volume: VolumeId, token: Token, blocks: Range<u64>, memory: &mut M, now_ns: u64) {
+    pub fn unmap(
+        &mut self,
+        volume: VolumeId,
+        token: Token,
+        blocks: Range<u64>,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if let Some(head) = self.heads.get_mut(&volume) {
             head.unmap(token, blocks, &self.grants, memory, now_ns);
@@ -252,7 +294,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// The own connection to a site can be used.
-    pub fn connected(&mut self, site: Site, memory: &mut M, now_ns: u64) {
+    pub fn connected(&mut self, site: Site, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
         self.now_ns = now_ns;
         let peer = self.peers.entry(site).or_default();
         peer.is_connected = true;
@@ -264,7 +306,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// The own connection to a site is gone.
-    pub fn disconnected(&mut self, site: Site, memory: &mut M, now_ns: u64) {
+    pub fn disconnected(&mut self, site: Site, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
         self.now_ns = now_ns;
         let peer = self.peers.entry(site).or_default();
         if std::mem::take(&mut peer.is_connected) {
@@ -276,14 +318,15 @@ impl<M: Memory> Engine<M> {
     }
 
     /// A site has a new connection to here. An earlier one is none any more.
-    pub fn accepted(&mut self, site: Site, memory: &mut M) {
+    pub fn accepted(&mut self, site: Site, memory: &mut impl Memory<Blocks = B>) {
         self.closed(site, memory);
         let incoming = Incoming { is_served: false, held: VecDeque::new() };
         self.peers.entry(site).or_default().incoming = Some(incoming);
+        self.pump(memory);
     }
 
     /// The connection of a site to here is gone.
-    pub fn closed(&mut self, site: Site, memory: &mut M) {
+    pub fn closed(&mut self, site: Site, memory: &mut impl Memory<Blocks = B>) {
         let incoming = self.peers.get_mut(&site).and_then(|peer| peer.incoming.take());
         for message in incoming.into_iter().flat_map(|incoming| incoming.held) {
             release(message, memory);
@@ -300,7 +343,13 @@ impl<M: Memory> Engine<M> {
     }
 
     /// A message has come by the connection of a site to here.
-    pub fn asked(&mut self, site: Site, message: Message<M::Blocks>, memory: &mut M, now_ns: u64) {
+    pub fn asked(
+        &mut self,
+        site: Site,
+        message: Message<B>,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         let Some(incoming) = self.peers.get_mut(&site).and_then(|peer| peer.incoming.as_mut()) else {
             release(message, memory);
@@ -311,7 +360,13 @@ impl<M: Memory> Engine<M> {
     }
 
     /// A message has come by the own connection to a site.
-    pub fn answered(&mut self, site: Site, message: Message<M::Blocks>, memory: &mut M, now_ns: u64) {
+    pub fn answered(
+        &mut self,
+        site: Site,
+        message: Message<B>,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if self.peers.get(&site).is_some_and(|peer| peer.is_connected) {
             self.take_answer(site, message, memory);
@@ -325,14 +380,14 @@ impl<M: Memory> Engine<M> {
     // Stores and time
 
     /// A store has ended something.
-    pub fn ended(&mut self, id: WorkId, ended: Ended<M::Blocks>, memory: &mut M, now_ns: u64) {
+    pub fn ended(&mut self, id: WorkId, ended: Ended<B>, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
         self.now_ns = now_ns;
         self.replicas.ended(id, ended, now_ns);
         self.pump(memory);
     }
 
     /// Time has passed.
-    pub fn tick(&mut self, memory: &mut M, now_ns: u64) {
+    pub fn tick(&mut self, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
         self.now_ns = now_ns;
         self.replicas.tick(now_ns);
         for head in self.heads.values_mut() {
@@ -343,19 +398,25 @@ impl<M: Memory> Engine<M> {
     }
 
     /// What is to be done next, if anything.
-    pub fn output(&mut self) -> Option<Output<M::Blocks>> {
+    pub fn output(&mut self) -> Option<Output<B>> {
         self.outputs.pop_front()
+    }
+
+    /// Whether something depends on the time: then [`Engine::tick`] is to be called every [`TICK_NS`].
+    #[must_use]
+    pub fn is_timed(&self) -> bool {
+        !self.heads.is_empty() || self.replicas.due_ns().is_some()
+    }
+
+    /// Every node whose heads were given a grant by a replica here, with when the last one was given.
+    #[must_use]
+    pub fn granted(&self) -> BTreeMap<NodeId, u64> {
+        self.replicas.granted()
     }
 
     /// Whether heads of a node were given a grant for a volume within the last `within_ns`, by a replica here.
     #[must_use]
-    pub fn has_granted(
-        &self,
-        node: cluster_map::NodeId,
-        volume: VolumeId,
-        within_ns: u64,
-        now_ns: u64,
-    ) -> bool {
+    pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, now_ns: u64) -> bool {
         self.replicas.has_granted(node, volume, within_ns, now_ns)
     }
 
@@ -365,7 +426,7 @@ impl<M: Memory> Engine<M> {
             return;
         }
         let now_ns = self.now_ns;
-        let is_due = |peer: &Peer<M::Blocks>| {
+        let is_due = |peer: &Peer<B>| {
             is_urgent || peer.asked_ns.is_none_or(|asked_ns| now_ns.saturating_sub(asked_ns) >= RENEW_NS)
         };
         self.peers.entry(self.site).or_default().is_connected = true;
@@ -389,7 +450,7 @@ impl<M: Memory> Engine<M> {
     // Between heads and replicas
 
     /// Does what heads and replicas want, until they want nothing more that can be done here.
-    fn pump(&mut self, memory: &mut M) {
+    fn pump(&mut self, memory: &mut impl Memory<Blocks = B>) {
         loop {
             self.serve(memory);
             if let Some(message) = self.own.pop_front() {
@@ -403,7 +464,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Takes what has come by connections that can be served.
-    fn serve(&mut self, memory: &mut M) {
+    fn serve(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let mut ready = Vec::new();
         for (site, peer) in &mut self.peers {
             let Some(incoming) = &mut peer.incoming else { continue };
@@ -420,14 +481,14 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    fn take_own(&mut self, message: Message<M::Blocks>, memory: &mut M) {
+    fn take_own(&mut self, message: Message<B>, memory: &mut impl Memory<Blocks = B>) {
         match message {
             Message::Request(_) | Message::GrantRequest(_) => self.take_question(self.site, message, memory),
             Message::Answer(_) | Message::GrantAnswer(_) => self.take_answer(self.site, message, memory),
         }
     }
 
-    fn take_question(&mut self, from: Site, message: Message<M::Blocks>, memory: &mut M) {
+    fn take_question(&mut self, from: Site, message: Message<B>, memory: &mut impl Memory<Blocks = B>) {
         match message {
             Message::Request(request) => self.replicas.request(from, request, self.now_ns),
             Message::GrantRequest(request) => self.replicas.grant(from, request, self.now_ns),
@@ -436,7 +497,7 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    fn take_answer(&mut self, from: Site, message: Message<M::Blocks>, memory: &mut M) {
+    fn take_answer(&mut self, from: Site, message: Message<B>, memory: &mut impl Memory<Blocks = B>) {
         let now_ns = self.now_ns;
         match message {
             Message::Answer(answer) => {
@@ -464,7 +525,7 @@ impl<M: Memory> Engine<M> {
         }
     }
 
-    fn replica_wants(&mut self, output: replica::Output<M::Blocks>, memory: &mut M) {
+    fn replica_wants(&mut self, output: replica::Output<B>, memory: &mut impl Memory<Blocks = B>) {
         let (to, message) = match output {
             replica::Output::Send(to, answer) => (to, Message::Answer(answer)),
             replica::Output::Grant(to, answer) => (to, Message::GrantAnswer(answer)),
@@ -492,7 +553,7 @@ impl<M: Memory> Engine<M> {
     }
 
     /// Does the next thing that a head wants; whether there was any.
-    fn heads_want(&mut self, memory: &mut M) -> bool {
+    fn heads_want(&mut self, memory: &mut impl Memory<Blocks = B>) -> bool {
         let next = self
             .heads
             .iter_mut()
@@ -525,7 +586,7 @@ impl<M: Memory> Engine<M> {
 }
 
 /// Gives back what a message that nobody wants has brought.
-fn release<M: Memory>(message: Message<M::Blocks>, memory: &mut M) {
+fn release<B>(message: Message<B>, memory: &mut impl Memory<Blocks = B>) {
     use crate::message::Ask;
     match message {
         Message::Request(Request { ask: Ask::Write { blocks, .. }, .. })

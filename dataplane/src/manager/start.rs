@@ -3,6 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -16,9 +17,11 @@ use aoe_xdp::link::{
 use cluster_map::{DataMap, Desired, MapError};
 use rustix::fs::FlockOperation;
 use rustix::thread::{CpuSet, sched_setaffinity};
+use torus_replication::connection::handshake::Start;
 
 use super::links::{NodeInterface, OpenQueue};
-use super::{Manager, ProcessLock, Stores};
+use super::replication::{Replication, identity};
+use super::{Manager, ProcessLock, Stores, boot_time_ns};
 use crate::changes::ChangeQueue;
 use crate::exchange::Mailbox;
 use crate::reactor::{Egress, OwnedLane, OwnedQueue, Parts, Reactor};
@@ -352,12 +355,23 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
         .map_err(|error| StartError::Configuration(format!("cannot make queues between cores: {error}")))?
         .into();
     let change_queue = Arc::new(ChangeQueue::default());
+    let left = map.reader().observed().map(|observed| observed.wishes).unwrap_or_default();
+    let replication = Replication::new(&desired, left, boot_time_ns());
+    let mut process = [0u8; 16];
+    rustix::rand::getrandom(&mut process, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| StartError::Configuration(format!("the system has no random numbers: {error}")))?;
+    let listen = |core: u16| {
+        let address = desired.listen?;
+        let port = address.base_port.checked_add(core)?;
+        Some((SocketAddr::new(address.ip, port), identity(&desired, core, Start(process))))
+    };
     let mut threads = Vec::new();
     let links = paths.queues.into_iter().zip(paths.lanes).zip(paths.egress);
     let per_core = paths.pools.into_iter().zip(links).zip(&desired.cores);
     for (core, ((pool, ((queues, lanes), egress)), &cpu)) in (0u16..).zip(per_core) {
         let parts = Parts {
             core,
+            node: desired.node,
             pool,
             queues,
             lanes,
@@ -366,9 +380,13 @@ pub fn start(map_path: &Path, lock_path: &Path) -> Result<(Manager, ProcessLock)
             stats: map.core_stats(core)?,
             changes: Arc::clone(&change_queue),
             clients: map.core_clients(core)?,
+            listen: listen(core),
         };
         threads.push(start_core(cpu, parts)?);
     }
     let names = desired.interfaces;
-    Ok((Manager::new(map, names, paths.interfaces, stores, mailboxes, threads, change_queue), lock))
+    Ok((
+        Manager::new(map, names, paths.interfaces, stores, replication, mailboxes, threads, change_queue),
+        lock,
+    ))
 }

@@ -19,9 +19,12 @@ use cluster_map::{
     ScrubWish, StoreId, StoreState, VolumeId, VolumeIntent, VolumeObserved, WritePath,
 };
 
+use torus_replication::terms::Member;
+
 use self::slots::SlotFeeder;
 use crate::device::DeviceError;
-use crate::exchange::{Message, StoreAccess, core_of_shard, deal_shards};
+use crate::exchange::{Message, StoreAccess, core_of_shard, deal_shards, shard_of_lane};
+use crate::replicating::Place;
 use crate::store::extent::catalog::{Catalog, Volume, VolumeState};
 use crate::store::extent::opening::{self, Identity, OpenError, OpenStore};
 use crate::store::extent::shard::{Object, ScrubTask};
@@ -150,7 +153,15 @@ impl Stores {
             durability: device.durability(),
             dsync: device.needs_dsync(),
             mapped: device.map_memory(),
-            shards: deal_shards(opened.shards, position, self.cores),
+            shards: deal_shards(opened.shards, self.cores),
+            member: Member { store: opened.store.id(), incarnation: opened.store.layout().incarnation },
+            volumes: opened
+                .store
+                .catalog()
+                .volumes()
+                .iter()
+                .map(|volume| (volume.id, object_of(volume)))
+                .collect(),
         };
         let feeder = SlotFeeder::start(
             device.try_clone()?,
@@ -235,9 +246,28 @@ impl Stores {
     pub(super) fn objects(&self) -> BTreeMap<VolumeId, (usize, Object, u16)> {
         let place = |(at, volume): (usize, &Volume)| {
             let object = Object { shard: volume.shard, number: volume.object };
-            (volume.id, (at, object, core_of_shard(volume.shard, at, self.cores)))
+            (volume.id, (at, object, core_of_shard(volume.shard, self.cores)))
         };
         self.volumes().map(place).collect()
+    }
+
+    /// The replicas that are on stores of the node: each with its member, its place, and the core that has it.
+    pub(super) fn replicas(&self, desired: &Desired) -> Vec<(Member, VolumeId, Place, u16)> {
+        let wanted = desired.volumes.iter().filter(|wish| wish.state == VolumeIntent::Active);
+        let lanes: BTreeSet<VolumeId> =
+            wanted.filter(|wish| wish.lane.is_some()).map(|wish| wish.id).collect();
+        let named = self.slots.iter().flatten().filter(|store| !store.removed && !store.released);
+        let of_store = |store: &NodeStore| {
+            let volumes = store.store.catalog().volumes().iter();
+            let replicas = volumes
+                .filter(|volume| volume.state == VolumeState::Present && lanes.contains(&volume.id))
+                .map(|volume| {
+                    let place = Place { store: store.position, object: object_of(volume) };
+                    (store.access.member, volume.id, place, core_of_shard(volume.shard, self.cores))
+                });
+            replicas.collect::<Vec<_>>()
+        };
+        named.flat_map(of_store).collect()
     }
 
     /// Takes in what shards tell, and makes what the desired state wants new or larger.
@@ -400,8 +430,14 @@ impl NodeStore {
         let shards = self.store.layout().shards;
         match catalog.get_mut(wish.id) {
             None => {
+                // Stores begin with different shards, so that their first volumes are on different cores.
+                let first = u16::try_from(self.position).unwrap_or(0);
+                let shard = match wish.lane {
+                    Some(lane) => shard_of_lane(lane, shards),
+                    None => catalog.emptiest_shard(shards, first).unwrap_or(0),
+                };
                 catalog
-                    .add(wish.id, wish.size_sectors, shards)
+                    .add_to(wish.id, wish.size_sectors, shard)
                     .map_err(|_| OpenError::CatalogFull { path: self.path.clone() }.to_string())?;
                 Ok(true)
             }
@@ -471,7 +507,7 @@ impl NodeStore {
             };
             if self.unmapping.insert(volume.object) {
                 let object = Object { shard: volume.shard, number: volume.object };
-                let core = core_of_shard(volume.shard, self.position, cores);
+                let core = core_of_shard(volume.shard, cores);
                 outbox.push((core, Message::Unmap { store: self.position, object, from_block }));
             }
         }
@@ -545,8 +581,7 @@ impl NodeStore {
         let task = wish
             .filter(|wish| !wish.stopped)
             .map(|wish| ScrubTask { run: wish.run, rate_bytes_per_s: wish.rate_bytes_per_s.max(1) });
-        let owners: BTreeSet<u16> =
-            (0..shards).map(|shard| core_of_shard(shard, self.position, cores)).collect();
+        let owners: BTreeSet<u16> = (0..shards).map(|shard| core_of_shard(shard, cores)).collect();
         outbox.extend(owners.into_iter().map(|core| (core, Message::Scrub { store: self.position, task })));
     }
 
@@ -569,6 +604,10 @@ impl NodeStore {
             error: failure.map(|(_, error)| shortened(error)).unwrap_or_default(),
         }
     }
+}
+
+fn object_of(volume: &Volume) -> Object {
+    Object { shard: volume.shard, number: volume.object }
 }
 
 /// An error text that fits the map.

@@ -36,6 +36,12 @@ impl Peers {
         self.is_dirty = true;
     }
 
+    /// The cores that connections are wanted with.
+    #[must_use]
+    pub fn dialed(&self) -> Vec<Site> {
+        self.dials.iter().filter(|(_, dial)| dial.is_wanted).map(|(site, _)| *site).collect()
+    }
+
     /// Wants a connection with a core, now and whenever it is lost.
     pub fn connect(&mut self, site: Site) {
         self.dial(site).is_wanted = true;

@@ -7,13 +7,17 @@ use std::os::fd::AsFd;
 
 use cluster_map::Durability;
 
-use super::Reactor;
 use super::devices::OwnDevice;
-use crate::exchange::StoreAccess;
+use super::{Reactor, served};
+use crate::exchange::{Backing, CoreConfig, Served, StoreAccess, core_of_shard};
+
+/// Batches that receive rings hold at most, several times over: frames that come meanwhile are not meant.
+const EMPTYING_ROUNDS_MAX: u32 = 1024;
 
 impl Reactor {
     pub(super) fn take_config(&mut self) -> bool {
         let Some(config) = self.mailboxes[usize::from(self.core)].take_config() else { return false };
+        self.empty_rings(&config);
         // Stores come and go with the manager, rarely: this may allocate.
         for (at, access) in config.stores.iter().enumerate() {
             if self.devices.len() <= at {
@@ -25,6 +29,10 @@ impl Reactor {
                     if self.devices[at].is_some() {
                         let own = &access.shards[usize::from(self.core)];
                         self.serving.open_store(at, std::iter::from_fn(|| own.pop()));
+                        let (core, cores) = (self.core, self.mailboxes.len());
+                        let here = access.volumes.iter().copied();
+                        let here = here.filter(|(_, object)| core_of_shard(object.shard, cores) == core);
+                        self.serving.open_replicas(at, access.member, here);
                     }
                 }
                 (None, Some(_)) => self.serving.close_store(at),
@@ -32,6 +40,7 @@ impl Reactor {
             }
         }
         if config.drain {
+            self.end_replication();
             for at in 0..self.devices.len() {
                 self.serving.close_store(at);
             }
@@ -53,6 +62,23 @@ impl Reactor {
             discovery.announce(&self.config.announce);
         }
         true
+    }
+
+    /// Takes out under the old configuration whatever waits in the receive rings, where the new one has exports of heads that were not
+    /// there: what was sent to another head, before this one was any, is not for this one (I6).
+    fn empty_rings(&mut self, config: &CoreConfig) {
+        let is_new = |(key, new): (usize, &Option<Served>)| {
+            let old =
+                served(&self.config, u32::try_from(key).unwrap_or(u32::MAX)).map(|served| served.backing);
+            let new = new.as_ref().map(|served| served.backing);
+            matches!(new, Some(Backing::Head(..))) && new != old
+        };
+        if config.served.iter().enumerate().any(is_new) {
+            let mut rounds = 0;
+            while rounds < EMPTYING_ROUNDS_MAX && self.receive() {
+                rounds += 1;
+            }
+        }
     }
 
     fn open_device(&mut self, access: &StoreAccess) -> Option<OwnDevice> {
@@ -88,6 +114,10 @@ impl Reactor {
     }
 
     pub(super) fn is_drained(&mut self) -> bool {
-        self.serving.is_empty() && self.drop_closed_stores() && self.waiting.is_empty() && !self.unsent
+        self.serving.is_empty()
+            && self.has_no_peers()
+            && self.drop_closed_stores()
+            && self.waiting.is_empty()
+            && !self.unsent
     }
 }

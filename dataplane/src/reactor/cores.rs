@@ -35,6 +35,7 @@ impl Reactor {
                 Message::TakeBack(_)
                 | Message::Changed { .. }
                 | Message::Unmap { .. }
+                | Message::Replicate(_)
                 | Message::Scrub { .. },
             ) => {
                 unreachable!("chunks go home by `send_home`, and the rest comes from the manager")
@@ -55,6 +56,7 @@ impl Reactor {
                 Message::Changed { token, outcome } => self.finish_change(token, outcome),
                 Message::Unmap { store, object, from_block } => self.serving.unmap(store, object, from_block),
                 Message::Scrub { store, task } => self.serving.set_scrub(store, task),
+                Message::Replicate(order) => self.obey(*order),
                 Message::Serve { interface, frame } => {
                     // Routed again: the sender may have had another configuration.
                     if let Some(ingress) = config.ingress.get(usize::from(interface))

@@ -8,7 +8,7 @@ use cluster_map::{CoreStats, Counter};
 use torus_uring::{Blocks, Event, FileId, IoError, MappedFile, Ring, read_inline, write_inline};
 
 use super::waiting::{DiskRequest, WaitingRequests, Work};
-use super::{DOORBELL, Reactor};
+use super::{DOORBELL, Reactor, boot_ns};
 use crate::serving::{Around, Arrival, Devices, Serving};
 use crate::store::{Disk, Durable};
 
@@ -80,6 +80,10 @@ impl Devices for ReactorDevices<'_> {
             own,
             store,
         }
+    }
+
+    fn boot_ns(&self) -> u64 {
+        boot_ns()
     }
 }
 
@@ -173,7 +177,7 @@ impl Disk for ReactorDisk<'_> {
 
 impl Reactor {
     /// The requests, and what they work with.
-    fn serving(&mut self) -> (&mut Serving, Around<'_, ReactorDevices<'_>>) {
+    pub(super) fn serving(&mut self) -> (&mut Serving, Around<'_, ReactorDevices<'_>>) {
         let devices = ReactorDevices {
             ring: &mut self.ring,
             pool: &mut self.pool,
@@ -217,7 +221,7 @@ impl Reactor {
                 self.event(event);
             } else {
                 let (serving, mut around) = self.serving();
-                if !serving.turn_stores(&mut around) {
+                if !serving.turn_stores(&mut around) && !self.replicate() {
                     return worked;
                 }
             }
@@ -247,7 +251,7 @@ impl Reactor {
                 }
             }
             Event::Woken => {}
-            Event::Socket(_) => debug_assert!(false, "this ring has no socket"),
+            Event::Socket(event) => self.socket_event(event),
         }
     }
 }

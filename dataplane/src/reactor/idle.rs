@@ -45,7 +45,8 @@ impl Reactor {
                 (false, true) => SLEEP_DISCOVERING,
                 (false, false) => SLEEP,
             };
-            let due_ns = self.serving.stores_due_ns().saturating_sub(before_ns);
+            let due_ns = self.serving.stores_due_ns().min(self.replication_due_ns());
+            let due_ns = due_ns.saturating_sub(before_ns);
             self.ring.submit_and_wait(longest.min(Duration::from_nanos(due_ns)))?;
             self.stats.add(Counter::Wakeups, 1);
             self.adapt_spin(now_ns().saturating_sub(before_ns));

@@ -16,6 +16,8 @@ use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, comman
 use cluster_map::{ClientCounter, ClusterId, ControlMap, DataMap, Geometry, NodeId};
 use zerocopy::IntoBytes;
 
+use torus_replication::terms::Site;
+
 use super::*;
 use crate::store::extent::format::Shape;
 use crate::store::extent::fresh::FreshStore;
@@ -156,6 +158,10 @@ impl Devices for &mut TestDevices {
         assert_eq!(store, 0, "there is one store");
         TestDisk(self)
     }
+
+    fn boot_ns(&self) -> u64 {
+        0
+    }
 }
 
 struct TestDisk<'d>(&'d mut TestDevices);
@@ -251,7 +257,8 @@ impl Node {
         let region = Region::new(config).unwrap();
         let shape = Shape { shards: Some(SHARDS), journal_blocks: None };
         let store = FreshStore::new(DEVICE_BYTES, shape).unwrap();
-        let served = (0..EXPORTS).map(|export| Some(Served { store: 0, object: object(export), owner: 0 }));
+        let served = (0..EXPORTS)
+            .map(|export| Some(Served { store: 0, backing: Backing::Layer(object(export)), owner: 0 }));
         let export = |slot| Export {
             key: u32::from(slot),
             address: address(slot),
@@ -266,7 +273,7 @@ impl Node {
             allow: AoePolicy::default(),
         };
         let clients = Clients::new(limits.clients, map.core_clients(0).unwrap());
-        let mut serving = Serving::new(limits, clients);
+        let mut serving = Serving::new(limits, clients, Replicating::new(Site::default(), 0));
         serving.open_store(0, store.shards.into_iter());
         let journals = (0..SHARDS).map(|shard| {
             let begin = store.layout.journal_offset(shard);

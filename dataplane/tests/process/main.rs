@@ -7,6 +7,7 @@ mod many_exports;
 #[path = "../../../aoe-xdp/tests/link/netns.rs"]
 mod netns;
 mod node;
+mod replicas;
 #[path = "../../../aoe-xdp/tests/link/station.rs"]
 #[allow(dead_code, reason = "a part is used here")]
 mod station;

@@ -9,8 +9,9 @@ use af_xdp::nic::Nic;
 use af_xdp::raw::RawSocket;
 use aoe_xdp::wire::{ETHERTYPE, FRAME_LEN_MIN};
 use cluster_map::{
-    ChangeAnswer, ClusterId, ControlMap, Desired, DesiredExport, DesiredStore, DesiredVolume, ExportState,
-    Geometry, LinkChoice, NodeId, Observed, SteeringChoice, VolumeId, VolumeIntent,
+    ChangeAnswer, ClusterId, ClusterKey, ControlMap, Desired, DesiredExport, DesiredStore, DesiredVolume,
+    ExportState, Geometry, LinkChoice, NodeId, Observed, PeerAddr, SteeringChoice, StoreId, VolumeId,
+    VolumeIntent,
 };
 
 /// Only a process that hangs takes longer.
@@ -72,9 +73,7 @@ impl Node {
         control.publish(&mut desired).unwrap();
         let child = spawn(folder.path());
         let mut node = Node { control, desired, child, folder };
-        let observed =
-            node.wait("the store opens", |seen| seen.stores.first().is_some_and(|s| s.id.is_some()));
-        let store = observed.stores[0].id.unwrap();
+        let store = node.store();
         let volume = |n| DesiredVolume {
             id: volume_id(n),
             store,
@@ -89,6 +88,51 @@ impl Node {
                 && seen.volumes.iter().all(|volume| volume.size_sectors == VOLUME_SECTORS)
         });
         node
+    }
+
+    /// Starts the process as one of several nodes of a cluster, on interface `a0`, with a store for `volumes` volumes; it listens for
+    /// the others at `listen`.
+    pub(crate) fn start_member(number: u8, listen: PeerAddr, volumes: u64) -> Node {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let store_path = path("store");
+        File::create(&store_path).unwrap().set_len((volumes * 4 + 64) << 20).unwrap();
+        let (cluster, node) = (ClusterId([1; 16]), NodeId([number; 16]));
+        let mut control = ControlMap::create(path("map"), &Geometry::new(1, cluster, node)).unwrap();
+        let mut desired = Desired {
+            cluster,
+            node,
+            cores: vec![0],
+            link: LinkChoice::AfPacket,
+            interfaces: vec!["a0".to_owned()],
+            stores: vec![DesiredStore { path: text(&store_path), ..DesiredStore::default() }],
+            start: 1,
+            cluster_key: ClusterKey([5; 32]),
+            listen: Some(listen),
+            ..Desired::default()
+        };
+        control.publish(&mut desired).unwrap();
+        let child = spawn(folder.path());
+        Node { control, desired, child, folder }
+    }
+
+    /// The id of its one store, once it is open.
+    pub(crate) fn store(&mut self) -> StoreId {
+        let is_open = |seen: &Observed| seen.stores.first().is_some_and(|store| store.id.is_some());
+        self.wait("the store opens", is_open).stores[0].id.unwrap()
+    }
+
+    /// Kills the process, as nothing else does.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        let _status = self.child.wait().unwrap();
+    }
+
+    /// Starts it again after it was killed.
+    pub(crate) fn start_again(&mut self) {
+        self.desired.start += 1;
+        self.publish();
+        self.child = spawn(self.folder.path());
     }
 
     /// Exports volumes, and waits until they are served.
@@ -144,10 +188,12 @@ impl Node {
         });
     }
 
+    #[allow(dead_code, reason = "for the benches")]
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
+    #[allow(dead_code, reason = "for the benches")]
     pub(crate) fn exports(&self) -> u16 {
         u16::try_from(self.desired.exports.len()).unwrap()
     }

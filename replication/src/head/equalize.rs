@@ -112,7 +112,7 @@ impl<B> Equalize<B> {
     }
 }
 
-impl<M: Memory> Head<M> {
+impl<B> Head<B> {
     /// Begins jobs: for blocks that a request waits for first.
     pub(super) fn begin_jobs(&mut self) {
         while self.jobs.len() < JOBS_MAX {
@@ -158,14 +158,14 @@ impl<M: Memory> Head<M> {
         self.jobs.insert(at, job);
     }
 
-    pub(super) fn advance_jobs(&mut self, memory: &mut M) {
+    pub(super) fn advance_jobs(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let all: Vec<JobId> = self.jobs.keys().copied().collect();
         for at in all {
             self.advance_job(at, memory);
         }
     }
 
-    fn advance_job(&mut self, at: JobId, memory: &mut M) {
+    fn advance_job(&mut self, at: JobId, memory: &mut impl Memory<Blocks = B>) {
         loop {
             let Some(job) = self.jobs.get(&at) else { return };
             match job.step {
@@ -227,7 +227,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Asks for digests; whether everybody could be asked.
-    fn compare(&mut self, at: JobId, memory: &mut M) -> bool {
+    fn compare(&mut self, at: JobId, memory: &mut impl Memory<Blocks = B>) -> bool {
         let (purpose, span) = (self.jobs[&at].purpose, self.jobs[&at].span);
         let Some(parties) = self.parties(purpose, span.extent) else { return false };
         let job = self.job_mut(at);
@@ -246,10 +246,10 @@ impl<M: Memory> Head<M> {
         at: JobId,
         round: u32,
         from: Member,
-        reply: Reply<M::Blocks>,
-        memory: &mut M,
+        reply: Reply<B>,
+        memory: &mut impl Memory<Blocks = B>,
     ) {
-        let is_it = |job: &&mut Equalize<M::Blocks>| job.step == Step::Compare && job.round == round;
+        let is_it = |job: &&mut Equalize<B>| job.step == Step::Compare && job.round == round;
         let Some(job) = self.jobs.get_mut(&at).filter(is_it) else { return };
         match reply {
             Reply::Digests(digests) if digests.len() == usize::from(job.span.count) => {
@@ -262,7 +262,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Begins a job's piece again, later.
-    pub(super) fn restart_job(&mut self, at: JobId, memory: &mut M) {
+    pub(super) fn restart_job(&mut self, at: JobId, memory: &mut impl Memory<Blocks = B>) {
         let Some(job) = self.jobs.get_mut(&at).filter(|job| matches!(job.step, Step::Compare | Step::Read))
         else {
             return;
@@ -275,7 +275,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Whether a member that is brought up to date is copied instead: never.
-    fn is_turned(&self, job: &Equalize<M::Blocks>) -> bool {
+    fn is_turned(&self, job: &Equalize<B>) -> bool {
         let Purpose::Resync(member) = job.purpose else { return false };
         let learner = || self.peers.get(&member).and_then(|peer| peer.learner.as_ref());
         mutants::is(Mutant::ResyncBackwards)
@@ -310,7 +310,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn begin_fix(&mut self, at: JobId, memory: &mut M) {
+    fn begin_fix(&mut self, at: JobId, memory: &mut impl Memory<Blocks = B>) {
         match self.jobs[&at].fix() {
             None => self.next_piece(at),
             Some(Fix { remedy: Remedy::Copy { from, .. }, .. }) => {
@@ -327,10 +327,10 @@ impl<M: Memory> Head<M> {
         &mut self,
         at: JobId,
         round: u32,
-        reply: Reply<M::Blocks>,
-        memory: &mut M,
+        reply: Reply<B>,
+        memory: &mut impl Memory<Blocks = B>,
     ) {
-        let is_it = |job: &&mut Equalize<M::Blocks>| job.step == Step::Read && job.round == round;
+        let is_it = |job: &&mut Equalize<B>| job.step == Step::Read && job.round == round;
         let Some(job) = self.jobs.get_mut(&at).filter(is_it) else {
             if let Reply::Blocks(blocks) = reply {
                 memory.release(blocks);
@@ -351,7 +351,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn write_fix(&mut self, at: JobId, memory: &mut M) {
+    fn write_fix(&mut self, at: JobId, memory: &mut impl Memory<Blocks = B>) {
         let extent = self.jobs[&at].span.extent;
         let is_turned = self.is_turned(&self.jobs[&at]);
         let members: Vec<Member> = match self.jobs[&at].purpose {
@@ -376,7 +376,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn job_mut(&mut self, at: JobId) -> &mut Equalize<M::Blocks> {
+    fn job_mut(&mut self, at: JobId) -> &mut Equalize<B> {
         self.jobs.get_mut(&at).expect("a job in progress")
     }
 

@@ -104,7 +104,7 @@ impl Peer {
     }
 }
 
-impl<M: Memory> Head<M> {
+impl<B> Head<B> {
     /// Has a peer for every owner.
     pub(super) fn follow_owners(&mut self) {
         let owners = self.membership.owners();
@@ -114,7 +114,13 @@ impl<M: Memory> Head<M> {
     }
 
     /// A connection to that site can be used. Nothing of an earlier one is on its way any more.
-    pub fn connected(&mut self, site: Site, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn connected(
+        &mut self,
+        site: Site,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if self.end.is_some() {
             return;
@@ -130,7 +136,13 @@ impl<M: Memory> Head<M> {
     }
 
     /// The connection to that site is gone.
-    pub fn disconnected(&mut self, site: Site, grants: &Grants, memory: &mut M, now_ns: u64) {
+    pub fn disconnected(
+        &mut self,
+        site: Site,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
         self.now_ns = now_ns;
         if self.end.is_some() {
             return;
@@ -152,7 +164,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Asks a replica to open the generation, again if it was asked on an earlier connection.
-    pub(super) fn reopen(&mut self, member: Member, memory: &mut M) {
+    pub(super) fn reopen(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
         let Some(peer) = self.peers.get_mut(&member) else { return };
         peer.opened = None;
         if peer.is_connected && peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
@@ -167,7 +179,7 @@ impl<M: Memory> Head<M> {
         highest: Version,
         active: &[Held],
         grants: &Grants,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
     ) {
         let is_in_sync =
             self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
@@ -190,7 +202,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Sends what is not on its way, in order.
-    fn resend(&mut self, member: Member, memory: &mut M) {
+    fn resend(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
         let Some(peer) = self.peers.get_mut(&member) else { return };
         let unsent = peer.unanswered.iter_mut().filter(|(_, asked)| !asked.is_sent);
         let unsent: Vec<(u64, Purport)> = unsent
@@ -205,7 +217,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Asks a replica, now or when it is open again.
-    pub(super) fn send(&mut self, member: Member, purport: Purport, memory: &mut M) {
+    pub(super) fn send(&mut self, member: Member, purport: Purport, memory: &mut impl Memory<Blocks = B>) {
         let is_sent = self.peers.get(&member).is_some_and(|peer| peer.may_send(purport));
         let id = self.keep(member, purport, is_sent);
         if is_sent {
@@ -224,7 +236,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Reads of who cannot answer are asked of others.
-    fn drop_reads(&mut self, member: Member, memory: &mut M) {
+    fn drop_reads(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
         let Some(peer) = self.peers.get_mut(&member) else { return };
         let is_read = |purport: Purport| !purport.is_write() && purport != Purport::Open;
         let dropped: Vec<Purport> =
@@ -242,7 +254,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Gives reads that take long to another copy too.
-    pub(super) fn lose_patience(&mut self, memory: &mut M) {
+    pub(super) fn lose_patience(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let late = |asked: u64| self.now_ns.saturating_sub(asked) > super::READ_PATIENCE_NS;
         let mut slow = Vec::new();
         for (&at, op) in &self.ops {
@@ -265,7 +277,13 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    pub(super) fn ask_another(&mut self, at: OpId, index: usize, but: Member, memory: &mut M) {
+    pub(super) fn ask_another(
+        &mut self,
+        at: OpId,
+        index: usize,
+        but: Member,
+        memory: &mut impl Memory<Blocks = B>,
+    ) {
         let Some(reading) = self.ops.get_mut(&at).and_then(|op| op.readings.get_mut(index)) else { return };
         if reading.got.is_some() || reading.asked.is_none_or(|(asked, _)| asked != but) {
             return;
@@ -326,7 +344,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Tries again what has failed.
-    pub(super) fn resend_failed(&mut self, memory: &mut M) {
+    pub(super) fn resend_failed(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let members: Vec<Member> = self.peers.keys().copied().collect();
         for member in members {
             let Some(peer) = self.peers.get_mut(&member) else { continue };
@@ -348,7 +366,12 @@ impl<M: Memory> Head<M> {
     }
 
     /// What a refused request was for stays to be done.
-    pub(super) fn ask_again(&mut self, member: Member, purport: Purport, memory: &mut M) {
+    pub(super) fn ask_again(
+        &mut self,
+        member: Member,
+        purport: Purport,
+        memory: &mut impl Memory<Blocks = B>,
+    ) {
         match purport {
             Purport::Read { op, reading } => self.ask_another(op, reading, member, memory),
             Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => {
@@ -447,7 +470,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Asks those again whose suspect extents keep others from leaving: they may have been written since.
-    pub(super) fn survey_suspects(&mut self, memory: &mut M) {
+    pub(super) fn survey_suspects(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let is_due = |peer: &Peer| peer.is_open() && !peer.suspects.is_empty();
         let members: Vec<Member> =
             self.peers.iter().filter(|(_, peer)| is_due(peer)).map(|(member, _)| *member).collect();
@@ -481,7 +504,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// The record has changed.
-    pub(super) fn follow_record(&mut self, memory: &mut M) {
+    pub(super) fn follow_record(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let owners = self.membership.owners();
         let members: Vec<Member> = self.peers.keys().copied().collect();
         for member in members {
@@ -524,7 +547,7 @@ impl<M: Memory> Head<M> {
     }
 
     /// Says what is stable when no request says it.
-    pub(super) fn tell_stable(&mut self, memory: &mut M) {
+    pub(super) fn tell_stable(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let stable = self.stable();
         if stable <= self.stable_told || !self.ops.is_empty() {
             return;

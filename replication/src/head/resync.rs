@@ -46,6 +46,11 @@ pub(super) struct Learner {
 }
 
 impl Learner {
+    /// Extents that are to be made equal still.
+    pub(super) fn extents_to_go(&self) -> u64 {
+        self.work.as_ref().map_or(0, |work| work.len() as u64) + u64::from(self.running)
+    }
+
     /// How the versions of an extent compare, of the in-sync copies and of the learner: it says nothing about who is right.
     pub(super) fn order(&self, member: Member, extent: Extent) -> std::cmp::Ordering {
         let of = |is_learner: bool| {
@@ -62,9 +67,9 @@ impl Learner {
     }
 }
 
-impl<M: Memory> Head<M> {
+impl<B> Head<B> {
     /// Begins with members that can be brought up to date, and goes on with those that are.
-    pub(super) fn advance_learners(&mut self, memory: &mut M) {
+    pub(super) fn advance_learners(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let owners = self.membership.owners();
         let members: Vec<Member> = self.peers.keys().copied().collect();
         for member in members {
@@ -78,7 +83,7 @@ impl<M: Memory> Head<M> {
         }
     }
 
-    fn begin_learner(&mut self, member: Member, memory: &mut M) {
+    fn begin_learner(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
         // Every in-sync copy of its partitions is needed as a source, or as a witness that there is one.
         let partitions = self
             .membership
@@ -128,7 +133,7 @@ impl<M: Memory> Head<M> {
         (member, candidacy): (Member, u64),
         held: Vec<Held>,
         is_whole: bool,
-        memory: &mut M,
+        memory: &mut impl Memory<Blocks = B>,
     ) {
         let learner = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut());
         let learner = learner.filter(|learner| learner.candidacy == candidacy);

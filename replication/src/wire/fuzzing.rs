@@ -70,7 +70,7 @@ fn decode(bytes: &[u8]) -> Option<Frame> {
 
 /// A site with a replica and a head of one volume on it and on another site, which says what is read.
 struct Peers {
-    engine: Engine<Sums>,
+    engine: Engine<BlockCrcs>,
     now_ns: u64,
     tokens: u64,
 }

@@ -94,7 +94,7 @@ impl Requests {
 }
 
 struct Process {
-    engine: Engine<SimMemory>,
+    engine: Engine<Vec<Block>>,
     /// Of each volume that has a head here.
     requests: BTreeMap<usize, Requests>,
     peers: Vec<Peer>,
@@ -153,7 +153,7 @@ impl Node {
         self.process.is_some()
     }
 
-    fn engine(&self) -> Option<&Engine<SimMemory>> {
+    fn engine(&self) -> Option<&Engine<Vec<Block>>> {
         self.process.as_ref().map(|process| &process.engine)
     }
 

@@ -73,7 +73,7 @@ impl Node {
         let cores = self.cores.as_mut().unwrap();
         for (core, message) in self.stores.outbox().drain(..) {
             let Message::Unmap { store: at, object, from_block } = message else { panic!("{message:?}") };
-            assert_eq!((at, core), (0, core_of_shard(object.shard, 0, CORES)));
+            assert_eq!((at, core), (0, core_of_shard(object.shard, CORES)));
             cores.unmap(object, from_block);
         }
     }

@@ -119,18 +119,34 @@ impl Catalog {
     /// # Errors
     /// [`FormatError::Length`] when the table or the numbers are used up.
     pub fn add(&mut self, id: VolumeId, size_sectors: u64, shards: u16) -> Result<(), FormatError> {
-        let Err(at) = self.position(id) else { return Err(FormatError::Value) };
-        let next = self.next_object.checked_add(1).ok_or(FormatError::Length)?;
-        if self.volumes.len() >= VOLUMES_MAX {
-            return Err(FormatError::Length);
-        }
+        let shard = self.emptiest_shard(shards, 0).ok_or(FormatError::Value)?;
+        self.add_to(id, size_sectors, shard)
+    }
+
+    /// The shard with the fewest volumes, the first one from `from` on among equals; `None` where there are no shards.
+    #[must_use]
+    pub fn emptiest_shard(&self, shards: u16, from: u16) -> Option<u16> {
         let mut counts = vec![0u32; usize::from(shards)];
         for volume in &self.volumes {
             if let Some(count) = counts.get_mut(usize::from(volume.shard)) {
                 *count += 1;
             }
         }
-        let shard = (0..shards).min_by_key(|shard| counts[usize::from(*shard)]).ok_or(FormatError::Value)?;
+        let order =
+            (0..shards).map(|at| u16::try_from((u32::from(from) + u32::from(at)) % u32::from(shards)));
+        order.flatten().min_by_key(|shard| counts[usize::from(*shard)])
+    }
+
+    /// Adds a volume on a shard.
+    ///
+    /// # Errors
+    /// As [`Catalog::add`].
+    pub fn add_to(&mut self, id: VolumeId, size_sectors: u64, shard: u16) -> Result<(), FormatError> {
+        let Err(at) = self.position(id) else { return Err(FormatError::Value) };
+        let next = self.next_object.checked_add(1).ok_or(FormatError::Length)?;
+        if self.volumes.len() >= VOLUMES_MAX {
+            return Err(FormatError::Length);
+        }
         let volume = Volume {
             id,
             layer: [0; 16],
