@@ -130,6 +130,8 @@ pub struct ObservedStore {
     pub scrub: Option<ScrubObserved>,
     /// Its incarnation (I13); 0: not told, which counts as 1.
     pub incarnation: u64,
+    /// Into how many shards it was cut at its format; 0: not told.
+    pub shards: u16,
 }
 
 /// The way that written data takes to its place in a store.
@@ -331,8 +333,9 @@ struct StoreRecord {
     scrub_done: U64,
     scrub_total: U64,
     scrub_errors: U64,
-    /// Absent at level 3.
+    /// From here on absent at level 3.
     incarnation: U64,
+    shards: U16,
 }
 
 impl Record for StoreRecord {
@@ -468,6 +471,7 @@ impl StoreRecord {
             scrub_total: scrub.total_bytes.into(),
             scrub_errors: scrub.errors.into(),
             incarnation: store.incarnation.into(),
+            shards: store.shards.into(),
         })
     }
 
@@ -492,6 +496,7 @@ impl StoreRecord {
             lost_blocks: self.lost_blocks.get(),
             scrub: flag(self.scrub_known, "scrub_known")?.then_some(scrub),
             incarnation: self.incarnation.get(),
+            shards: self.shards.get(),
         })
     }
 }
@@ -648,7 +653,8 @@ pub(crate) mod tests {
             select(vec![Durability::Memory, Durability::WriteThrough, Durability::DsyncWriteBack]);
         let id = any::<Option<[u8; 16]>>();
         let writes = select(vec![WritePath::Unknown, WritePath::Journal, WritePath::InPlace]);
-        let checks = (writes, any::<u64>(), any::<u64>(), prop::option::of(scrub()), any::<u64>());
+        let checks =
+            (writes, any::<u64>(), any::<u64>(), prop::option::of(scrub()), any::<u64>(), any::<u16>());
         ("[a-z/]{0,60}", id, state, durability, any::<u64>(), any::<u64>(), note(), checks).prop_map(
             |(path, id, state, durability, capacity_bytes, free_bytes, error, checks)| ObservedStore {
                 path,
@@ -663,6 +669,7 @@ pub(crate) mod tests {
                 lost_blocks: checks.2,
                 scrub: checks.3,
                 incarnation: checks.4,
+                shards: checks.5,
             },
         )
     }
@@ -752,7 +759,8 @@ pub(crate) mod tests {
         for store in &mut observed.stores {
             store.error.clear();
             (store.writes, store.scrub) = (WritePath::Unknown, None);
-            (store.checksum_errors, store.lost_blocks, store.incarnation) = (0, 0, 0);
+            (store.checksum_errors, store.lost_blocks) = (0, 0);
+            (store.incarnation, store.shards) = (0, 0);
         }
         observed.exports.iter_mut().for_each(|export| export.error.clear());
         for volume in &mut observed.volumes {

@@ -35,6 +35,8 @@ pub struct MemberRecord {
     /// The node that has it.
     #[serde(with = "text")]
     pub node: NodeId,
+    /// Into how many shards it was cut at its format.
+    pub shards: u16,
 }
 
 impl MemberRecord {
@@ -230,7 +232,7 @@ impl HeadsRecord {
         let owner = |partition: &PartitionRecord, index: u16| {
             let member = self.members.get(usize::from(index))?;
             let is_complete = partition.is_complete(index);
-            Some(HeadOwner { member: member.id(), node: member.node, is_complete })
+            Some(HeadOwner { member: member.id(), node: member.node, shards: member.shards, is_complete })
         };
         let partition = |partition: &PartitionRecord| HeadPartition {
             epoch: partition.epoch,
@@ -263,7 +265,7 @@ mod tests {
     }
 
     fn record(copies: u8, min_copies: u8) -> HeadsRecord {
-        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]) };
+        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]), shards: 1 };
         HeadsRecord::new((1..=copies).map(member).collect(), NodeId([1; 16]), min_copies, 0)
     }
 

@@ -421,6 +421,9 @@ pub struct StoreStatus {
     /// Its incarnation (I13).
     #[serde(default = "first")]
     pub incarnation: u64,
+    /// Into how many shards it was cut at its format.
+    #[serde(default)]
+    pub shards: u16,
 }
 
 fn first() -> u64 {
@@ -1150,7 +1153,7 @@ mod tests {
     #[test]
     fn a_replicated_volume_counts_on_every_owner_and_an_unsound_record_spoils_the_view() {
         let id = VolumeId([1; 16]);
-        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]) };
+        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]), shards: 1 };
         let heads = HeadsRecord::new(vec![member(4), member(5)], NodeId([5; 16]), 0, 0);
         let replicated = VolumeRecord { store: None, node: None, copies: 2, ..volume() };
         let (volume, record) =
@@ -1272,7 +1275,7 @@ mod tests {
                 }),
             ),
             10 => {
-                let member = |n: u8| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node };
+                let member = |n: u8| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node, shards: 1 };
                 let members = (change..change + 3).map(member).collect();
                 (keys::heads(id), encode(&HeadsRecord::new(members, node, 0, 0)))
             }

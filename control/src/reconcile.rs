@@ -571,6 +571,7 @@ fn store_statuses(published: &Desired, observed: &Observed) -> Vec<StoreStatus> 
         lost_blocks: s.lost_blocks,
         scrub: scrub(s),
         incarnation: s.incarnation.max(1),
+        shards: s.shards,
     };
     observed.stores.iter().map(status).collect()
 }

@@ -532,6 +532,7 @@ impl NodeStore {
             lost_blocks: told.lost_blocks,
             scrub: told.scrub,
             incarnation: self.store.layout().incarnation,
+            shards: self.store.layout().shards,
         }
     }
 
