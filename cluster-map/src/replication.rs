@@ -680,7 +680,12 @@ pub(crate) mod strategies {
 
     fn partition() -> impl Strategy<Value = HeadPartition> {
         let owner = (member(), any::<[u8; 16]>(), any::<u16>(), any::<bool>()).prop_map(
-            |(member, node, shards, is_complete)| HeadOwner { member, node: NodeId(node), shards, is_complete },
+            |(member, node, shards, is_complete)| HeadOwner {
+                member,
+                node: NodeId(node),
+                shards,
+                is_complete,
+            },
         );
         (any::<u64>(), vec(owner, 1..4)).prop_map(|(epoch, owners)| HeadPartition { epoch, owners })
     }

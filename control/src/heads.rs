@@ -265,7 +265,8 @@ mod tests {
     }
 
     fn record(copies: u8, min_copies: u8) -> HeadsRecord {
-        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]), shards: 1 };
+        let member =
+            |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]), shards: 1 };
         HeadsRecord::new((1..=copies).map(member).collect(), NodeId([1; 16]), min_copies, 0)
     }
 

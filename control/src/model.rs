@@ -1153,7 +1153,8 @@ mod tests {
     #[test]
     fn a_replicated_volume_counts_on_every_owner_and_an_unsound_record_spoils_the_view() {
         let id = VolumeId([1; 16]);
-        let member = |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]), shards: 1 };
+        let member =
+            |n| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node: NodeId([n; 16]), shards: 1 };
         let heads = HeadsRecord::new(vec![member(4), member(5)], NodeId([5; 16]), 0, 0);
         let replicated = VolumeRecord { store: None, node: None, copies: 2, ..volume() };
         let (volume, record) =
@@ -1275,7 +1276,8 @@ mod tests {
                 }),
             ),
             10 => {
-                let member = |n: u8| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node, shards: 1 };
+                let member =
+                    |n: u8| MemberRecord { store: StoreId([n; 16]), incarnation: 1, node, shards: 1 };
                 let members = (change..change + 3).map(member).collect();
                 (keys::heads(id), encode(&HeadsRecord::new(members, node, 0, 0)))
             }

@@ -100,7 +100,8 @@ pub fn choose_owners(view: &View, size_bytes: u64, copies: u8) -> Result<Vec<Mem
     let able = view.stores.iter().filter_map(|(id, store)| {
         let node = Some(store.record.node).filter(replicating)?;
         let status = view.store_status(*id).filter(|status| status.state == "ready")?;
-        let member = MemberRecord { store: *id, incarnation: status.incarnation, node, shards: status.shards.max(1) };
+        let member =
+            MemberRecord { store: *id, incarnation: status.incarnation, node, shards: status.shards.max(1) };
         Some((available_bytes(view, *id), member))
     });
     let mut able: Vec<_> = able.collect();

@@ -674,7 +674,7 @@ async fn a_veto_that_comes_late_holds_and_holds_for_its_volumes_only() {
     }
     // All are node 1's; of the second volume node 3 has no part.
     for (id, copies) in [(volume_id(1), 3), (volume_id(2), 2)] {
-        let member = |n| MemberRecord { store: store_id(n), incarnation: 1, node: node_id(n) };
+        let member = |n| MemberRecord { store: store_id(n), incarnation: 1, node: node_id(n), shards: 1 };
         let record = HeadsRecord::new((1..=copies).map(member).collect(), node_id(1), 0, 0);
         meta.txn(Txn::new().put(keys::heads(id), encode(&record))).await.unwrap();
     }

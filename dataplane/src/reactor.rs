@@ -69,6 +69,16 @@ const PEERS_LIMITS: PeersLimits = PeersLimits {
     requests_leave_chunks: 1024,
     answers_leave_chunks: 0,
 };
+/// Chunks that are left free by writes of initiators, and by reads of replicas, on a core that other cores talk to. Whatever frees memory
+/// leaves less than what takes it: answers nothing, reads for answers more, requests of other cores more, initiators the most. Each
+/// step is a window of a few hundred requests.
+const INITIATORS_LEAVE_CHUNKS: usize = 2048;
+const READS_LEAVE_CHUNKS: usize = 512;
+const _: () = assert!(
+    INITIATORS_LEAVE_CHUNKS > PEERS_LIMITS.requests_leave_chunks
+        && PEERS_LIMITS.requests_leave_chunks > READS_LEAVE_CHUNKS
+        && READS_LEAVE_CHUNKS > PEERS_LIMITS.answers_leave_chunks
+);
 /// Shortest spin: a look at every source of work.
 const SPIN_NS_MIN: u64 = 2_000;
 /// How often the kernel's counters are read.
@@ -240,6 +250,10 @@ impl Reactor {
             made.map_err(|source| CoreError::Listen { address, source })
         });
         let peers = peers.transpose()?;
+        let (initiators_leave_chunks, reads_leave_chunks) =
+            if peers.is_some() { (INITIATORS_LEAVE_CHUNKS, READS_LEAVE_CHUNKS) } else { (0, 0) };
+        let site = Site { node: parts.node, core: parts.core };
+        let replicating = Replicating::new(site, boot_ns()).leaving(reads_leave_chunks);
         let own = &parts.mailboxes[usize::from(parts.core)];
         own.set_wake_handle(ring.wake_handle().map_err(RingError::Setup)?);
         let firsts = parts.queues.iter().map(|owned| &owned.queue).filter(|queue| queue.info().queue == 0);
@@ -269,11 +283,8 @@ impl Reactor {
             stats: parts.stats,
             config: Arc::new(CoreConfig::default()),
             settling: false,
-            serving: Serving::new(
-                LIMITS,
-                Clients::new(CLIENTS_MAX, parts.clients),
-                Replicating::new(Site { node: parts.node, core: parts.core }, boot_ns()),
-            ),
+            serving: Serving::new(LIMITS, Clients::new(CLIENTS_MAX, parts.clients), replicating)
+                .leaving(initiators_leave_chunks),
             devices: Vec::with_capacity(DEVICES_MAX),
             waiting: WaitingRequests::new(),
             inline: VecDeque::with_capacity(DISK_REQUESTS_MAX as usize),

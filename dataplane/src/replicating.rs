@@ -222,6 +222,8 @@ pub struct Replicating {
     /// Requests of each volume that its head has and has not answered.
     asked: BTreeMap<VolumeId, Vec<RequestToken>>,
     outgoing: VecDeque<Outgoing>,
+    /// Chunks that reads leave free: for answers, which free others.
+    reads_leave_chunks: usize,
     wishes: BTreeMap<VolumeId, Wish>,
     /// The last head of each volume that has ended.
     ended: BTreeMap<VolumeId, (Generation, End)>,
@@ -237,9 +239,16 @@ impl Replicating {
             works: Slab::new(),
             asked: BTreeMap::new(),
             outgoing: VecDeque::new(),
+            reads_leave_chunks: 0,
             wishes: BTreeMap::new(),
             ended: BTreeMap::new(),
         }
+    }
+
+    /// Has reads leave so many chunks free for the answers of other cores.
+    #[must_use]
+    pub fn leaving(self, reads_leave_chunks: usize) -> Replicating {
+        Replicating { reads_leave_chunks, ..self }
     }
 
     // ---------------------------------------------------------------------------------------------------------------
@@ -674,8 +683,10 @@ impl Replicating {
                 store.lose(begin(Kind::Durable), object, span.blocks(), copies, version.0);
             }
             Work::Read(span) | Work::Salvage(span) => {
-                let taken = (usize::from(span.count) <= BLOCKS_LONG_MAX)
-                    .then(|| take_blocks(ground.devices.pool(), usize::from(span.count)));
+                let pool = ground.devices.pool();
+                let has_room = pool.free_chunks() >= self.reads_leave_chunks;
+                let taken = (has_room && usize::from(span.count) <= BLOCKS_LONG_MAX)
+                    .then(|| take_blocks(pool, usize::from(span.count)));
                 let Some(blocks) = taken.flatten() else { return Err(Ended::Failed(Fault::NoMemory)) };
                 let first_block = span.blocks().start;
                 let request = begin(Kind::Read);

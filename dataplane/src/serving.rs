@@ -110,6 +110,8 @@ pub struct Serving {
     outcomes: Vec<Outcome>,
     answers: VecDeque<Answer>,
     replicating: Replicating,
+    /// Chunks that writes of initiators leave free.
+    leave_chunks: usize,
     /// Parity of the configuration in force.
     epoch: u8,
 }
@@ -130,8 +132,16 @@ impl Serving {
             outcomes: Vec::with_capacity(requests_max as usize),
             answers: VecDeque::with_capacity(riders_max as usize),
             replicating,
+            leave_chunks: 0,
             epoch: 0,
         }
+    }
+
+    /// Has writes of initiators leave so many chunks free for what other cores ask: two cores whose memory is full of their own
+    /// initiators' requests would wait for each other without end.
+    #[must_use]
+    pub fn leaving(self, leave_chunks: usize) -> Serving {
+        Serving { leave_chunks, ..self }
     }
 
     // ---------------------------------------------------------------------------------------------------------------
@@ -257,7 +267,8 @@ impl Serving {
         let range = request.range;
         if io.kind == IoKind::Write {
             let pool = around.devices.pool();
-            let Some(mut payload) = take_blocks(pool, range.block_count()) else {
+            let has_room = pool.free_chunks() >= self.leave_chunks;
+            let Some(mut payload) = has_room.then(|| take_blocks(pool, range.block_count())).flatten() else {
                 around.stats.add(Counter::MemoryExhausted, 1);
                 self.clients.dropped(client, Dropped::Memory);
                 return;

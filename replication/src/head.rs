@@ -875,6 +875,10 @@ impl<B> Head<B> {
             // Those of now: somebody may have come or gone while room was made.
             let targets = self.targets(extent);
             let members: SmallVec<[Member; 4]> = targets.iter().map(|target| target.member).collect();
+            if self.op(at).kind == Kind::Unmap {
+                // Whoever has nothing of an extent any more gives its room away.
+                self.reserved.remove(&extent);
+            }
             let piece = &mut self.op_mut(at).pieces[index];
             piece.version = version;
             piece.targets = targets;

@@ -3,7 +3,7 @@
 //! * A core is ordered to be a head once for each generation, and to be none when the desired state names it no more.
 //! * An export of a head is served when its core says that the head is there, and is taken back when it has ended: a core that takes
 //!   the export on empties its receive rings first, so that nothing is served that was sent before there was that head (I6).
-//! * What a former data plane wished for, and of which it is not known what became, is told on as it was, and its head begins with
+//! * What a former data plane wished for, and of which it is not known what became, is wished for again, and its head begins with
 //!   both outcomes in mind, until the record has moved on (I5).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -234,8 +234,8 @@ impl Replication {
     /// What heads wish for, and what a former data plane did.
     pub(super) fn observe_wishes(&self) -> Vec<MemberWish> {
         let own = self.reports.iter().flat_map(|report| &report.wishes);
-        let mut wishes: BTreeMap<VolumeId, MemberWish> =
-            self.left.iter().map(|wish| (wish.volume, wish.clone())).collect();
+        let again = |wish: &MemberWish| (wish.volume, MemberWish { start: self.start, ..wish.clone() });
+        let mut wishes: BTreeMap<VolumeId, MemberWish> = self.left.iter().map(again).collect();
         wishes.extend(own.map(|(volume, wish)| (*volume, told_wish(*volume, wish))));
         wishes.into_values().collect()
     }

@@ -365,6 +365,10 @@ impl<B> Head<B> {
         job.step = Step::Write;
         job.version = Some(version);
         job.missing.clone_from(&members);
+        if job.fix().is_some_and(|fix| fix.remedy == Remedy::Unmap) {
+            // Whoever has nothing of it any more gives its room away.
+            self.reserved.remove(&extent);
+        }
         for member in members {
             self.send(member, Purport::EqualizeWrite { job: at }, memory);
         }

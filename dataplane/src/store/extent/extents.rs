@@ -126,6 +126,8 @@ pub struct HeldExtent {
     pub version: u64,
     /// Its region is in the activity log or on the way there, and not on the way out of it: then every copy has all of it.
     pub active: bool,
+    /// Blocks of it may match no record: it was being written when the store stopped, and has not been verified since.
+    pub suspect: bool,
 }
 
 /// What the extents of a layer have in common.
@@ -340,7 +342,7 @@ impl Extent {
     #[must_use]
     pub fn held(&self) -> HeldExtent {
         let active = (self.active && !self.deactivating) || self.activating;
-        HeldExtent { number: self.number, version: self.version, active }
+        HeldExtent { number: self.number, version: self.version, active, suspect: self.suspect }
     }
 
     /// Blocks of it were given a state without data; `hollow` where all of it was taken away.

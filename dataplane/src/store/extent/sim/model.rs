@@ -517,7 +517,7 @@ mod tests {
     #[test]
     fn an_extent_that_nobody_got_is_not_there() {
         let each = u64::from(EXTENT_BLOCKS);
-        let held = |number| [HeldExtent { number, version: 1, active: false }];
+        let held = |number| [HeldExtent { number, version: 1, active: false, suspect: false }];
         let mut presences = Presences::default();
         presences.begin(0, &(each - 1..each + 1), 1);
         presences.begin(0, &(each..each + 1), 1);

@@ -360,7 +360,8 @@ fn undone_from(blocks: &Range<u64>, error: StoreError) -> u64 {
         | StoreError::Lost
         | StoreError::Unreadable(_)
         | StoreError::NoMemory
-        | StoreError::OutOfRange => blocks.start,
+        | StoreError::OutOfRange
+        | StoreError::NoHead => blocks.start,
     }
 }
 
@@ -1262,7 +1263,7 @@ impl World {
                 let mut known = blocks.clone().filter_map(|block| self.model.get(&(object, block)));
                 known.any(|known| known.lost || known.maybe_lost) || self.excused()
             }
-            StoreError::OutOfRange => false,
+            StoreError::OutOfRange | StoreError::NoHead => false,
         };
         assert!(fine, "{what}: {error:?} without a reason");
     }

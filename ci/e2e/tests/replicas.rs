@@ -1,0 +1,74 @@
+//! A volume with a copy on each of three nodes, from outside: any of their processes is killed, at random, again and again, under a
+//! verified load. No error reaches the initiator, nothing is lost, and every copy comes back.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use torus_e2e::random::Random;
+use torus_e2e::{Lab, eventually};
+
+/// Kills of one run, unless `TORUS_KILLS` says another number: `ci/soak nodes` does.
+const KILLS: u32 = 5;
+const NODES: usize = 3;
+/// Longer than it takes to notice, to take over, and to bring a node up to date, on a machine that is busy with other things.
+const HEALED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Whether the volume is served with all copies in sync.
+fn is_whole(lab: &Lab) -> Result<bool> {
+    let shown = lab.json("torusctl volume show v --json")?;
+    let volume = &shown["volume"];
+    Ok(volume["copies_in_sync"] == NODES && volume["head"]["state"] == "serving")
+}
+
+fn random_ms(random: &mut Random, below: usize) -> Duration {
+    Duration::from_millis(random.below(below) as u64)
+}
+
+#[test]
+fn killed_nodes_lose_nothing_and_every_copy_comes_back() -> Result<()> {
+    let kills = match std::env::var("TORUS_KILLS") {
+        Ok(text) => text.parse().context("TORUS_KILLS is a number")?,
+        Err(_) => KILLS,
+    };
+    let seed = match std::env::var("TORUS_KILLS_SEED") {
+        Ok(text) => text.parse().context("TORUS_KILLS_SEED is a number")?,
+        Err(_) => u64::from(std::process::id()),
+    };
+    println!("TORUS_KILLS_SEED={seed}");
+    let mut random = Random::new(seed);
+    let lab = Lab::up("--nodes 3 --etcd 3 --store file --size 512MiB --mtu 9000")?;
+    lab.sh("torusctl volume create v 128MiB --copies 3")?;
+    lab.sh("torusblk aoe v 1.1")?;
+    eventually("all copies are in sync at first", HEALED_WITHIN, || is_whole(&lab))?;
+    for kill in 0..kills {
+        let log = lab.file(&format!("log-{kill}"));
+        let log_path = log.to_str().context("a path in UTF-8")?;
+        let block = ["512", "4KiB", "16KiB"][kill as usize % 3];
+        let options =
+            format!("--mixed 30 --window 16 --block {block} --size 8MiB --seed {kill} --seconds 10 --verify");
+        let mut load = lab.bench("1.1", &format!("{options} --verify-log {log_path}"))?;
+        sleep(Duration::from_millis(1000) + random_ms(&mut random, 1000));
+        ensure!(load.is_running()?, "kill {kill}: the load ended before anything happened");
+        let node = format!("n{}", 1 + random.below(NODES));
+        let process = ["dataplane", "control", "all"][random.below(3)];
+        lab.sh(&format!("kill {node} {process}"))?;
+        let down = random_ms(&mut random, 3000);
+        sleep(down);
+        lab.sh(&format!("start {node}"))?;
+        let report = load.finish()?;
+        report.assert_verified(500.0);
+        assert_eq!(report.number("/timeouts"), 0.0, "an initiator gave up: {:#}", report.0);
+        lab.bench("1.1", &format!("--check-log {log_path}"))?.finish()?.assert_verified(500.0);
+        eventually("all copies are in sync again", HEALED_WITHIN, || is_whole(&lab))?;
+        println!(
+            "kill {kill}: {node} {process}, started again {} ms later: longest interruption {} ms",
+            down.as_millis(),
+            report.number("/longest_gap_ms")
+        );
+        fs::remove_file(log)?;
+    }
+    println!("{kills} kills, every acknowledged write was there, and all copies came back");
+    lab.passed()
+}
