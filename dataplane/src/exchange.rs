@@ -86,7 +86,7 @@ pub enum Message {
 /// What the manager wants of a core's heads and replicas.
 #[derive(Debug)]
 pub enum Order {
-    /// Other sites are reached there; one that is not named is not known any more.
+    /// Other sites are reached there; what was known of one that is not named stays.
     Sites(BTreeMap<Site, SocketAddr>),
     /// A volume has been made on an open store.
     AddReplica(Member, VolumeId, Place),

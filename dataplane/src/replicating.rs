@@ -16,10 +16,10 @@ use std::sync::Arc;
 
 use af_xdp::checksum::crc32c;
 use af_xdp::region::Pool;
-use cluster_map::{NodeId, VolumeId};
+use cluster_map::VolumeId;
 use slab::Slab;
 use smallvec::SmallVec;
-use torus_replication::head::{End, Failure, Head, Token};
+use torus_replication::head::{End, Failure, Token};
 use torus_replication::membership::{Change, Membership, Partition, Record};
 use torus_replication::message::{Digest, Fault, Held, Memory, Message};
 use torus_replication::replica::{Durable, Ended, Work, WorkId};
@@ -290,10 +290,7 @@ impl Replicating {
         membership: Membership,
         ground: &mut Ground<'_, D>,
     ) -> bool {
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        let began = self.engine.begin(generation, membership, &mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
-        began
+        self.drive(ground, |engine, memory, boot_ns| engine.begin(generation, membership, memory, boot_ns))
     }
 
     /// The record of a volume is this: nothing that was asked for before can still change it.
@@ -301,33 +298,13 @@ impl Replicating {
         if self.wishes.get(&volume).is_some_and(|wish| wish.revision < record.revision) {
             self.wishes.remove(&volume);
         }
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        self.engine.record(volume, record, &mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
-    }
-
-    /// The head of a volume.
-    #[must_use]
-    pub fn head(&self, volume: VolumeId) -> Option<&Head<Payload>> {
-        self.engine.head(volume)
-    }
-
-    /// The last generation under which this core had a head of the volume.
-    #[must_use]
-    pub fn used(&self, volume: VolumeId) -> Option<Generation> {
-        self.engine.used(volume)
+        self.drive(ground, |engine, memory, boot_ns| engine.record(volume, record, memory, boot_ns));
     }
 
     /// Whether the head of a volume can answer now.
     #[must_use]
     pub fn is_serving(&self, volume: VolumeId, boot_ns: u64) -> bool {
         self.engine.is_serving(volume, boot_ns)
-    }
-
-    /// Whether heads of a node were given a grant for a volume within the last `within_ns`, by a replica here.
-    #[must_use]
-    pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, boot_ns: u64) -> bool {
-        self.engine.has_granted(node, volume, within_ns, boot_ns)
     }
 
     /// What heads want of their volumes' records.
@@ -432,22 +409,17 @@ impl Replicating {
 
     /// The own connection to a site can be used.
     pub fn connected<D: Devices>(&mut self, site: Site, ground: &mut Ground<'_, D>) {
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        self.engine.connected(site, &mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
+        self.drive(ground, |engine, memory, boot_ns| engine.connected(site, memory, boot_ns));
     }
 
     /// The own connection to a site is gone.
     pub fn disconnected<D: Devices>(&mut self, site: Site, ground: &mut Ground<'_, D>) {
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        self.engine.disconnected(site, &mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
+        self.drive(ground, |engine, memory, boot_ns| engine.disconnected(site, memory, boot_ns));
     }
 
     /// A site has a new connection to here.
     pub fn accepted<D: Devices>(&mut self, site: Site, ground: &mut Ground<'_, D>) {
-        self.engine.accepted(site, &mut FrameMemory(ground.devices.pool()));
-        self.pump(ground);
+        self.drive(ground, |engine, memory, _| engine.accepted(site, memory));
     }
 
     /// The connection of a site to here is gone.
@@ -463,9 +435,7 @@ impl Replicating {
 
     /// A message has come by the connection of a site to here.
     pub fn asked<D: Devices>(&mut self, site: Site, message: Message<Payload>, ground: &mut Ground<'_, D>) {
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        self.engine.asked(site, message, &mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
+        self.drive(ground, |engine, memory, boot_ns| engine.asked(site, message, memory, boot_ns));
     }
 
     /// A message has come by the own connection to a site.
@@ -475,15 +445,12 @@ impl Replicating {
         message: Message<Payload>,
         ground: &mut Ground<'_, D>,
     ) {
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        self.engine.answered(site, message, &mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
+        self.drive(ground, |engine, memory, boot_ns| engine.answered(site, message, memory, boot_ns));
     }
 
     /// Is the head of a volume no more.
     pub fn end<D: Devices>(&mut self, volume: VolumeId, ground: &mut Ground<'_, D>) {
-        self.engine.end(volume, &mut FrameMemory(ground.devices.pool()));
-        self.pump(ground);
+        self.drive(ground, |engine, memory, _| engine.end(volume, memory));
     }
 
     /// Ends all heads.
@@ -549,9 +516,7 @@ impl Replicating {
 
     /// Time has passed.
     pub fn tick<D: Devices>(&mut self, ground: &mut Ground<'_, D>) {
-        let (boot_ns, memory) = clock_and_memory(ground.devices);
-        self.engine.tick(&mut FrameMemory(memory), boot_ns);
-        self.pump(ground);
+        self.drive(ground, |engine, memory, boot_ns| engine.tick(memory, boot_ns));
     }
 
     /// The next message to send.
@@ -561,6 +526,18 @@ impl Replicating {
 
     // ---------------------------------------------------------------------------------------------------------------
     // What the engine wants
+
+    /// Gives the engine something, with the memory and the time, and does what it wants then.
+    fn drive<D: Devices, T>(
+        &mut self,
+        ground: &mut Ground<'_, D>,
+        step: impl FnOnce(&mut Engine<Payload>, &mut FrameMemory<'_>, u64) -> T,
+    ) -> T {
+        let (boot_ns, memory) = clock_and_memory(ground.devices);
+        let result = step(&mut self.engine, &mut FrameMemory(memory), boot_ns);
+        self.pump(ground);
+        result
+    }
 
     fn pump<D: Devices>(&mut self, ground: &mut Ground<'_, D>) {
         while let Some(output) = self.engine.output() {

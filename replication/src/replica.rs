@@ -181,6 +181,8 @@ pub struct Replicas<B> {
     now_ns: u64,
     members: BTreeSet<Member>,
     volumes: BTreeMap<(Member, VolumeId), Volume<B>>,
+    /// Those with an opening, of all volumes: so that looking at the time costs what there is to wait for.
+    opening: BTreeSet<(Member, VolumeId)>,
     /// When each site was given its last grant.
     granted_ns: BTreeMap<Site, u64>,
     running: BTreeMap<WorkId, (Member, VolumeId, What)>,
@@ -197,6 +199,7 @@ impl<B> Replicas<B> {
             now_ns,
             members: BTreeSet::new(),
             volumes: BTreeMap::new(),
+            opening: BTreeSet::new(),
             granted_ns: BTreeMap::new(),
             running: BTreeMap::new(),
             next_work: 0,
@@ -215,12 +218,14 @@ impl<B> Replicas<B> {
     /// A store has given a volume up. What it is doing for it still ends as it does.
     pub fn drop_replica(&mut self, member: Member, volume: VolumeId) {
         self.volumes.remove(&(member, volume));
+        self.opening.remove(&(member, volume));
     }
 
     /// A store is closed. What it is doing still ends as it does.
     pub fn remove_store(&mut self, member: Member) {
         self.members.remove(&member);
         self.volumes.retain(|(of, _), _| *of != member);
+        self.opening.retain(|(of, _)| *of != member);
     }
 
     /// What is to be done next, if anything.
@@ -231,7 +236,8 @@ impl<B> Replicas<B> {
     /// When [`Replicas::tick`] has something to do.
     #[must_use]
     pub fn due_ns(&self) -> Option<u64> {
-        let fences = self.volumes.values().filter_map(|volume| match volume.opening?.stage {
+        let openings = self.opening.iter().filter_map(|key| self.volumes.get(key)?.opening);
+        let fences = openings.filter_map(|opening| match opening.stage {
             Stage::Fence { until_ns } => Some(until_ns),
             _ => None,
         });
@@ -241,9 +247,7 @@ impl<B> Replicas<B> {
     /// The time has come.
     pub fn tick(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
-        let keys: Vec<_> =
-            self.volumes.iter().filter(|(_, volume)| volume.opening.is_some()).map(|(key, _)| *key).collect();
-        for key in keys {
+        for key in self.opening.clone() {
             self.advance_opening(key);
         }
     }
@@ -262,15 +266,6 @@ impl<B> Replicas<B> {
         self.outputs.push_back(Output::Grant(from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
 
-    /// Whether that node's head of the volume was given a grant within the last `within_ns`, by a replica here.
-    #[must_use]
-    pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, now_ns: u64) -> bool {
-        let serves = self.volumes.iter().any(|((_, id), at)| {
-            *id == volume && at.durable.head == node && at.seen == at.durable.generation
-        });
-        serves && self.last_grant_ns(node).is_some_and(|granted| now_ns.saturating_sub(granted) < within_ns)
-    }
-
     /// Every node whose heads were given a grant, with when the last one was given.
     #[must_use]
     pub fn granted(&self) -> BTreeMap<NodeId, u64> {
@@ -280,12 +275,6 @@ impl<B> Replicas<B> {
             *last_ns = (*granted_ns).max(*last_ns);
         }
         granted
-    }
-
-    /// When heads of a node, on whatever core, were given the last grant.
-    fn last_grant_ns(&self, node: NodeId) -> Option<u64> {
-        let its = self.granted_ns.iter().filter(|(site, _)| site.node == node);
-        its.map(|(_, granted_ns)| *granted_ns).max()
     }
 
     /// Whether nothing that a site has asked for is in progress: another connection of it can be served.
@@ -433,7 +422,7 @@ impl<B> Replicas<B> {
 
     fn begin_opening(&mut self, key: (Member, VolumeId), wanted: Wanted) {
         let Some(former) = self.volumes.get(&key).map(|volume| volume.durable.head) else { return };
-        let granted_ns = self.last_grant_ns(former).map_or(0, |granted_ns| granted_ns + GRANT_NS);
+        let granted_ns = self.granted().get(&former).map_or(0, |granted_ns| granted_ns + GRANT_NS);
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         if volume.opening.is_some_and(|opening| opening.stage == Stage::Persist) {
             volume.later = Some(wanted);
@@ -455,6 +444,7 @@ impl<B> Replicas<B> {
                 }
             };
         volume.opening = Some(Opening { wanted, stage: Stage::Fence { until_ns } });
+        self.opening.insert(key);
         self.advance_opening(key);
     }
 
@@ -484,6 +474,7 @@ impl<B> Replicas<B> {
         volume.is_persisting = false;
         let later = volume.later.take();
         let Some(Opening { wanted, .. }) = volume.opening.take() else { return };
+        self.opening.remove(&key);
         let Wanted { generation, from, id, revision } = wanted;
         if ended_is_done(ended) {
             volume.durable.generation = generation;

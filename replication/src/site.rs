@@ -105,6 +105,8 @@ pub struct Engine<B> {
     site: Site,
     replicas: Replicas<B>,
     heads: BTreeMap<VolumeId, Head<B>>,
+    /// Heads that were given something since they wanted nothing more.
+    stirred: BTreeSet<VolumeId>,
     /// The last generation of each volume that had a head here: it is used.
     used: BTreeMap<VolumeId, Generation>,
     grants: Grants,
@@ -123,6 +125,7 @@ impl<B> Engine<B> {
             site,
             replicas: Replicas::new(now_ns),
             heads: BTreeMap::new(),
+            stirred: BTreeSet::new(),
             used: BTreeMap::new(),
             grants: Grants::default(),
             peers: BTreeMap::new(),
@@ -163,10 +166,7 @@ impl<B> Engine<B> {
             return false;
         }
         self.now_ns = now_ns;
-        if let Some(former) = self.heads.remove(&volume) {
-            self.outputs.push_back(Output::Ended(volume, former.generation(), End::Replaced));
-            former.dissolve(memory);
-        }
+        self.end(volume, memory);
         self.used.insert(volume, generation);
         let mut head = Head::new(self.site.node, generation, membership, now_ns);
         let sites: BTreeSet<Site> = head.membership().owners().values().map(|owner| owner.site).collect();
@@ -176,6 +176,7 @@ impl<B> Engine<B> {
             }
         }
         self.heads.insert(volume, head);
+        self.stirred.insert(volume);
         self.pump(memory);
         true
     }
@@ -222,6 +223,7 @@ impl<B> Engine<B> {
         self.now_ns = now_ns;
         if let Some(head) = self.heads.get_mut(&volume) {
             head.record(record, &self.grants, memory, now_ns);
+            self.stirred.insert(volume);
             self.pump(memory);
         }
     }
@@ -238,6 +240,7 @@ impl<B> Engine<B> {
         self.now_ns = now_ns;
         if let Some(head) = self.heads.get_mut(&volume) {
             head.read(token, blocks, &self.grants, memory, now_ns);
+            self.stirred.insert(volume);
             self.pump(memory);
         }
     }
@@ -261,25 +264,10 @@ impl<B> Engine<B> {
             Some(head) => {
                 let kept = (keep_head_bytes, keep_tail_bytes);
                 head.write(token, blocks, payload, kept.0, kept.1, &self.grants, memory, now_ns);
+                self.stirred.insert(volume);
                 self.pump(memory);
             }
             None => memory.release(payload),
-        }
-    }
-
-    /// Begins to take blocks of a volume away. Without a head nothing comes of it.
-    pub fn unmap(
-        &mut self,
-        volume: VolumeId,
-        token: Token,
-        blocks: Range<u64>,
-        memory: &mut impl Memory<Blocks = B>,
-        now_ns: u64,
-    ) {
-        self.now_ns = now_ns;
-        if let Some(head) = self.heads.get_mut(&volume) {
-            head.unmap(token, blocks, &self.grants, memory, now_ns);
-            self.pump(memory);
         }
     }
 
@@ -302,6 +290,7 @@ impl<B> Engine<B> {
         for head in self.heads.values_mut() {
             head.connected(site, &self.grants, memory, now_ns);
         }
+        self.stir_all();
         self.pump(memory);
     }
 
@@ -313,6 +302,7 @@ impl<B> Engine<B> {
             for head in self.heads.values_mut() {
                 head.disconnected(site, &self.grants, memory, now_ns);
             }
+            self.stir_all();
             self.pump(memory);
         }
     }
@@ -393,6 +383,7 @@ impl<B> Engine<B> {
         for head in self.heads.values_mut() {
             head.tick(&self.grants, memory, now_ns);
         }
+        self.stir_all();
         self.ask_for_grants(false);
         self.pump(memory);
     }
@@ -412,12 +403,6 @@ impl<B> Engine<B> {
     #[must_use]
     pub fn granted(&self) -> BTreeMap<NodeId, u64> {
         self.replicas.granted()
-    }
-
-    /// Whether heads of a node were given a grant for a volume within the last `within_ns`, by a replica here.
-    #[must_use]
-    pub fn has_granted(&self, node: NodeId, volume: VolumeId, within_ns: u64, now_ns: u64) -> bool {
-        self.replicas.has_granted(node, volume, within_ns, now_ns)
     }
 
     /// Asks those sites for a grant whose last one is not new; urgently: whoever was asked before an opening is asked again.
@@ -503,7 +488,10 @@ impl<B> Engine<B> {
             Message::Answer(answer) => {
                 let is_open = matches!(answer.reply, Reply::Opened { .. });
                 match self.heads.get_mut(&answer.volume) {
-                    Some(head) => head.answer(answer, &self.grants, memory, now_ns),
+                    Some(head) => {
+                        self.stirred.insert(answer.volume);
+                        head.answer(answer, &self.grants, memory, now_ns);
+                    }
                     None => release(Message::Answer(answer), memory),
                 }
                 if is_open {
@@ -520,6 +508,7 @@ impl<B> Engine<B> {
                 for head in self.heads.values_mut() {
                     head.tick(&self.grants, memory, now_ns);
                 }
+                self.stir_all();
             }
             Message::Request(_) | Message::GrantRequest(_) => release(message, memory),
         }
@@ -552,13 +541,27 @@ impl<B> Engine<B> {
         }
     }
 
+    /// All heads may want something.
+    fn stir_all(&mut self) {
+        self.stirred.extend(self.heads.keys());
+    }
+
+    /// The next thing that a head wants.
+    fn next_wanted(&mut self) -> Option<(VolumeId, Generation, head::Output<B>)> {
+        while let Some(volume) = self.stirred.first().copied() {
+            if let Some(head) = self.heads.get_mut(&volume)
+                && let Some(output) = head.output()
+            {
+                return Some((volume, head.generation(), output));
+            }
+            self.stirred.remove(&volume);
+        }
+        None
+    }
+
     /// Does the next thing that a head wants; whether there was any.
     fn heads_want(&mut self, memory: &mut impl Memory<Blocks = B>) -> bool {
-        let next = self
-            .heads
-            .iter_mut()
-            .find_map(|(volume, head)| head.output().map(|output| (*volume, head.generation(), output)));
-        let Some((volume, generation, output)) = next else { return false };
+        let Some((volume, generation, output)) = self.next_wanted() else { return false };
         match output {
             head::Output::Send(to, request) if to == self.site => {
                 self.own.push_back(Message::Request(request));

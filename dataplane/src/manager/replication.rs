@@ -13,7 +13,7 @@ use cluster_map::{
     Desired, DesiredHead, Granting, HeadState, MemberId, MemberWish, NodeId, ObservedHead, StaleMark,
     VolumeId,
 };
-use torus_replication::connection::handshake::{ClusterKey, Identity, Start, Versions};
+use torus_replication::connection::handshake::{Identity, Start, Versions};
 use torus_replication::head::End;
 use torus_replication::membership::{Change, Membership, Owner, Partition, Record};
 use torus_replication::terms::{Epoch, Generation, Member, Site, Version};
@@ -37,7 +37,7 @@ struct Ordered {
 pub(super) fn identity(desired: &Desired, core: u16, start: Start) -> Identity {
     Identity {
         cluster: desired.cluster,
-        key: ClusterKey(desired.cluster_key.0),
+        key: desired.cluster_key,
         site: Site { node: desired.node, core },
         start,
         versions: Versions::OWN,

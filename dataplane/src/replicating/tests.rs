@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use af_xdp::region::{Region, RegionConfig};
-use cluster_map::StoreId;
+use cluster_map::{NodeId, StoreId};
 use torus_replication::membership::{Owner, Partition};
 use torus_replication::message::{Answer, Ask, Reply, Request};
 use torus_replication::wire::{HEADER_BYTES, Header};

@@ -61,6 +61,7 @@
 //!   does no more.
 //! * A side takes memory for one message of the other at a time, and keeps its hello: at most 2 KiB. It ends at its deadline.
 
+pub use cluster_map::ClusterKey;
 use cluster_map::{ClusterId, NodeId};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -143,17 +144,6 @@ impl RawHead {
             side: side.code(),
             len_bytes: u16::try_from(len_bytes).expect("at most HELLO_BYTES_MAX").into(),
         }
-    }
-}
-
-/// The secret that all nodes of a cluster have.
-#[derive(Clone)]
-pub struct ClusterKey(pub [u8; 32]);
-
-impl std::fmt::Debug for ClusterKey {
-    /// Says nothing of it.
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.write_str("ClusterKey(…)")
     }
 }
 
