@@ -5,7 +5,7 @@
 
 use crate::change::{AnswerRecord, at_most, put_macs, put_string, take_macs, take_string};
 use crate::error::{Fault, MapError};
-use crate::layout::{LEVEL, LOWEST_READER};
+use crate::layout::LOWEST_READER;
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
 use crate::replication::{AddrRecord, HeadTables, PeerRecord};
 use crate::{
@@ -61,6 +61,8 @@ pub struct Desired {
     pub peers: Vec<DesiredPeer>,
     /// The replicated volumes that this node is to be head of, each once.
     pub heads: Vec<DesiredHead>,
+    /// Most bytes that the node's heads compare and copy in a second, all together, to bring members up to date; 0: no limit.
+    pub resync_bytes_per_s: u64,
 }
 
 /// Which kind of link the data plane is to use.
@@ -253,6 +255,8 @@ struct Head {
     start: U64,
     cluster_key: [u8; 32],
     listen: AddrRecord,
+    /// From here on absent at level 4.
+    resync_bytes_per_s: U64,
 }
 
 impl Record for Head {
@@ -494,11 +498,9 @@ impl Desired {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
         at_most(MAX_INTERFACES, self.interfaces.len(), "interfaces")?;
         at_most(MAX_CHANGES, self.answers.len(), "answers to changes")?;
-        // A reader that knows nothing of heads would serve one copy of a replicated volume as if it were the only one.
-        let lowest_reader = if self.heads.is_empty() { LOWEST_READER } else { LEVEL };
         let mut to = Encoder::new::<Head>(out);
         let head = Head {
-            preamble: Preamble::of::<Head>(lowest_reader),
+            preamble: Preamble::of::<Head>(LOWEST_READER),
             cluster: self.cluster.0,
             node: self.node.0,
             link: self.link.code(),
@@ -517,6 +519,7 @@ impl Desired {
             start: self.start.into(),
             cluster_key: self.cluster_key.0,
             listen: AddrRecord::encode(self.listen, self.cores.len())?,
+            resync_bytes_per_s: self.resync_bytes_per_s.into(),
             pool: to.pool()?,
         };
         to.finish(&head);
@@ -546,6 +549,7 @@ impl Desired {
             cluster_key: ClusterKey(head.cluster_key),
             peers: from.added_table(&head.peers, |_, peer: PeerRecord| peer.decode())?,
             heads: head.heads.decode(&mut from)?,
+            resync_bytes_per_s: head.resync_bytes_per_s.get(),
         })
     }
 }
@@ -556,6 +560,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::MAX_CONFIG_STRING_BYTES;
     use crate::change::strategies::answer;
+    use crate::layout::LEVEL;
     use crate::record::other_level::{flipped, relaid};
     use crate::replication::strategies::{heads, peer, peer_addr};
     use crate::{HeadOwner, HeadPartition, StaleMark};
@@ -637,13 +642,14 @@ pub(crate) mod tests {
         );
         // Five cores at most have ports from below 60000 on.
         let listen = prop::option::of(peer_addr());
-        let replication = (any::<u64>(), any::<[u8; 32]>(), listen, vec(peer(), 0..4), heads());
+        let numbers = (any::<u64>(), any::<u64>());
+        let replication = (numbers, any::<[u8; 32]>(), listen, vec(peer(), 0..4), heads());
         (ids, start, rest, replication).prop_map(
             |(
                 (cluster, node),
                 (cores, link, steering, interfaces),
                 (stores, volumes, exports, answers, drain),
-                (start, cluster_key, listen, peers, heads),
+                ((start, resync_bytes_per_s), cluster_key, listen, peers, heads),
             )| {
                 Desired {
                     version: 0,
@@ -663,6 +669,7 @@ pub(crate) mod tests {
                     listen,
                     peers,
                     heads,
+                    resync_bytes_per_s,
                 }
             },
         )
@@ -705,6 +712,7 @@ pub(crate) mod tests {
         desired.volumes.iter_mut().for_each(|volume| volume.lane = None);
         (desired.start, desired.cluster_key, desired.listen) = (0, ClusterKey::default(), None);
         (desired.peers, desired.heads) = (Vec::new(), Vec::new());
+        desired.resync_bytes_per_s = 0;
         for export in &mut desired.exports {
             *export = DesiredExport {
                 volume: export.volume,
@@ -753,31 +761,24 @@ pub(crate) mod tests {
         }
     }
 
-    /// What the former level wrote, which knew all but replication.
+    /// What the former level wrote, which knew of no hand-overs and no rate.
     #[test]
     fn the_former_level_is_read() {
-        let volume = DesiredVolume { size_sectors: 8, lane: Some(3), ..DesiredVolume::default() };
-        let answer = ChangeAnswer { id: 4, outcome: crate::ChangeOutcome::Done };
         let desired = Desired {
             cores: vec![1],
-            volumes: vec![volume],
-            answers: vec![answer],
             start: 5,
             cluster_key: ClusterKey([1; 32]),
             listen: Some(PeerAddr { ip: [127, 0, 0, 1].into(), base_port: 4330 }),
-            heads: vec![some_head()],
+            heads: vec![DesiredHead { is_moving: true, ..some_head() }],
+            resync_bytes_per_s: 9,
             ..Desired::default()
         };
-        let head_len = std::mem::offset_of!(Head, peers);
-        let volumes = 3;
-        let stride = |table, stride| if table == volumes { VolumeRecord::LEAST } else { stride };
-        let former = relaid(&encoded(&desired), (LEVEL - 1, LEVEL - 2), head_len, TABLES, stride);
-        let expected = Desired {
-            cores: vec![1],
-            volumes: vec![DesiredVolume { lane: None, ..volume }],
-            answers: vec![answer],
-            ..Desired::default()
-        };
+        let head_len = std::mem::offset_of!(Head, resync_bytes_per_s);
+        // Cores, interfaces, stores, volumes, exports, the pool, answers and peers come before the heads.
+        let heads = 8;
+        let stride = |table, stride| if table == heads { stride - 1 } else { stride };
+        let former = relaid(&encoded(&desired), (LEVEL - 1, LEVEL - 1), head_len, TABLES, stride);
+        let expected = Desired { heads: vec![some_head()], resync_bytes_per_s: 0, ..desired };
         assert_eq!(Desired::decode(&former, 0), Ok(expected));
     }
 
@@ -785,13 +786,6 @@ pub(crate) mod tests {
         let owners = vec![HeadOwner::default(), HeadOwner { is_complete: true, ..HeadOwner::default() }];
         let partitions = vec![HeadPartition { epoch: 1, owners }; 2];
         DesiredHead { takeover: 1, partitions, stale: vec![StaleMark::default()], ..DesiredHead::default() }
-    }
-
-    #[test]
-    fn who_knows_nothing_of_heads_is_not_given_any() {
-        let lowest = |desired: &Desired| u32::from_le_bytes(encoded(desired)[4..8].try_into().unwrap());
-        assert_eq!(lowest(&Desired { heads: vec![some_head()], ..Desired::default() }), LEVEL);
-        assert_eq!(lowest(&Desired { start: 3, ..Desired::default() }), LEVEL - 1);
     }
 
     #[test]

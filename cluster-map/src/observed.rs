@@ -4,10 +4,10 @@
 
 use crate::change::{RequestRecord, at_most};
 use crate::error::{Fault, MapError};
-use crate::layout::LOWEST_READER;
+use crate::layout::{LEVEL, LOWEST_READER};
 use crate::record::{Decoder, Encoder, Preamble, Record, Table, Text, codes, flag};
 use crate::replication::ObservedTables;
-use crate::{ChangeRequest, Granting, MAX_CHANGES, MemberWish, ObservedHead, StoreId, VolumeId};
+use crate::{ChangeRequest, Granting, HeadState, MAX_CHANGES, MemberWish, ObservedHead, StoreId, VolumeId};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -553,9 +553,12 @@ impl Observed {
     /// Writes the state to `out`, replacing what is there; the version is not part of it.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), MapError> {
         at_most(MAX_CHANGES, self.changes.len(), "changes at a time")?;
+        // The former level has no word for a head that has handed over.
+        let has_left = self.heads.iter().any(|head| head.state == HeadState::HandedOver);
+        let lowest_reader = if has_left { LEVEL } else { LOWEST_READER };
         let mut to = Encoder::new::<Head>(out);
         let head = Head {
-            preamble: Preamble::of::<Head>(LOWEST_READER),
+            preamble: Preamble::of::<Head>(lowest_reader),
             pid: self.pid.into(),
             applied: self.applied.into(),
             links: to.table(&self.links, LinkRecord::encode)?,
@@ -598,7 +601,6 @@ impl Observed {
 pub(crate) mod tests {
     use super::*;
     use crate::change::strategies::request;
-    use crate::layout::LEVEL;
     use crate::record::other_level::{flipped, relaid};
     use crate::replication::strategies::{granting, observed_heads, wishes};
     use crate::{Change, MaskEdit, SetRule, StaleMark};
@@ -813,6 +815,16 @@ pub(crate) mod tests {
             prop_assert!(error.starts_with(kept.as_str()) && kept.len() <= MAX_NOTE_BYTES);
             prop_assert!(kept.len() == error.len() || kept.len() > MAX_NOTE_BYTES - 4);
         }
+    }
+
+    #[test]
+    fn who_has_no_word_for_a_head_that_handed_over_is_not_given_one() {
+        let lowest = |state| {
+            let heads = vec![ObservedHead { state, ..ObservedHead::default() }];
+            let bytes = encoded(&Observed { heads, ..Observed::default() });
+            u32::from_le_bytes(bytes[4..8].try_into().unwrap())
+        };
+        assert_eq!((lowest(HeadState::Serving), lowest(HeadState::HandedOver)), (LEVEL - 1, LEVEL));
     }
 
     #[test]

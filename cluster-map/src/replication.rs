@@ -128,6 +128,8 @@ pub struct DesiredHead {
     pub partitions: Vec<HeadPartition>,
     /// Members that miss writes.
     pub stale: Vec<StaleMark>,
+    /// Another node is to be head: finish what is in progress, give the grants back, and say so ([`HeadState::HandedOver`]).
+    pub is_moving: bool,
 }
 
 /// A head that the data plane has, or had in this process.
@@ -154,7 +156,8 @@ pub struct ObservedHead {
 /// Where a head stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum HeadState {
-    /// Its generation is being opened at the replicas, or its copies are being compared.
+    /// Its generation is being opened at the replicas, or its copies are being compared; or what is in progress ends, before it hands
+    /// over.
     #[default]
     Opening,
     /// Requests are carried out.
@@ -163,6 +166,8 @@ pub enum HeadState {
     Replaced,
     /// It ended: a replica has seen newer metadata than it was made of (I14).
     Past,
+    /// It has given its grants back as [`DesiredHead::is_moving`] asks, and waits for its successor for a moment.
+    HandedOver,
 }
 
 /// A change that a head wishes of its volume's record. It stays until a desired state has a newer revision of the record, or
@@ -192,7 +197,7 @@ pub struct Granting {
     pub is_granting: bool,
 }
 
-codes!(HeadState { Opening = 0, Serving = 1, Replaced = 2, Past = 3, });
+codes!(HeadState { Opening = 0, Serving = 1, Replaced = 2, Past = 3, HandedOver = 4, });
 
 fn invalid<T>(what: String) -> Result<T, MapError> {
     Err(MapError::Invalid { what })
@@ -396,11 +401,14 @@ struct HeadRecord {
     min_copies: u8,
     partitions: U32,
     stale: U32,
+    /// From here on absent at level 4.
+    is_moving: u8,
 }
 
 impl Record for HeadRecord {
     const NAME: &'static str = "head";
-    const LEAST: usize = size_of::<Self>();
+    /// Without the hand-over.
+    const LEAST: usize = std::mem::offset_of!(Self, is_moving);
 }
 
 impl HeadRecord {
@@ -415,6 +423,7 @@ impl HeadRecord {
             min_copies: head.min_copies,
             partitions: count(head.partitions.len(), MAX_PARTITIONS, "partitions of a volume")?,
             stale: count(head.stale.len(), MAX_CHANGED_MEMBERS, "stale members of a volume")?,
+            is_moving: head.is_moving.into(),
         })
     }
 }
@@ -477,6 +486,7 @@ impl HeadTables {
                 min_copies: head.min_copies,
                 partitions,
                 stale: take(&mut stale, head.stale, MAX_CHANGED_MEMBERS, "stale members of a volume")?,
+                is_moving: flag(head.is_moving, "is_moving")?,
             })
         };
         let heads = from.added_table(&self.heads, head)?;
@@ -692,17 +702,19 @@ pub(crate) mod strategies {
 
     /// Heads of different volumes.
     pub(crate) fn heads() -> impl Strategy<Value = Vec<DesiredHead>> {
-        let numbers = (any::<u64>(), any::<u64>(), any::<u8>());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u8>(), any::<bool>());
         let of_one = (numbers, vec(partition(), 1..4), vec(mark(), 0..3));
         btree_map(any::<[u8; 16]>(), of_one, 0..4).prop_map(|heads| {
-            let head = |(volume, ((takeover, revision, min_copies), partitions, stale))| DesiredHead {
-                volume: VolumeId(volume),
-                takeover,
-                revision,
-                min_copies,
-                partitions,
-                stale,
-            };
+            let head =
+                |(volume, ((takeover, revision, min_copies, is_moving), partitions, stale))| DesiredHead {
+                    volume: VolumeId(volume),
+                    takeover,
+                    revision,
+                    min_copies,
+                    partitions,
+                    stale,
+                    is_moving,
+                };
             heads.into_iter().map(head).collect()
         })
     }
@@ -710,9 +722,9 @@ pub(crate) mod strategies {
     type Numbers = (u64, u64, u8, u8, u64);
 
     pub(crate) fn observed_heads() -> impl Strategy<Value = Vec<ObservedHead>> {
-        use HeadState::{Opening, Past, Replaced, Serving};
+        use HeadState::{HandedOver, Opening, Past, Replaced, Serving};
         let numbers = (any::<u64>(), any::<u64>(), any::<u8>(), any::<u8>(), any::<u64>());
-        let of_one = (numbers, select(vec![Opening, Serving, Replaced, Past]), "[ -~ä€]{0,40}");
+        let of_one = (numbers, select(vec![Opening, Serving, Replaced, Past, HandedOver]), "[ -~ä€]{0,40}");
         btree_map(any::<[u8; 16]>(), of_one, 0..4).prop_map(|heads| {
             let head = |(volume, (numbers, state, blocked)): ([u8; 16], (Numbers, _, _))| {
                 let (takeover, start, copies_needed, copies_in_sync, resync_extents) = numbers;

@@ -109,6 +109,8 @@ pub struct Report {
     pub wishes: BTreeMap<VolumeId, Wish>,
     /// The last head of each volume that has ended, and why.
     pub ended: BTreeMap<VolumeId, (Generation, End)>,
+    /// Heads that have given their grants back and wait for their successors.
+    pub handed_over: BTreeMap<VolumeId, Generation>,
     /// Whether replicas have granted the heads of a node something lately.
     pub granting: BTreeMap<NodeId, bool>,
 }

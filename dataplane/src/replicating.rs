@@ -225,6 +225,8 @@ pub struct Replicating {
     /// Chunks that reads leave free: for answers, which free others.
     reads_leave_chunks: usize,
     wishes: BTreeMap<VolumeId, Wish>,
+    /// Heads that have given their grants back and wait for their successors.
+    handed_over: BTreeMap<VolumeId, Generation>,
     /// The last head of each volume that has ended.
     ended: BTreeMap<VolumeId, (Generation, End)>,
 }
@@ -241,6 +243,7 @@ impl Replicating {
             outgoing: VecDeque::new(),
             reads_leave_chunks: 0,
             wishes: BTreeMap::new(),
+            handed_over: BTreeMap::new(),
             ended: BTreeMap::new(),
         }
     }
@@ -461,10 +464,12 @@ impl Replicating {
         }
     }
 
-    /// Whether a head has a wish or has ended, of which that report says nothing.
+    /// Whether a head has a wish, or has handed over or ended, of which that report says nothing.
     #[must_use]
     pub fn has_news(&self, reported: &Report) -> bool {
-        self.wishes != reported.wishes || self.ended != reported.ended
+        self.wishes != reported.wishes
+            || self.handed_over != reported.handed_over
+            || self.ended != reported.ended
     }
 
     /// A store is closed: nothing of its replicas is known any more.
@@ -507,6 +512,7 @@ impl Replicating {
         Report {
             heads: heads.collect(),
             wishes: self.wishes.clone(),
+            handed_over: self.handed_over.clone(),
             ended: self.ended.clone(),
             granting: granted
                 .map(|(node, last_ns)| (node, boot_ns.saturating_sub(last_ns) < silent_ns))
@@ -570,8 +576,15 @@ impl Replicating {
             }
             // What the partitions are now comes with the volume's record.
             Output::Refresh(_) => {}
+            Output::HandedOver(volume, generation, true) => {
+                self.handed_over.insert(volume, generation);
+            }
+            Output::HandedOver(volume, _, false) => {
+                self.handed_over.remove(&volume);
+            }
             Output::Ended(volume, generation, end) => {
                 self.wishes.remove(&volume);
+                self.handed_over.remove(&volume);
                 self.ended.insert(volume, (generation, end));
                 for request in self.asked.remove(&volume).unwrap_or_default() {
                     let result = Err(StoreError::NoHead);

@@ -4,6 +4,7 @@
 //! * `peers` – the replicas as the head sees them: connections, openings, silence, ejection.
 //! * `equalize` – blocks that may differ between copies are made equal, under the head's own numbers and locks.
 //! * `resync` – members that missed writes are brought up to date and taken in again.
+//! * `leaving` – it hands over to another head that is wished for.
 //!
 //! Invariants (I1, I5 to I9):
 //! * A request is begun, and answered, only while grants of every needed owner of its extents cover the volume.
@@ -18,6 +19,7 @@
 //! Requests of initiators never conflict with each other: their caller orders them.
 
 mod equalize;
+mod leaving;
 mod peers;
 mod resync;
 
@@ -28,6 +30,7 @@ use cluster_map::{NodeId, VolumeId};
 use smallvec::SmallVec;
 
 use self::equalize::{Equalize, Fix, Remedy};
+use self::leaving::Leaving;
 use self::peers::Peer;
 use crate::grants::Grants;
 use crate::membership::{Change, Membership, Owner, Record};
@@ -102,6 +105,8 @@ pub enum Output<B> {
     },
     /// Look at the partitions again: a replica knows newer owners.
     Refresh,
+    /// It has given its grants back and waits for its successor, or does so no longer.
+    HandedOver(bool),
     /// Nobody wants these any more.
     Release(B),
     /// It is none any more.
@@ -183,6 +188,7 @@ enum Purport {
     EqualizeWrite { job: JobId },
     List { learner: Member, candidacy: u64, from: Extent },
     Stable,
+    Close,
 }
 
 impl Purport {
@@ -219,6 +225,7 @@ pub struct Head<B> {
     survey_at_ns: u64,
     /// When an idle head last said what is stable.
     stable_told: Version,
+    leaving: Leaving,
     outputs: VecDeque<Output<B>>,
     end: Option<End>,
 }
@@ -246,6 +253,7 @@ impl<B> Head<B> {
             retry_at_ns: u64::MAX,
             survey_at_ns: 0,
             stable_told: Version(0),
+            leaving: Leaving::No { until_ns: 0 },
             outputs: VecDeque::new(),
             end: None,
         };
@@ -282,7 +290,9 @@ impl<B> Head<B> {
     pub fn is_serving(&self, grants: &Grants, now_ns: u64) -> bool {
         let needed = self.membership.partitions().iter().flat_map(|partition| &partition.owners);
         let mut needed = needed.filter(|owner| self.membership.is_needed(owner));
-        self.end.is_none() && needed.all(|owner| self.is_granted_by(owner, grants, now_ns))
+        self.end.is_none()
+            && !self.is_leaving()
+            && needed.all(|owner| self.is_granted_by(owner, grants, now_ns))
     }
 
     /// Whether an owner has the generation open, and a grant of its node covers that.
@@ -459,7 +469,9 @@ impl<B> Head<B> {
             }
             Refusal::NotOpen => {
                 self.ask_again(from, purport, memory);
-                self.reopen(from, memory);
+                if !self.has_left() {
+                    self.reopen(from, memory);
+                }
             }
             Refusal::Stranger => {
                 self.ask_again(from, purport, memory);
@@ -477,6 +489,7 @@ impl<B> Head<B> {
         memory: &mut impl Memory<Blocks = B>,
     ) {
         match (purport, reply) {
+            (Purport::Open, _) if self.has_left() => {}
             (Purport::Open, Reply::Opened { highest, active }) => {
                 self.opened(from, highest, &active, grants, memory);
             }
@@ -515,6 +528,9 @@ impl<B> Head<B> {
         }
         self.lose_patience(memory);
         self.advance(grants, memory);
+        if self.has_left() && !mutants::is(Mutant::HandedBackEarly) {
+            return;
+        }
         self.eject_the_silent(grants);
         if now_ns >= self.survey_at_ns {
             self.survey_at_ns = now_ns + RETRY_NS;
@@ -558,9 +574,14 @@ impl<B> Head<B> {
         }
         self.begin_jobs();
         self.advance_jobs(memory);
-        self.begin_waiting(grants, memory);
+        if !self.is_leaving() {
+            self.begin_waiting(grants, memory);
+        }
         self.advance_ops(grants, memory);
-        self.advance_learners(memory);
+        if !self.is_leaving() {
+            self.advance_learners(memory);
+        }
+        self.advance_leaving(grants, memory);
     }
 
     fn begin_waiting(&mut self, grants: &Grants, memory: &mut impl Memory<Blocks = B>) {
@@ -982,6 +1003,7 @@ impl<B> Head<B> {
             Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
             Purport::List { from, .. } => return Some((Ask::List { from }, None)),
             Purport::Stable => return Some((Ask::Stable, None)),
+            Purport::Close => return Some((Ask::Close, None)),
             Purport::Read { op, reading } => {
                 let op = self.ops.get(&op)?;
                 let span = op.readings.get(reading)?.span;

@@ -63,6 +63,8 @@ pub struct Record {
     pub stale: BTreeMap<Member, Version>,
     /// See [`Partition::min_in_sync`].
     pub min_copies: u8,
+    /// The head is to hand over: another node is to be head next.
+    pub is_moving: bool,
 }
 
 /// A change to a record.
@@ -258,7 +260,7 @@ mod tests {
         };
         let partition = Partition { epoch: Epoch(1), owners: owners.iter().map(owner).collect() };
         let stale = stale.iter().map(|number| (member(*number), Version(7))).collect();
-        let record = Record { revision: 1, takeover: 1, head: None, stale, min_copies: 0 };
+        let record = Record { revision: 1, takeover: 1, head: None, stale, min_copies: 0, is_moving: false };
         Membership::new(VolumeId([9; 16]), vec![partition], record, None)
     }
 

@@ -80,7 +80,8 @@ pub enum Ask<B> {
         /// Of the record that the head serves under.
         revision: u64,
     },
-    /// The head is none any more and has nothing in flight: its grants count no longer.
+    /// The head answers nothing any more and has nothing in flight: its grants count no longer, unless it opens the generation again
+    /// before a higher one is asked for.
     Close,
     /// Make room for an extent.
     Reserve {
@@ -202,9 +203,9 @@ pub enum Fault {
 pub enum Reply<B> {
     /// The generation is open.
     Opened {
-        /// The highest version written there.
+        /// The highest version written there, or said to be stable.
         highest: Version,
-        /// Extents in its activity log.
+        /// Extents in its activity log of which it was not said that all in-sync members have them.
         active: Vec<Held>,
     },
     /// A write, an unmap, a loss or a reservation is durable.

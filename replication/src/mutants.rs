@@ -70,11 +70,17 @@ pub enum Mutant {
     AckBeforeDurable,
     /// A write is acknowledged when the first replica has it.
     AckAfterFirst,
+    /// A head that hands over gives its grants back before it has answered what is in progress.
+    HandedBackEarly,
+    /// A head that hands over says that all is stable though writes are not on all members yet.
+    CleanThoughUnequal,
+    /// Grants of a head that has gone on after all are taken to be given back still.
+    HandedBackForGood,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 32] = [
+    pub const ALL: [Mutant; 35] = [
         Mutant::MarkRaised,
         Mutant::MarkAboveWrites,
         Mutant::ResyncSourceOnly,
@@ -107,6 +113,9 @@ impl Mutant {
         Mutant::BadBlockMerged,
         Mutant::AckBeforeDurable,
         Mutant::AckAfterFirst,
+        Mutant::HandedBackEarly,
+        Mutant::CleanThoughUnequal,
+        Mutant::HandedBackForGood,
     ];
 }
 

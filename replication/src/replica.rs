@@ -6,6 +6,8 @@
 //!   it has forgotten), when everything that was admitted has ended on the device, and when it is durable that it is open.
 //! * From the moment a higher generation is asked for, nothing of the open one is admitted and no grant covers the volume.
 //! * A restarted data plane of the same take-over needs no wait: that it runs proves that the one before is gone.
+//! * Of a generation whose head has given its grants back nothing is done, unless that head opens it again.
+//! * A new head numbers its writes above every stable mark: what was said to be everywhere is never said of a write of its own.
 //! * A request for a partition under a higher epoch is done after that epoch is durable; one under a lower epoch is refused.
 //! * A record older than one that was served under is refused.
 //!
@@ -158,6 +160,8 @@ struct Volume<B> {
     later: Option<Wanted>,
     /// The open generation's head has given its grants back.
     is_handed_back: bool,
+    /// Every write up to this one is on all members that were in sync when it was said.
+    stable: Version,
     /// Admitted, not ended.
     running: u32,
     /// An epoch is being made durable, for the first of these; they wait in order.
@@ -297,16 +301,15 @@ impl<B> Replicas<B> {
             self.open(key, from, request, revision);
             return;
         }
+        if matches!(request.ask, Ask::Close) {
+            self.close(key, from, request);
+            return;
+        }
         if let Err(refusal) = self.check(key, &request) {
             self.refuse(from, request, refusal);
             return;
         }
         let Some(volume) = self.volumes.get_mut(&key) else { unreachable!("a refused request has returned") };
-        if matches!(request.ask, Ask::Close) {
-            volume.is_handed_back = true;
-            self.answer(from, request.to, request.volume, request.generation, request.id, Reply::Done);
-            return;
-        }
         if volume.is_persisting {
             volume.waiting.push_back((from, request));
             return;
@@ -329,8 +332,9 @@ impl<B> Replicas<B> {
             }
             What::Open(from, number, generation) => {
                 // Not once another one has been asked for: nothing of this one would be done.
-                if self.volumes.get(&key).is_some_and(|volume| volume.seen == generation) {
-                    self.answer(from, member, id, generation, number, reply(ended));
+                if let Some(volume) = self.volumes.get(&key).filter(|volume| volume.seen == generation) {
+                    let survey = volume.surveyed(ended);
+                    self.answer(from, member, id, generation, number, reply(survey));
                 }
             }
             What::PersistGeneration => self.generation_persisted(key, &ended),
@@ -346,7 +350,8 @@ impl<B> Replicas<B> {
         if request.generation < volume.seen {
             return Err(Refusal::Replaced(volume.seen));
         }
-        if request.generation != volume.durable.generation {
+        let is_handed_back = volume.is_handed_back && !mutants::is(Mutant::HandedBackForGood);
+        if request.generation != volume.durable.generation || is_handed_back {
             return Err(Refusal::NotOpen);
         }
         let known = volume.durable.epochs.get(&request.partition).copied().unwrap_or_default();
@@ -367,7 +372,7 @@ impl<B> Replicas<B> {
             self.start(key, Work::Persist(durable), What::PersistEpoch);
             return;
         }
-        self.outputs.push_back(Output::Stable(key.0, key.1, request.stable));
+        self.is_stable(key, request.stable);
         let work = match request.ask {
             Ask::Reserve { extent } => Work::Reserve(extent),
             Ask::Write { version, span, blocks, is_sole } => Work::Write { version, span, blocks, is_sole },
@@ -392,6 +397,33 @@ impl<B> Replicas<B> {
         self.start(key, work, What::Request(from, request.id, request.generation));
     }
 
+    /// Writes up to this one are on all in-sync members.
+    fn is_stable(&mut self, key: (Member, VolumeId), stable: Version) {
+        if let Some(volume) = self.volumes.get_mut(&key) {
+            volume.stable = volume.stable.max(stable);
+        }
+        self.outputs.push_back(Output::Stable(key.0, key.1, stable));
+    }
+
+    /// The head gives its grants back; an opening that waits for their end goes on.
+    fn close(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>) {
+        let is_its_own = |volume: &&mut Volume<B>| {
+            volume.durable.generation == request.generation && volume.durable.head == from.node
+        };
+        let Some(volume) = self.volumes.get_mut(&key).filter(is_its_own) else {
+            let seen = self.volumes.get(&key).map_or(request.generation, |volume| volume.seen);
+            self.refuse(from, request, Refusal::Replaced(seen));
+            return;
+        };
+        volume.is_handed_back = true;
+        if let Some(Opening { stage: Stage::Fence { until_ns }, .. }) = &mut volume.opening {
+            *until_ns = 0;
+        }
+        self.is_stable(key, request.stable);
+        self.answer(from, request.to, request.volume, request.generation, request.id, Reply::Done);
+        self.advance_opening(key);
+    }
+
     fn open(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>, revision: u64) {
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         let generation = request.generation;
@@ -406,6 +438,8 @@ impl<B> Replicas<B> {
             return;
         }
         if generation == volume.durable.generation {
+            // Grants that are given from now on count again.
+            volume.is_handed_back &= mutants::is(Mutant::HandedBackForGood);
             self.start(key, Work::Survey, What::Open(from, request.id, generation));
             return;
         }
@@ -558,10 +592,18 @@ impl<B> Volume<B> {
             opening: None,
             later: None,
             is_handed_back: false,
+            stable: Version::default(),
             running: 0,
             waiting: VecDeque::new(),
             is_persisting: false,
         }
+    }
+
+    /// A survey, without what was said to be on all in-sync members: the store's log lets go of that when it pleases.
+    fn surveyed(&self, ended: Ended<B>) -> Ended<B> {
+        let Ended::Survey { highest, mut active } = ended else { return ended };
+        active.retain(|held| held.is_suspect || held.version > self.stable);
+        Ended::Survey { highest: highest.max(self.stable), active }
     }
 }
 

@@ -70,6 +70,8 @@ pub enum Output<B> {
     },
     /// Look at the volume's partitions again: a replica knows newer owners.
     Refresh(VolumeId),
+    /// The volume's head has given its grants back and waits for its successor, or does so no longer.
+    HandedOver(VolumeId, Generation, bool),
     /// The volume's head is none any more; what it was asked and did not answer ends with it.
     Ended(VolumeId, Generation, End),
     /// Nobody wants these any more.
@@ -576,6 +578,9 @@ impl<B> Engine<B> {
                 self.outputs.push_back(Output::Change { volume, generation, revision, change });
             }
             head::Output::Refresh => self.outputs.push_back(Output::Refresh(volume)),
+            head::Output::HandedOver(has_handed_over) => {
+                self.outputs.push_back(Output::HandedOver(volume, generation, has_handed_over));
+            }
             head::Output::Release(blocks) => memory.release(blocks),
             head::Output::End(end) => {
                 if let Some(head) = self.heads.remove(&volume) {

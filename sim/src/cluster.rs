@@ -114,11 +114,13 @@ pub enum Trouble {
     BadDisk,
     /// An initiator ends: what it asked for is done or not, and nobody asks again.
     Initiator,
+    /// A head is asked to hand over, though nothing is wrong.
+    HandOver,
 }
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 16] = [
+    pub const ALL: [Trouble; 17] = [
         Trouble::Restart,
         Trouble::Off,
         Trouble::PowerCut,
@@ -135,6 +137,7 @@ impl Trouble {
         Trouble::Reset,
         Trouble::BadDisk,
         Trouble::Initiator,
+        Trouble::HandOver,
     ];
 }
 
@@ -188,6 +191,8 @@ pub struct Coverage {
     pub failed: u64,
     /// Take-overs.
     pub takeovers: u64,
+    /// Of them, those that a head has handed over for.
+    pub hand_overs: u64,
     /// Members that were called stale.
     pub ejections: u64,
     /// Members that were taken in again.
@@ -211,6 +216,7 @@ impl Coverage {
             answered,
             failed,
             takeovers,
+            hand_overs,
             ejections,
             joins,
             doubts,
@@ -222,6 +228,7 @@ impl Coverage {
         self.answered += answered;
         self.failed += failed;
         self.takeovers += takeovers;
+        self.hand_overs += hand_overs;
         self.ejections += ejections;
         self.joins += joins;
         self.doubts += doubts;
@@ -438,6 +445,7 @@ impl World {
                 head: None,
                 stale: BTreeMap::new(),
                 min_copies: 0,
+                is_moving: false,
             };
             records.push(record);
         }

@@ -43,6 +43,9 @@ fn scenario(mutant: Mutant) -> Scenario {
         | Mutant::NoGrant
         | Mutant::GrantsUncheckedAtReply
         | Mutant::GenerationUnchecked => Scenario::Fence,
+        Mutant::HandedBackEarly | Mutant::CleanThoughUnequal | Mutant::HandedBackForGood => {
+            Scenario::HandOver
+        }
         Mutant::JoinInDoubtUndone
         | Mutant::EjectionInDoubtDone
         | Mutant::ChangeWithoutCompare

@@ -169,6 +169,7 @@ impl Replication {
             head: Some(self.own),
             stale: head.stale.iter().map(|stale| (member_of(stale.member), Version(stale.mark))).collect(),
             min_copies: head.min_copies,
+            is_moving: head.is_moving,
         }
     }
 
@@ -220,8 +221,15 @@ impl Replication {
                 heads.insert(*volume, observed_head(*volume, *generation, state));
             }
         }
+        let handed_over = self.reports.iter().flat_map(|report| &report.handed_over);
+        let handed_over: BTreeSet<_> =
+            handed_over.map(|(volume, generation)| (*volume, *generation)).collect();
         for (volume, report) in self.reports.iter().flat_map(|report| &report.heads) {
-            let state = if report.is_serving { HeadState::Serving } else { HeadState::Opening };
+            let state = match report.is_serving {
+                _ if handed_over.contains(&(*volume, report.generation)) => HeadState::HandedOver,
+                true => HeadState::Serving,
+                false => HeadState::Opening,
+            };
             let mut head = observed_head(*volume, report.generation, state);
             head.copies_in_sync = report.in_sync;
             head.copies_needed = report.copies;

@@ -193,7 +193,14 @@ struct Cluster {
 
 impl Cluster {
     fn new() -> Cluster {
-        let record = Record { revision: 1, takeover: 0, head: None, stale: BTreeMap::new(), min_copies: 0 };
+        let record = Record {
+            revision: 1,
+            takeover: 0,
+            head: None,
+            stale: BTreeMap::new(),
+            min_copies: 0,
+            is_moving: false,
+        };
         let mut cluster = Cluster {
             cores: (0..3).map(Core::new).collect(),
             record,
@@ -513,7 +520,8 @@ fn a_restarted_replica_knows_what_it_has_opened() {
     let owner = |number| Owner { member: member(number), site: site(number), is_complete: true };
     let partition = Partition { epoch: Epoch(3), owners: (0..3).map(owner).collect() };
     let head = Some(site(1).node);
-    let record = Record { revision: 1, takeover: 0, head, stale: BTreeMap::new(), min_copies: 0 };
+    let record =
+        Record { revision: 1, takeover: 0, head, stale: BTreeMap::new(), min_copies: 0, is_moving: false };
     let membership = Membership::new(VOLUME, vec![partition], record, None);
     cluster.cores[1].with(|replicating, ground| replicating.begin(generation, membership, ground));
     cluster.pass(100 * MS);

@@ -89,6 +89,11 @@ impl Peer {
         !self.unanswered.values().any(|asked| asked.purport.is_write())
     }
 
+    /// Whether it has not answered that.
+    pub(super) fn is_asked(&self, what: Purport) -> bool {
+        self.unanswered.values().any(|asked| asked.purport == what)
+    }
+
     fn may_send(&self, purport: Purport) -> bool {
         self.is_connected && (self.opened.is_some() || purport == Purport::Open)
     }
@@ -165,9 +170,10 @@ impl<B> Head<B> {
 
     /// Asks a replica to open the generation, again if it was asked on an earlier connection.
     pub(super) fn reopen(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
+        let has_left = self.has_left();
         let Some(peer) = self.peers.get_mut(&member) else { return };
         peer.opened = None;
-        if peer.is_connected && peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
+        if peer.is_connected && !has_left && peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
             self.send(member, Purport::Open, memory);
         }
     }
@@ -381,14 +387,15 @@ impl<B> Head<B> {
                 self.keep(member, purport, false);
             }
             Purport::List { learner, .. } => self.drop_learner(learner),
-            Purport::Open | Purport::Stable => {}
+            Purport::Open | Purport::Stable | Purport::Close => {}
         }
     }
 
     /// Whether something waits that a partition of this member has a part in.
     fn is_wanted(&self, member: Member) -> bool {
         let owns = |extent: Extent| self.membership.owns(member, extent);
-        self.ops.values().any(|op| super::extents(&op.range).any(owns))
+        self.is_leaving()
+            || self.ops.values().any(|op| super::extents(&op.range).any(owns))
             || self.unequal.keys().any(|extent| owns(*extent))
     }
 

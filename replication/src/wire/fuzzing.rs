@@ -83,8 +83,14 @@ impl Peers {
         let owner = |member, site| Owner { member, site, is_complete: true };
         let owners = vec![owner(MEMBER, OWN), owner(other, OTHER)];
         let partition = Partition { epoch: Epoch(1), owners };
-        let record =
-            Record { revision: 1, takeover: 1, head: Some(OWN.node), stale: BTreeMap::new(), min_copies: 0 };
+        let record = Record {
+            revision: 1,
+            takeover: 1,
+            head: Some(OWN.node),
+            stale: BTreeMap::new(),
+            min_copies: 0,
+            is_moving: false,
+        };
         let membership = Membership::new(VOLUME, vec![partition], record, None);
         engine.begin(Generation { takeover: 1, start: 1 }, membership, &mut Sums, 0);
         engine.connected(OTHER, &mut Sums, 0);

@@ -42,6 +42,10 @@ enum What {
     TakeOver {
         revision: u64,
     },
+    /// The head has handed over: the node that is wished for is head.
+    HandOver {
+        revision: u64,
+    },
 }
 
 /// What became of it.
@@ -57,6 +61,8 @@ pub(super) struct Outcome {
 pub(super) struct Metadata {
     records: Vec<Record>,
     partitions: Vec<Vec<Partition>>,
+    /// Who is wished to be head, of records that are moving.
+    successors: Vec<Option<usize>>,
     revision: u64,
     random: Random,
     /// Nobody reaches it.
@@ -71,6 +77,7 @@ impl Metadata {
     pub(super) fn new(records: Vec<Record>, partitions: Vec<Vec<Partition>>, random: Random) -> Metadata {
         Metadata {
             revision: records.len() as u64 + 1,
+            successors: vec![None; records.len()],
             records,
             partitions,
             random,
@@ -142,12 +149,17 @@ impl World {
             }
             What::TakeOver { revision } if now.revision == *revision => {
                 self.coverage.takeovers += 1;
-                let after = Record { takeover: now.takeover + 1, head: Some(node_id(node)), ..now };
-                (true, self.metadata.replace(volume, after))
+                (true, self.name_head(volume, now, node))
+            }
+            What::HandOver { revision } if now.revision == *revision && now.is_moving => {
+                self.coverage.takeovers += 1;
+                self.coverage.hand_overs += 1;
+                let successor = self.metadata.successors[volume].unwrap_or(node);
+                (true, self.name_head(volume, now, successor))
             }
             // A record that has changed since cannot be changed by what was computed from it.
             What::Change { .. } => (true, now),
-            What::Touch { .. } | What::TakeOver { .. } | What::Read => (false, now),
+            What::Touch { .. } | What::TakeOver { .. } | What::HandOver { .. } | What::Read => (false, now),
         };
         self.note(|| format!("metadata: volume {volume} node {node} {what:?}: {is_sure} {record:?}"));
         let is_lost = self.metadata.random.below(100) < self.metadata.lost_percent;
@@ -158,6 +170,40 @@ impl World {
             let delay_ns = self.metadata.random.range(500_000..20_000_000);
             self.answer_wish(node, life, volume, delay_ns, Outcome { is_sure, record: Some(record) });
         }
+    }
+
+    fn name_head(&mut self, volume: usize, now: Record, node: usize) -> Record {
+        let after = Record { takeover: now.takeover + 1, head: Some(node_id(node)), is_moving: false, ..now };
+        self.metadata.successors[volume] = None;
+        self.metadata.replace(volume, after)
+    }
+
+    /// Somebody wishes that a node be the head, if it has a copy in sync.
+    pub(super) fn wish_for_move(&mut self, volume: usize, node: usize) {
+        let now = self.metadata.records[volume].clone();
+        let is_owner = |partition: &Partition| {
+            partition.owners.iter().any(|owner| super::node_of(owner.site.node) == node)
+        };
+        let has_copy = self.metadata.partitions[volume].iter().any(is_owner)
+            && !now.stale.contains_key(&super::member_of(node));
+        if !self.metadata.is_away && has_copy && now.head.is_some_and(|head| head != node_id(node)) {
+            self.metadata.successors[volume] = Some(node);
+            self.metadata.replace(volume, Record { is_moving: true, ..now });
+        }
+    }
+
+    /// And that it need not be any more.
+    pub(super) fn take_wish_back(&mut self, volume: usize) {
+        let now = self.metadata.records[volume].clone();
+        if !self.metadata.is_away && now.is_moving {
+            self.metadata.replace(volume, Record { is_moving: false, ..now });
+        }
+    }
+
+    /// A head has given its grants back.
+    pub(super) fn handed_over(&mut self, node: usize, volume: usize) {
+        let revision = self.metadata.records[volume].revision;
+        self.send_wish(node, volume, What::HandOver { revision });
     }
 
     /// No ejection leaves fewer members in sync than must be (I5).
@@ -231,6 +277,11 @@ impl World {
                 } else if !self.nodes[node].has_head(volume) {
                     self.nodes[node].is_asking[volume] = true;
                     self.send_wish(node, volume, What::Touch { revision: record.revision });
+                } else if !self.nodes[node].is_in_doubt(volume)
+                    && self.nodes[node].head_takeover(volume) == Some(record.takeover)
+                    && self.nodes[node].known_revision(volume) < Some(record.revision)
+                {
+                    self.tell_record(node, volume, record);
                 }
                 continue;
             }

@@ -165,6 +165,11 @@ impl Node {
         Some(self.engine()?.head(volume_id(volume))?.generation().takeover)
     }
 
+    /// Revision of the record that its head of the volume serves under.
+    pub(super) fn known_revision(&self, volume: usize) -> Option<u64> {
+        Some(self.engine()?.head(volume_id(volume))?.membership().record().revision)
+    }
+
     /// Whether this process had a head of the volume under that take-over.
     pub(super) fn has_used(&self, volume: usize, takeover: u64) -> bool {
         let used = self.engine().and_then(|engine| engine.used(volume_id(volume)));
@@ -451,6 +456,14 @@ impl World {
                 let volume = volume_of(volume);
                 self.nodes[node].is_asking[volume] = true;
                 self.wish_for_change(node, volume, revision, change);
+            }
+            Output::HandedOver(volume, _, has_handed_over) => {
+                self.note(|| {
+                    format!("node {node}: volume {} handed over: {has_handed_over}", volume_of(volume))
+                });
+                if has_handed_over {
+                    self.handed_over(node, volume_of(volume));
+                }
             }
             Output::Ended(volume, _, end) => {
                 let volume = volume_of(volume);

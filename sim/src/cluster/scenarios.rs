@@ -25,11 +25,13 @@ pub enum Scenario {
     Logs,
     /// All lose power, with blocks cut short and blocks rotten.
     Power,
+    /// A head is asked to hand over, and does, or cannot, or is disturbed.
+    HandOver,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Scenario; 7] = [
+    pub const ALL: [Scenario; 8] = [
         Scenario::Any,
         Scenario::Fence,
         Scenario::Return,
@@ -37,6 +39,7 @@ impl Scenario {
         Scenario::Stall,
         Scenario::Logs,
         Scenario::Power,
+        Scenario::HandOver,
     ];
 
     /// One of its runs.
@@ -50,6 +53,7 @@ impl Scenario {
             Scenario::Stall => stall(random),
             Scenario::Logs => logs(random),
             Scenario::Power => power(random),
+            Scenario::HandOver => hand_over(random),
         }
     }
 }
@@ -301,4 +305,48 @@ fn power(random: &mut Random) -> Plan {
     let plan = scripted(random, 3, copies, script);
     let troubles = if random.coin() { vec![Trouble::Rot] } else { Vec::new() };
     Plan { troubles, pause_ns: random.range(50 * MS..500 * MS), ..plan }
+}
+
+/// Parts: 0 the head, 1 a copy that both can reach, 2 another copy.
+fn hand_over(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..1 + random.index(3) {
+        // What is in progress when the wish comes takes some time.
+        match random.index(6) {
+            0 => script.push(Step::SlowDisk(1, random.magnitude(10 * MS..900 * MS))),
+            1 => script.push(Step::SlowDisk(0, random.magnitude(10 * MS..900 * MS))),
+            2 => script.push(Step::SlowLink(0, 1, random.magnitude(5 * MS..500 * MS))),
+            3 => script.push(Step::SlowLink(1, 0, random.magnitude(5 * MS..500 * MS))),
+            _ => {}
+        }
+        if random.one_in(4) {
+            script.extend([Step::Kill(2, power_off(random)), wait(random, 1_100, 2_600), Step::Boot(2)]);
+            script.push(wait(random, 5, 600));
+        }
+        let successor = 1 + random.index(2);
+        script.extend([wait(random, 1, 300), Step::HandOver(successor), wait(random, 20, 400)]);
+        match random.index(9) {
+            // The head hands over, goes on because nobody hears of it, and is replaced by somebody that it does not hear of.
+            0 | 1 => {
+                script.extend([Step::NoMetadata(0), wait(random, 2_000, 2_700), Step::Part(0, 2)]);
+                script.extend([Step::TakeOver(2), wait(random, 900, 2_500)]);
+                script.extend([Step::MetadataAway(false), Step::Join(0, 2)]);
+            }
+            2 => script.extend([Step::AnswersLost(100), wait(random, 100, 2_700), Step::AnswersLost(0)]),
+            3 => script.push(Step::Stay),
+            4 => script.extend([Step::Kill(0, power_off(random)), wait(random, 5, 2_000), Step::Boot(0)]),
+            5 => {
+                script.extend([Step::Kill(successor, power_off(random)), wait(random, 5, 2_600)]);
+                script.push(Step::Boot(successor));
+            }
+            6 => script.push(Step::Restart(random.index(3))),
+            7 => script.extend([Step::Reset(0, 1), wait(random, 1, 50), Step::TakeOver(random.index(3))]),
+            _ => {}
+        }
+        script.extend([wait(random, 10, 1_500), Step::SlowDisk(0, 0), Step::SlowDisk(1, 0)]);
+        script.extend([wait(random, 10, 800), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    let plan = scripted(random, 3, copies, script);
+    Plan { is_flooded: true, ..plan }
 }

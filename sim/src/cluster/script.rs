@@ -43,6 +43,10 @@ pub enum Step {
     Resume(Part),
     /// A node takes the volume over.
     TakeOver(Part),
+    /// It is wished that a node be the head.
+    HandOver(Part),
+    /// That is wished no longer.
+    Stay,
     /// The metadata store is away or back.
     MetadataAway(bool),
     /// One node does not reach it.
@@ -140,6 +144,8 @@ impl World {
                     self.take_over(node(part), 0);
                 }
             }
+            Step::HandOver(part) => self.wish_for_move(0, node(part)),
+            Step::Stay => self.take_wish_back(0),
             Step::MetadataAway(is_away) => {
                 self.metadata.is_away = is_away;
                 self.metadata.away_from.clear();

@@ -93,6 +93,11 @@ impl World {
                 }
                 return;
             }
+            Trouble::HandOver => {
+                let volume = self.troubles.random.index(self.plan.volumes);
+                self.wish_for_move(volume, node);
+                return;
+            }
             Trouble::NoMetadata => {
                 if self.troubles.random.coin() {
                     self.metadata.away_from.insert(node);
@@ -188,6 +193,7 @@ impl World {
             }
             Trouble::Restart
             | Trouble::TakeOver
+            | Trouble::HandOver
             | Trouble::Rot
             | Trouble::SlowLink
             | Trouble::Reset
