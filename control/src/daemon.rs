@@ -1,6 +1,6 @@
 //! `torusd`: looks at everything that could be wrong, then runs a node until it is told to stop.
 //!
-//! Ends with 0 when it was stopped (SIGTERM, SIGINT: the data plane drains first; SIGUSR1: the data plane stays), with 2 when
+//! Ends with 0 when it was stopped (SIGTERM, SIGINT: it hands its heads over and the data plane drains first; SIGUSR1: the data plane stays), with 2 when
 //! the data plane refused its configuration, and with 1 on any other failure. It dies without harm at any point: the data
 //! plane goes on, and the next `torusd` finds it.
 
@@ -29,6 +29,7 @@ use crate::meta::MetaStore;
 use crate::meta::embedded::EmbeddedStore;
 use crate::meta::etcd::{EtcdOptions, EtcdStore};
 use crate::model::{DEFAULT_EXTENT_BYTES, LiveRecord, NodeRecord, StatusRecord, StoreSpec, check_name};
+use crate::moves;
 use crate::node::{Follower, Links, Node, SessionEnd, keep_key, session, unix_s};
 use crate::ops;
 use crate::reconcile::Settings;
@@ -439,11 +440,12 @@ pub async fn run(options: Options) -> Result<ExitCode> {
     );
     let follower = tokio::spawn(follower.run(stopped));
     let supervisor = tokio::spawn(async move { supervise::run(&program, &mut starts, wished, &state).await });
-    Tasks { ordered, session, follower, supervisor, stop }.until_the_end().await
+    Tasks { node, ordered, session, follower, supervisor, stop }.until_the_end().await
 }
 
 /// What runs until the node ends.
 struct Tasks {
+    node: Arc<Node>,
     ordered: JoinHandle<Result<Order>>,
     session: JoinHandle<SessionEnd>,
     follower: JoinHandle<()>,
@@ -460,7 +462,10 @@ impl Tasks {
                     tracing::info!("leaving the data plane running");
                     return Ok(ExitCode::SUCCESS);
                 }
-                Order::Stop => tracing::info!("stopping: the data plane drains"),
+                Order::Stop => {
+                    tracing::info!("stopping: heads are handed over, then the data plane drains");
+                    moves::leave(&self.node).await;
+                }
             },
             end = &mut self.supervisor => return supervision_ended(end??),
             end = &mut self.session => match end? {

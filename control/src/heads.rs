@@ -5,6 +5,7 @@
 //! - A stale member's mark does not move until it is in sync again.
 //! - No change calls members stale so that fewer than must be stay in sync ([`HeadsRecord::min_in_sync`]).
 //! - The take-over number only grows.
+//! - Who is wished to be head next has a copy in sync; the wish ends with the next take-over.
 //!
 //! The record's modification revision is the *revision* that heads compute their wishes from; every change compares it.
 
@@ -17,7 +18,7 @@ use cluster_map::{
 use serde::{Deserialize, Serialize};
 
 use crate::meta::Revision;
-use crate::model::text;
+use crate::model::{text, text_option};
 
 /// Partitions of a new volume.
 pub const SPREAD: usize = 16;
@@ -85,6 +86,9 @@ pub struct HeadsRecord {
     /// Members that miss writes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stale: Vec<StaleRecord>,
+    /// The node that is wished to be head next: the present one hands over.
+    #[serde(default, with = "text_option", skip_serializing_if = "Option::is_none")]
+    pub move_to: Option<NodeId>,
 }
 
 fn are_different<T: Ord>(mut items: impl Iterator<Item = T>) -> bool {
@@ -109,7 +113,7 @@ impl HeadsRecord {
             PartitionRecord { epoch: 1, owners, incomplete: Vec::new() }
         };
         let partitions = (0..SPREAD).map(partition).collect();
-        Self { takeover: 1, head, min_copies, lane, members, partitions, stale: Vec::new() }
+        Self { takeover: 1, head, min_copies, lane, members, partitions, stale: Vec::new(), move_to: None }
     }
 
     /// Whether the record keeps the invariants; what it breaks, in words.
@@ -121,6 +125,10 @@ impl HeadsRecord {
         let rules = [
             (self.takeover > 0, "the take-over number is 0"),
             (self.members.iter().any(|member| member.node == self.head), "its head has no part of it"),
+            (
+                self.move_to.is_none_or(|to| self.members.iter().any(|member| member.node == to)),
+                "who is to be its head has no part of it",
+            ),
             (are_different(self.members.iter().map(|member| member.store)), "a store is named twice"),
             ((1..=MAX_PARTITIONS).contains(&self.partitions.len()), "the number of partitions"),
             (self.stale.iter().all(|stale| known(&stale.member)), "who is stale is no member"),
@@ -211,6 +219,8 @@ impl HeadsRecord {
             let member = self.index(*coming)?;
             after.stale.retain(|stale| stale.member != member);
         }
+        let is_fit = |to: &NodeId| after.members_in_sync().any(|member| member.node == *to);
+        after.move_to = after.move_to.filter(is_fit);
         let ejects_too_many = self.partitions.iter().any(|partition| {
             let left = after.in_sync(partition);
             left < self.in_sync(partition) && left < self.min_in_sync(partition)
@@ -222,7 +232,7 @@ impl HeadsRecord {
     #[must_use]
     pub fn taken_over(&self, by: NodeId) -> Option<Self> {
         let takeover = self.takeover.checked_add(1)?;
-        let after = Self { takeover, head: by, ..self.clone() };
+        let after = Self { takeover, head: by, move_to: None, ..self.clone() };
         after.check().is_ok().then_some(after)
     }
 
@@ -249,6 +259,7 @@ impl HeadsRecord {
             min_copies: self.min_copies,
             partitions: self.partitions.iter().map(partition).collect(),
             stale: stale.collect(),
+            is_moving: self.move_to.is_some_and(|to| to != self.head),
         }
     }
 }
@@ -402,6 +413,7 @@ mod tests {
             head: Some(record.head),
             stale: desired.stale.iter().map(|s| (member(s.member), Version(s.mark))).collect(),
             min_copies: desired.min_copies,
+            is_moving: desired.is_moving,
         };
         Membership::new(desired.volume, partitions.collect(), of_head, None)
     }

@@ -16,6 +16,7 @@ pub mod heads;
 pub mod known;
 pub mod meta;
 pub mod model;
+pub mod moves;
 pub mod node;
 pub mod ops;
 pub mod placement;

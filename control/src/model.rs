@@ -101,11 +101,11 @@ pub(crate) mod text {
 }
 
 /// Serde adapter for optional identifiers.
-mod text_option {
+pub(crate) mod text_option {
     use super::{Deserialize, FromStr, fmt};
     use serde::{Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<T: fmt::Display, S: Serializer>(
+    pub(crate) fn serialize<T: fmt::Display, S: Serializer>(
         value: &Option<T>,
         s: S,
     ) -> Result<S::Ok, S::Error> {
@@ -115,7 +115,7 @@ mod text_option {
         }
     }
 
-    pub(super) fn deserialize<'de, T, D>(d: D) -> Result<Option<T>, D::Error>
+    pub(crate) fn deserialize<'de, T, D>(d: D) -> Result<Option<T>, D::Error>
     where
         T: FromStr,
         T::Err: fmt::Display,

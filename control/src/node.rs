@@ -21,6 +21,7 @@ use crate::known::{Knowledge, Known};
 use crate::meta::reflector::{Backoff, Reflector};
 use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
+use crate::moves::Moves;
 use crate::ops::{self, Plan, Refusal, RefusalKind};
 use crate::reconcile::{self, Settings};
 use crate::starts::StartsInMap;
@@ -436,6 +437,7 @@ pub struct Follower {
     reported: Option<(Option<u64>, Option<u64>, String)>,
     changes: AoeChanges,
     vigil: Vigil,
+    moves: Moves,
     /// When a take-over is due, if nothing changes.
     take_over_at: Option<Instant>,
     /// Changes are not computed on a view older than the last one made.
@@ -482,6 +484,7 @@ impl Follower {
             reported: None,
             changes,
             vigil: Vigil::default(),
+            moves: Moves::default(),
             take_over_at: None,
             seen_after: Revision(0),
             started: Instant::now(),
@@ -575,8 +578,11 @@ impl Follower {
         self.report(observed.as_deref());
         let due = self.due(&known, observed.as_deref());
         let silent = self.look_for_silent_heads(&known, observed.as_deref());
+        let moves = self.look_for_moves(&known, observed.as_deref());
         drop(known);
-        let taken_over = self.take_over(silent).await;
+        // First what initiators wait for.
+        let moved = self.move_heads(moves).await;
+        let taken_over = self.take_over(silent).await && moved;
         published && self.record(due).await && taken_over
     }
 
@@ -587,6 +593,30 @@ impl Follower {
         let look = self.vigil.look(&known.view, self.node.id, observed, self.started.elapsed());
         self.take_over_at = look.next.map(|next| self.started + next);
         takeover::batches(&known.view, self.node.id, &look.due)
+    }
+
+    /// What is to be changed for heads of this node that are to move.
+    fn look_for_moves(&mut self, known: &Known, observed: Option<&Observed>) -> Vec<Txn> {
+        if !known.usable() || !known.connected || known.revision < self.seen_after {
+            return Vec::new();
+        }
+        let told = self.published.as_deref().zip(observed);
+        self.moves.look(&known.view, self.node.id, told, self.started.elapsed())
+    }
+
+    /// Names the successors of heads that have handed over, and gives up what cannot be; false if it is to be tried again.
+    async fn move_heads(&mut self, txns: Vec<Txn>) -> bool {
+        for txn in txns {
+            match self.node.meta.txn(txn).await {
+                Ok(TxnOutcome::Committed(revision)) => self.seen_after = self.seen_after.max(revision),
+                Ok(TxnOutcome::Conflict) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot name the successor of a head: it goes on by itself");
+                    return false;
+                }
+            }
+        }
+        true
     }
 
     /// Becomes head in place of heads that are silent; false if it is to be tried again.

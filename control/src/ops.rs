@@ -87,12 +87,21 @@ impl Refusal {
         Self::new(RefusalKind::Conflict, "not_exported", message, "see `torusblk list`")
     }
 
-    fn no_volume(name: &str) -> Self {
+    pub(crate) fn no_volume(name: &str) -> Self {
         Self::new(
             RefusalKind::NotFound,
             "no_such_volume",
             format!("there is no volume {name}"),
             "see `torusctl volume list`",
+        )
+    }
+
+    pub(crate) fn no_node(name: &str) -> Self {
+        Self::new(
+            RefusalKind::NotFound,
+            "no_such_node",
+            format!("there is no node {name}"),
+            "see `torusctl node list`",
         )
     }
 }
@@ -765,7 +774,7 @@ pub fn check_store(spec: &StoreSpec) -> Result<(), Refusal> {
 pub fn add_store(view: &View, node: &str, spec: &StoreSpec) -> Result<Plan<NodeId>, Refusal> {
     initialised(view)?;
     check_store(spec)?;
-    let (id, entry) = view.node(node).ok_or_else(|| no_node(node))?;
+    let (id, entry) = view.node(node).ok_or_else(|| Refusal::no_node(node))?;
     if let Some(known) = entry.record.stores.iter().find(|s| s.path == spec.path) {
         if known.size == spec.size || spec.size == 0 {
             return Ok(Plan::Done(id));
@@ -784,22 +793,13 @@ pub fn add_store(view: &View, node: &str, spec: &StoreSpec) -> Result<Plan<NodeI
     Ok(Plan::Commit(txn, id))
 }
 
-fn no_node(name: &str) -> Refusal {
-    Refusal::new(
-        RefusalKind::NotFound,
-        "no_such_node",
-        format!("there is no node {name}"),
-        "see `torusctl node list`",
-    )
-}
-
 /// Makes a node close a store that holds no volume; what is on the disk stays there.
 ///
 /// # Errors
 /// No such store, or volumes are on it.
 pub fn remove_store(view: &View, node: &str, path_or_id: &str, seen: &mut bool) -> Result<Plan<()>, Refusal> {
     initialised(view)?;
-    let (id, entry) = view.node(node).ok_or_else(|| no_node(node))?;
+    let (id, entry) = view.node(node).ok_or_else(|| Refusal::no_node(node))?;
     let wanted: Option<StoreId> = path_or_id.parse().ok();
     let on_node = |s: &Entry<StoreRecord>| s.record.node == id;
     let store = view

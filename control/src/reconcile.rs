@@ -497,6 +497,7 @@ fn head_words(state: HeadState) -> &'static str {
         HeadState::Serving => "serving",
         HeadState::Replaced => "replaced",
         HeadState::Past => "past",
+        HeadState::HandedOver => "handed over",
     }
 }
 

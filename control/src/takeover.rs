@@ -56,7 +56,7 @@ pub enum Why {
 }
 
 /// A number by which candidates are ordered, the same on every node.
-fn order(volume: VolumeId, node: NodeId) -> u64 {
+pub(crate) fn order(volume: VolumeId, node: NodeId) -> u64 {
     // FNV-1a over both ids, finished by SplitMix64.
     let seed = volume.0.iter().chain(&node.0).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)

@@ -19,6 +19,7 @@ use torus_control::meta::{MAX_TXN_OPS, MetaStore, Revision, Txn, TxnOutcome};
 use torus_control::model::{
     LiveRecord, NodeRecord, PREFIX, StatusRecord, StoreSpec, View, VolumeState, encode, keys,
 };
+use torus_control::moves::{self, Moves};
 use torus_control::node::{Node, keep_key};
 use torus_control::ops::{self, NewExport, NewVolume, Plan, Refusal};
 use torus_control::reconcile::{self, Settings};
@@ -90,7 +91,7 @@ fn obedient(desired: &Desired, n: u8, silent: &[u8]) -> Observed {
         volume: head.volume,
         takeover: head.takeover,
         start: desired.start,
-        state: HeadState::Serving,
+        state: if head.is_moving { HeadState::HandedOver } else { HeadState::Serving },
         ..ObservedHead::default()
     });
     let granting = desired
@@ -223,6 +224,142 @@ async fn a_volume_is_ready_when_every_owner_has_made_it_and_only_its_head_serves
             assert_eq!(head.partitions.len(), 16);
         }
     }
+}
+
+/// Wishes that a node be head of the volume.
+async fn move_to(meta: &MemoryStore, node: &str) -> Result<VolumeId, Refusal> {
+    change(meta, |v| moves::move_head(v, "v1", node)).await
+}
+
+/// One look of node `n` at the moves of its heads, with what its data plane says if it does as it is told.
+async fn follow_moves(meta: &MemoryStore, follower: &mut Moves, n: u8, obeys: bool, now_s: u64) -> usize {
+    let now = view(meta).await;
+    let published = desired(&now, n);
+    let observed = obedient(&published, n, &[]);
+    let told = obeys.then_some((&published, &observed));
+    let txns = follower.look(&now, node_id(n), told, Duration::from_secs(now_s));
+    for txn in &txns {
+        assert!(meta.txn(txn.clone()).await.unwrap().committed());
+    }
+    txns.len()
+}
+
+#[tokio::test]
+async fn a_head_moves_when_it_has_handed_over_and_not_before() {
+    let meta = replicated().await;
+    move_to(&meta, "n2").await.unwrap();
+    let before = view(&meta).await;
+    assert!(desired(&before, 1).heads[0].is_moving, "its data plane is told");
+    assert_eq!((heads(&before).takeover, heads(&before).head), (1, node_id(1)));
+    move_to(&meta, "n2").await.unwrap();
+    assert_eq!(view(&meta).await, before, "asked for again it changes nothing");
+    let (mut first, mut second) = (Moves::default(), Moves::default());
+    assert_eq!(follow_moves(&meta, &mut first, 1, false, 0).await, 0, "it has not handed over");
+    assert_eq!(follow_moves(&meta, &mut second, 2, true, 0).await, 0, "it is not the head");
+    assert_eq!(follow_moves(&meta, &mut first, 1, true, 1).await, 1);
+    let after = view(&meta).await;
+    assert_eq!((heads(&after).takeover, heads(&after).head, heads(&after).move_to), (2, node_id(2), None));
+    assert!(desired(&after, 1).heads.is_empty() && !desired(&after, 2).heads[0].is_moving);
+    // What it said of the head that it had says nothing of one that it has again.
+    move_to(&meta, "n1").await.unwrap();
+    let now = view(&meta).await;
+    let (published, mut observed) = (desired(&now, 2), obedient(&desired(&now, 2), 2, &[]));
+    observed.heads[0].takeover = 1;
+    assert!(second.look(&now, node_id(2), Some((&published, &observed)), Duration::ZERO).is_empty());
+    assert_eq!(follow_moves(&meta, &mut second, 2, true, 2).await, 1);
+    assert_eq!(heads(&view(&meta).await).head, node_id(1));
+}
+
+#[tokio::test]
+async fn a_wish_is_given_up_when_it_cannot_be_or_takes_too_long() {
+    let meta = replicated().await;
+    let mut follower = Moves::default();
+    move_to(&meta, "n2").await.unwrap();
+    assert_eq!(follow_moves(&meta, &mut follower, 1, false, 5).await, 0);
+    assert_eq!(follow_moves(&meta, &mut follower, 1, false, 14).await, 0);
+    assert_eq!(follow_moves(&meta, &mut follower, 1, true, 15).await, 1, "it has had its ten seconds");
+    let seen = view(&meta).await;
+    assert_eq!((heads(&seen).takeover, heads(&seen).move_to), (1, None));
+    // The successor dies after the head has handed over: the head goes on.
+    move_to(&meta, "n2").await.unwrap();
+    let gone = Txn::new().delete(keys::live(node_id(2))).delete(keys::status(node_id(2)));
+    meta.txn(gone).await.unwrap();
+    assert_eq!(follow_moves(&meta, &mut follower, 1, true, 15).await, 1);
+    let seen = view(&meta).await;
+    assert_eq!((heads(&seen).takeover, heads(&seen).head, heads(&seen).move_to), (1, node_id(1), None));
+    // Nor does it outlive that its copy is called stale, or a take-over.
+    let record = heads(&seen);
+    let wished = HeadsRecord { move_to: Some(node_id(3)), ..record.clone() };
+    let eject = [StaleMark { member: member(3), mark: 4 }];
+    assert_eq!(wished.changed(&eject, &[]).unwrap().move_to, None);
+    assert_eq!(wished.taken_over(node_id(2)).unwrap().move_to, None);
+    let other = [StaleMark { member: member(2), mark: 4 }];
+    assert_eq!(wished.changed(&other, &[]).unwrap().move_to, Some(node_id(3)));
+}
+
+#[tokio::test]
+async fn the_successor_is_alive_when_it_is_named() {
+    let meta = replicated().await;
+    move_to(&meta, "n2").await.unwrap();
+    let now = view(&meta).await;
+    let published = desired(&now, 1);
+    let observed = obedient(&published, 1, &[]);
+    let txns = Moves::default().look(&now, node_id(1), Some((&published, &observed)), Duration::ZERO);
+    meta.txn(Txn::new().delete(keys::live(node_id(2)))).await.unwrap();
+    assert_eq!(meta.txn(txns[0].clone()).await.unwrap(), TxnOutcome::Conflict);
+}
+
+#[tokio::test]
+async fn who_cannot_be_head_is_refused_with_the_reason() {
+    let meta = cluster(4).await;
+    create(&meta, 1, 3).await.unwrap();
+    create(&meta, 2, 1).await.unwrap();
+    for n in 1..=4 {
+        round(&meta, n, &[]).await;
+    }
+    let seen = view(&meta).await;
+    let head = heads(&seen).head.0[0];
+    let owners: Vec<u8> = heads(&seen).members.iter().map(|member| member.node.0[0]).collect();
+    let without = (1..=4).find(|n| !owners.contains(n)).unwrap();
+    let other = *owners.iter().find(|n| **n != head).unwrap();
+    assert_eq!(code(move_to(&meta, &format!("n{without}")).await), "no_copy");
+    assert_eq!(code(move_to(&meta, "n9").await), "no_such_node");
+    assert_eq!(code(change(&meta, |v| moves::move_head(v, "v9", "n1")).await), "no_such_volume");
+    assert_eq!(code(change(&meta, |v| moves::move_head(v, "v2", "n1")).await), "not_replicated");
+    move_to(&meta, &format!("n{head}")).await.unwrap();
+    assert_eq!(view(&meta).await.heads, seen.heads, "it is the head");
+    let refused = |change: &dyn Fn(&mut View)| {
+        let mut view = seen.clone();
+        change(&mut view);
+        let name = format!("n{other}");
+        moves::move_head(&view, "v1", &name).map(drop).unwrap_err().code
+    };
+    let status = |view: &mut View, change: &dyn Fn(&mut StatusRecord)| {
+        change(view.status.get_mut(&node_id(other)).unwrap());
+    };
+    assert_eq!(refused(&|v| drop(v.live.remove(&node_id(other)))), "node_down");
+    assert_eq!(refused(&|v| drop(v.live.remove(&node_id(head)))), "head_down");
+    assert_eq!(refused(&|v| make_stale(v, other)), "not_in_sync");
+    assert_eq!(refused(&|v| status(v, &|s| s.stores[0].state = "opening".into())), "store_not_open");
+    assert_eq!(refused(&|v| status(v, &|s| s.stores[0].incarnation = 2)), "store_not_open");
+    assert_eq!(refused(&|v| status(v, &|s| s.replicates = false)), "cannot_replicate");
+}
+
+#[tokio::test]
+async fn a_node_that_stops_wishes_its_heads_to_others_that_are_fit() {
+    let meta = replicated().await;
+    let seen = view(&meta).await;
+    let (txns, going) = moves::leaving(&seen, node_id(1));
+    assert_eq!((txns.len(), going), (1, 1));
+    assert!(meta.txn(txns[0].clone()).await.unwrap().committed());
+    let wished = view(&meta).await;
+    assert!(heads(&wished).move_to.is_some_and(|to| to != node_id(1)));
+    assert_eq!(moves::leaving(&wished, node_id(1)).0.len(), 0, "wished for already");
+    assert_eq!(follow_moves(&meta, &mut Moves::default(), 1, true, 0).await, 1);
+    assert_eq!(moves::leaving(&view(&meta).await, node_id(1)).1, 0);
+    let mut alone = seen;
+    alone.live.retain(|node, _| *node == node_id(1));
+    assert_eq!(moves::leaving(&alone, node_id(1)).1, 0, "nobody can take it: it is not waited for");
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ use super::{document, render};
 use crate::checks;
 use crate::known::Known;
 use crate::model::{Address, DEFAULT_EXTENT_BYTES, StoreSpec, View, VolumeState};
+use crate::moves;
 use crate::node::{Node, unix_s};
 use crate::ops::{self, NewExport, NewVolume, Refusal, RefusalKind};
 
@@ -120,7 +121,7 @@ pub(crate) async fn nodes(State(node): Shared) -> Answer<t::NodeList> {
 pub(crate) async fn node(State(node): Shared, Path(name): Path<String>) -> Answer<t::Node> {
     let known = known(&node)?;
     let name = resolve_self(&node, &name);
-    let (id, entry) = known.view.node(&name).ok_or_else(|| no_node(&name))?;
+    let (id, entry) = known.view.node(&name).ok_or_else(|| Refusal::no_node(&name))?;
     let map = (id == node.id).then(|| node.map()).flatten();
     let cores = map.as_ref().and_then(|map| Some(render::cores(&map.desired().ok()?.cores, &map.stats())));
     let mut answer = render::node(&known.view, id, &entry.record, cores);
@@ -132,11 +133,6 @@ pub(crate) async fn node(State(node): Shared, Path(name): Path<String>) -> Answe
 
 fn resolve_self(node: &Node, name: &str) -> String {
     if name == "self" { node.id.to_string() } else { name.to_owned() }
-}
-
-fn no_node(name: &str) -> Refusal {
-    let message = format!("there is no node {name}");
-    Refusal::new(RefusalKind::NotFound, "no_such_node", message, "see `torusctl node list`")
 }
 
 #[utoipa::path(get, path = "/v1/stores", tag = "stores",
@@ -288,6 +284,36 @@ pub(crate) async fn resize_volume(
         Some(id) => settled(&node, id, wait.asked(), false).await,
         None => Ok((StatusCode::ACCEPTED, Json(volume_answer(&node.known(), &name)?))),
     }
+}
+
+/// The present head finishes what is in progress and hands over; requests wait for that moment. After 202 the move is on its way; after
+/// 200 the named node is head.
+#[utoipa::path(put, path = "/v1/volumes/{name}/head", tag = "volumes", params(("name" = String, Path, description = "Name or id of a volume"), Wait), request_body = t::MoveHeadRequest,
+    responses((status = 200, body = t::VolumeAnswer), (status = 202, body = t::VolumeAnswer), (status = "default", body = t::ErrorBody)))]
+pub(crate) async fn move_head(
+    State(node): Shared,
+    Path(name): Path<String>,
+    Query(wait): Query<Wait>,
+    Body(request): Body<t::MoveHeadRequest>,
+) -> Result<(StatusCode, Json<t::VolumeAnswer>), ApiError> {
+    let to = resolve_self(&node, &request.node);
+    let id = node.change(|view| moves::move_head(view, &name, &to)).await?;
+    let target = node.known().view.node(&to).map(|(id, _)| id);
+    let moving = |view: &View| {
+        view.heads.get(&id).is_some_and(|h| h.record.move_to.is_some() && h.record.move_to == target)
+    };
+    let known = if wait.asked() { wait_for(&node, |view| !moving(view)).await } else { node.known() };
+    let is_head = target.is_some() && known.view.serving_node(id) == target;
+    if !is_head && !moving(&known.view) {
+        let message = format!(
+            "volume {name} has not moved: its head could not hand over, or {} was not fit any more",
+            request.node
+        );
+        let hint = format!("see `torusctl volume show {name}` and repeat it");
+        return Err(Refusal::new(RefusalKind::Conflict, "not_moved", message, hint).into());
+    }
+    let status = if is_head { StatusCode::OK } else { StatusCode::ACCEPTED };
+    Ok((status, Json(volume_answer(&known, &id.to_string())?)))
 }
 
 /// There is no way back. The volume is gone when it is listed no more; `?wait` waits for that.

@@ -51,6 +51,7 @@ fn parts() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
         .routes(routes!(scrubs::scrub, scrubs::start_scrub, scrubs::stop_scrub))
         .routes(routes!(handlers::volumes, handlers::create_volume))
         .routes(routes!(handlers::volume, handlers::resize_volume, handlers::delete_volume))
+        .routes(routes!(handlers::move_head))
         .routes(routes!(handlers::exports, handlers::create_export))
         .routes(routes!(handlers::export, handlers::delete_export))
         .routes(routes!(settings::config_string, settings::set_config_string))

@@ -217,6 +217,7 @@ fn head(view: &View, id: VolumeId, heads: &Entry<HeadsRecord>) -> t::VolumeHead 
         copies_needed: count(needed.unwrap_or(1)),
         resync_extents: named.map_or(0, |named| named.resync_extents),
         blocked: named.map(|named| named.blocked.clone()).unwrap_or_default(),
+        moving_to: record.move_to.map(|to| view.node_label(to)).unwrap_or_default(),
     }
 }
 

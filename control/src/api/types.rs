@@ -370,6 +370,14 @@ pub struct ResizeRequest {
     pub allow_data_loss: bool,
 }
 
+/// Who is to be the head of a volume.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MoveHeadRequest {
+    /// Name or id of a node with a copy in sync, or `self` for the answering node. The node that is head takes a wish back.
+    pub node: String,
+}
+
 /// Work in progress.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
@@ -401,7 +409,7 @@ pub struct VolumeHead {
     pub node: String,
     /// How often the volume has got a head.
     pub takeover: u64,
-    /// `opening`, `serving`, `replaced`, `past`, or `unknown` if its node is not live or cannot name all of its heads.
+    /// `opening`, `serving`, `handed over`, `replaced`, `past`, or `unknown` if its node is not live or cannot name all of its heads.
     pub state: String,
     /// Copies that must be in sync for requests to be carried out.
     pub copies_needed: u64,
@@ -409,6 +417,9 @@ pub struct VolumeHead {
     pub resync_extents: u64,
     /// Why requests wait; may be empty.
     pub blocked: String,
+    /// Name of the node that is to be head next; empty if none is.
+    #[serde(default)]
+    pub moving_to: String,
 }
 
 /// A volume.

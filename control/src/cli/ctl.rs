@@ -157,6 +157,19 @@ enum VolumeCommand {
         #[arg(long)]
         no_wait: bool,
     },
+    /// Have another node be the head of a volume, which answers its initiators; requests wait for a moment
+    #[command(
+        after_help = "Examples:\n  torusctl volume move-head data n2\n  torusctl volume move-head data n2 --json\n  torusctl volume move-head data self --no-wait\n\nThe node must have a copy in sync. To name the node that is head takes a wish back."
+    )]
+    MoveHead {
+        /// Name or id
+        name: String,
+        /// Name or id of the node, or `self` for the one that answers
+        node: String,
+        /// Do not wait
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Delete a volume and its data; there is no way back
     Delete {
         /// Name or id
@@ -455,6 +468,22 @@ async fn volume(client: &Client, json: bool, command: VolumeCommand) -> Done {
             changed(client, json, no_wait, answer, &Asked { size, copies_default: false, verb: "resizing" })
                 .await
         }
+        VolumeCommand::MoveHead { name, node, no_wait } => {
+            let wait = if no_wait { "" } else { "?wait" };
+            let path = format!("/v1/volumes/{}/head{wait}", segment(&name));
+            let request = t::MoveHeadRequest { node };
+            let answer: t::VolumeAnswer = client.request(Method::PUT, &path, Some(&request)).await?;
+            if json {
+                return print_json(&answer);
+            }
+            let v = answer.volume;
+            match v.head.filter(|head| !head.moving_to.is_empty()) {
+                Some(head) => {
+                    print(&format!("volume {} moves from node {} to {}\n", v.name, head.node, head.moving_to))
+                }
+                None => print(&format!("node {} is head of volume {}\n", v.node, v.name)),
+            }
+        }
         VolumeCommand::List => volume_list(client, json).await,
         VolumeCommand::Show { name } => volume_show(client, json, &name).await,
         VolumeCommand::Delete { name, no_wait } => volume_delete(client, json, &name, no_wait).await,
@@ -520,6 +549,9 @@ async fn volume_show(client: &Client, json: bool, name: &str) -> Done {
     let mut replicas: Vec<(&str, String)> = Vec::new();
     if let Some(head) = &v.head {
         replicas.push(("head", format!("node {}, {} (take-over {})", head.node, head.state, head.takeover)));
+        if !head.moving_to.is_empty() {
+            replicas.push(("moves to", format!("node {}", head.moving_to)));
+        }
         replicas.push(("must be in sync", head.copies_needed.to_string()));
         if head.resync_extents > 0 {
             replicas.push(("to be made equal", format!("{} extents", head.resync_extents)));

@@ -62,6 +62,7 @@ impl Cluster {
             min_copies: 0,
             partitions: vec![partition],
             stale: Vec::new(),
+            is_moving: false,
         };
         let written = vec![0; usize::try_from(BLOCKS.end - BLOCKS.start).unwrap()];
         let station = Station::open();

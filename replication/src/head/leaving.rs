@@ -17,7 +17,7 @@ use crate::terms::Member;
 /// For how long requests wait for a hand-over, from the wish to the successor's record.
 const LIMIT_NS: u64 = 2_000_000_000;
 /// How long after that the same wish is not followed again.
-const REST_NS: u64 = 10_000_000_000;
+const REST_NS: u64 = 3_000_000_000;
 /// How long a replica is waited for that was told that it has its grant back. One that was not told opens later.
 const TELL_NS: u64 = 300_000_000;
 
@@ -76,7 +76,8 @@ impl<B> Head<B> {
                 self.stay(memory);
             }
             Leaving::Telling { since_ns, told_ns } => {
-                let is_late = self.now_ns.saturating_sub(told_ns) >= TELL_NS;
+                let is_late =
+                    self.now_ns.saturating_sub(told_ns) >= TELL_NS || mutants::is(Mutant::HandedBackEarly);
                 if is_late || !self.peers.values().any(|peer| peer.is_asked(Purport::Close)) {
                     self.leaving = Leaving::Gone { since_ns };
                     self.outputs.push_back(Output::HandedOver(true));
@@ -114,9 +115,6 @@ impl<B> Head<B> {
     fn give_back(&mut self, memory: &mut impl Memory<Blocks = B>) {
         let open = self.peers.iter().filter(|(_, peer)| peer.is_open());
         let open: Vec<Member> = open.map(|(member, _)| *member).collect();
-        if mutants::is(Mutant::CleanThoughUnequal) {
-            self.ops.retain(|_, op| op.stage == Stage::Waiting);
-        }
         for member in open {
             self.send(member, Purport::Close, memory);
             // Nothing is asked of it, and no grant of it counts, from here on.

@@ -167,7 +167,10 @@ impl World {
             self.coverage.doubts += 1;
             self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, record: None });
         } else {
-            let delay_ns = self.metadata.random.range(500_000..20_000_000);
+            // Whoever has handed over may be the last to hear of its successor.
+            let is_late = matches!(what, What::HandOver { .. }) && self.metadata.random.coin();
+            let most_ns = if is_late { 1_500_000_000 } else { 20_000_000 };
+            let delay_ns = self.metadata.random.range(500_000..most_ns);
             self.answer_wish(node, life, volume, delay_ns, Outcome { is_sure, record: Some(record) });
         }
     }
@@ -203,6 +206,7 @@ impl World {
     /// A head has given its grants back.
     pub(super) fn handed_over(&mut self, node: usize, volume: usize) {
         let revision = self.metadata.records[volume].revision;
+        self.nodes[node].is_asking[volume] = true;
         self.send_wish(node, volume, What::HandOver { revision });
     }
 

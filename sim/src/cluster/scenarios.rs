@@ -316,7 +316,7 @@ fn hand_over(random: &mut Random) -> Plan {
             0 => script.push(Step::SlowDisk(1, random.magnitude(10 * MS..900 * MS))),
             1 => script.push(Step::SlowDisk(0, random.magnitude(10 * MS..900 * MS))),
             2 => script.push(Step::SlowLink(0, 1, random.magnitude(5 * MS..500 * MS))),
-            3 => script.push(Step::SlowLink(1, 0, random.magnitude(5 * MS..500 * MS))),
+            3 => script.push(Step::SlowLink(1, 0, random.range(5 * MS..700 * MS))),
             _ => {}
         }
         if random.one_in(4) {
@@ -325,6 +325,9 @@ fn hand_over(random: &mut Random) -> Plan {
         }
         let successor = 1 + random.index(2);
         script.extend([wait(random, 1, 300), Step::HandOver(successor), wait(random, 20, 400)]);
+        if random.one_in(3) {
+            script.push(Step::Abandon);
+        }
         match random.index(9) {
             // The head hands over, goes on because nobody hears of it, and is replaced by somebody that it does not hear of.
             0 | 1 => {
