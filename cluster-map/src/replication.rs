@@ -151,6 +151,8 @@ pub struct ObservedHead {
     pub resync_extents: u64,
     /// Why requests wait; empty if they do not.
     pub blocked: String,
+    /// In how many seconds these extents will be equal, if it goes on as it did; 0 while nobody can say.
+    pub resync_eta_s: u32,
 }
 
 /// Where a head stands.
@@ -510,11 +512,14 @@ struct HeadSeenRecord {
     copies_in_sync: u8,
     resync_extents: U64,
     blocked: Text,
+    /// From here on absent at level 4.
+    resync_eta_s: U32,
 }
 
 impl Record for HeadSeenRecord {
     const NAME: &'static str = "observed head of a volume";
-    const LEAST: usize = size_of::<Self>();
+    /// Without the time that is left.
+    const LEAST: usize = std::mem::offset_of!(Self, resync_eta_s);
 }
 
 impl HeadSeenRecord {
@@ -528,6 +533,7 @@ impl HeadSeenRecord {
             copies_in_sync: head.copies_in_sync,
             resync_extents: head.resync_extents.into(),
             blocked: out.text(cut(&head.blocked))?,
+            resync_eta_s: head.resync_eta_s.into(),
         })
     }
 
@@ -541,6 +547,7 @@ impl HeadSeenRecord {
             copies_in_sync: self.copies_in_sync,
             resync_extents: self.resync_extents.get(),
             blocked: from.text(self.blocked)?,
+            resync_eta_s: self.resync_eta_s.get(),
         })
     }
 }
@@ -719,15 +726,15 @@ pub(crate) mod strategies {
         })
     }
 
-    type Numbers = (u64, u64, u8, u8, u64);
+    type Numbers = (u64, u64, u8, u8, u64, u32);
 
     pub(crate) fn observed_heads() -> impl Strategy<Value = Vec<ObservedHead>> {
         use HeadState::{HandedOver, Opening, Past, Replaced, Serving};
-        let numbers = (any::<u64>(), any::<u64>(), any::<u8>(), any::<u8>(), any::<u64>());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u8>(), any::<u8>(), any::<u64>(), any::<u32>());
         let of_one = (numbers, select(vec![Opening, Serving, Replaced, Past, HandedOver]), "[ -~ä€]{0,40}");
         btree_map(any::<[u8; 16]>(), of_one, 0..4).prop_map(|heads| {
             let head = |(volume, (numbers, state, blocked)): ([u8; 16], (Numbers, _, _))| {
-                let (takeover, start, copies_needed, copies_in_sync, resync_extents) = numbers;
+                let (takeover, start, copies_needed, copies_in_sync, resync_extents, resync_eta_s) = numbers;
                 ObservedHead {
                     volume: VolumeId(volume),
                     takeover,
@@ -737,6 +744,7 @@ pub(crate) mod strategies {
                     copies_in_sync,
                     resync_extents,
                     blocked,
+                    resync_eta_s,
                 }
             };
             heads.into_iter().map(head).collect()

@@ -11,6 +11,7 @@ pub mod api;
 pub mod checks;
 pub mod cli;
 pub mod client;
+pub mod config;
 pub mod daemon;
 pub mod heads;
 pub mod known;

@@ -7,6 +7,7 @@
 //! | key below `torus/` | value |
 //! |---|---|
 //! | `cluster` | [`ClusterRecord`] |
+//! | `config` | [`ConfigRecord`], once anything was set |
 //! | `cluster-key` | [`ClusterKeyRecord`], where nodes are not given the key in a file |
 //! | `nodes/<node>` | [`NodeRecord`], permanent |
 //! | `node-names/<name>` | [`NodeNameRecord`], makes node names unique |
@@ -30,6 +31,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::config::ConfigRecord;
 use crate::heads::HeadsRecord;
 use crate::meta::{Event, KeyValue, Revision};
 use crate::settings::ExportSettings;
@@ -487,6 +489,9 @@ pub struct HeadStatus {
     pub state: String,
     /// Extents that are still to be made equal, in steps of 64.
     pub resync_extents: u64,
+    /// In how many seconds they will be, in steps; 0 while nobody can say.
+    #[serde(default)]
+    pub resync_eta_s: u64,
     /// Why requests wait; empty if they do not.
     pub blocked: String,
 }
@@ -672,6 +677,8 @@ pub mod keys {
 
     /// The cluster record.
     pub const CLUSTER: &str = "torus/cluster";
+    /// The cluster's settings.
+    pub const CONFIG: &str = "torus/config";
     /// The cluster's key.
     pub const CLUSTER_KEY: &str = "torus/cluster-key";
 
@@ -761,6 +768,8 @@ pub struct View {
     pub cluster: Option<Entry<ClusterRecord>>,
     /// The cluster's key, where one has been made.
     pub cluster_key: Option<Entry<ClusterKeyRecord>>,
+    /// The cluster's settings, once anything was set.
+    pub config: Option<Entry<ConfigRecord>>,
     /// Members.
     pub nodes: BTreeMap<NodeId, Entry<NodeRecord>>,
     /// Owners of node names.
@@ -838,6 +847,10 @@ impl View {
             self.cluster_key = Some(entry(kv)?);
             return Ok(());
         }
+        if key == keys::CONFIG {
+            self.config = Some(entry(kv)?);
+            return Ok(());
+        }
         let Some((kind, rest)) = kind_of(key) else { return Ok(()) };
         match kind {
             "nodes" => drop(self.nodes.insert(part(key, rest)?, entry(kv)?)),
@@ -888,6 +901,10 @@ impl View {
         }
         if key == keys::CLUSTER_KEY {
             self.cluster_key = None;
+            return Ok(());
+        }
+        if key == keys::CONFIG {
+            self.config = None;
             return Ok(());
         }
         let Some((kind, rest)) = kind_of(key) else { return Ok(()) };
@@ -1281,6 +1298,10 @@ mod tests {
                 let members = (change..change + 3).map(member).collect();
                 (keys::heads(id), encode(&HeadsRecord::new(members, node, 0, 0)))
             }
+            12 => {
+                let resync_rate = Some(u64::from(change));
+                (keys::CONFIG.into(), encode(&ConfigRecord { resync_rate }))
+            }
             11 => (keys::CLUSTER_KEY.into(), encode(&ClusterKeyRecord { key: ClusterKey([change; 32]) })),
             9 => (keys::mac(mac), encode(&MacRecord { volume: VolumeId([change; 16]) })),
             _ => {
@@ -1302,7 +1323,7 @@ mod tests {
 
         #[test]
         fn following_is_the_same_as_reading_anew(
-            steps in proptest::collection::vec((0u8..13, 0u8..3, 0u8..4), 1..60),
+            steps in proptest::collection::vec((0u8..14, 0u8..3, 0u8..4), 1..60),
         ) {
             let (mut entries, mut view) = (BTreeMap::new(), View::default());
             for (revision, (kind, n, change)) in (1..).map(Revision).zip(steps) {

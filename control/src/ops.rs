@@ -251,7 +251,14 @@ fn unchanged<T>(key: impl Into<String>, entry: &Entry<T>) -> Compare {
 }
 
 fn initialised(view: &View) -> Result<&ClusterRecord, Refusal> {
-    view.cluster.as_ref().map(|c| &c.record).ok_or_else(Refusal::not_initialised)
+    view.initialised()
+}
+
+impl View {
+    /// The cluster.
+    pub(crate) fn initialised(&self) -> Result<&ClusterRecord, Refusal> {
+        self.cluster.as_ref().map(|c| &c.record).ok_or_else(Refusal::not_initialised)
+    }
 }
 
 /// Whether an `init` made the cluster or found it.

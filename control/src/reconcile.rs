@@ -14,6 +14,7 @@ use cluster_map::{
     VolumeIntent, VolumeObserved, WritePath,
 };
 
+use crate::config::Setting;
 use crate::heads::HeadsRecord;
 use crate::meta::{Compare, MAX_TXN_BYTES, MAX_TXN_OPS, Txn};
 use crate::model::{
@@ -119,6 +120,7 @@ pub fn desired(view: &View, node: NodeId, settings: &Settings) -> Option<Desired
         listen: listen.filter(|addr| addr.has_ports_for(settings.cores.len())),
         peers: peers.collect(),
         heads,
+        resync_bytes_per_s: Setting::ResyncRate.value(view),
         ..Desired::default()
     })
 }
@@ -520,6 +522,7 @@ fn head_statuses(published: &Desired, observed: &Observed) -> (Vec<HeadStatus>, 
             resync_extents: head.map_or(0, |head| head.resync_extents).saturating_add(STEP_EXTENTS - 1)
                 / STEP_EXTENTS
                 * STEP_EXTENTS,
+            resync_eta_s: head.map_or(0, |head| eta_in_steps(head.resync_eta_s)),
             blocked: head.map(|head| shortened(&head.blocked)).unwrap_or_default(),
         })
     };
@@ -528,6 +531,16 @@ fn head_statuses(published: &Desired, observed: &Observed) -> (Vec<HeadStatus>, 
     heads.truncate(STATUS_ENTRIES);
     let newest = published.heads.iter().map(|head| head.revision).max().unwrap_or(0);
     (heads, if all_named { newest } else { 0 })
+}
+
+/// A time that is left, in steps that grow with it: a status is not written anew every second.
+fn eta_in_steps(eta_s: u32) -> u64 {
+    let step = match eta_s {
+        0..60 => 10,
+        60..600 => 60,
+        _ => 300,
+    };
+    u64::from(eta_s).div_ceil(step) * step
 }
 
 fn store_statuses(published: &Desired, observed: &Observed) -> Vec<StoreStatus> {

@@ -13,6 +13,7 @@ use cluster_map::{
 };
 use proptest::prelude::*;
 use tokio::sync::watch;
+use torus_control::config::{self, Setting};
 use torus_control::heads::{HeadsRecord, MemberRecord};
 use torus_control::meta::memory::{MemoryStore, TxnFault};
 use torus_control::meta::{MAX_TXN_OPS, MetaStore, Revision, Txn, TxnOutcome};
@@ -360,6 +361,20 @@ async fn a_node_that_stops_wishes_its_heads_to_others_that_are_fit() {
     let mut alone = seen;
     alone.live.retain(|node, _| *node == node_id(1));
     assert_eq!(moves::leaving(&alone, node_id(1)).1, 0, "nobody can take it: it is not waited for");
+}
+
+#[tokio::test]
+async fn a_setting_is_followed_by_every_node_until_it_is_taken_back() {
+    let meta = cluster(2).await;
+    let rate = |view: &View| (1..=2).map(|n| desired(view, n).resync_bytes_per_s).collect::<Vec<_>>();
+    assert_eq!(rate(&view(&meta).await), [0, 0], "no limit is the default");
+    let setting = Setting::named("resync-rate").unwrap();
+    for (text, expected) in [("200MiB", 200 << 20), ("none", 0), ("1", 1), ("default", 0)] {
+        let value = setting.parse(text).unwrap();
+        change(&meta, |v| config::set(v, setting, value)).await.unwrap();
+        assert_eq!(rate(&view(&meta).await), [expected; 2], "{text}");
+        assert_eq!(setting.set_value(&view(&meta).await), value);
+    }
 }
 
 #[tokio::test]

@@ -98,6 +98,8 @@ pub enum Order {
     Record(VolumeId, Record),
     /// Be the head of the volume no more.
     End(VolumeId),
+    /// Bring members up to date with so many bytes in a second at most, all heads of the core together; 0: as fast as can be.
+    ResyncRate(u64),
 }
 
 /// What a core tells of its heads and replicas: all of it as it is, so that only the newest report counts.
@@ -128,6 +130,8 @@ pub struct HeadReport {
     pub copies: u8,
     /// Extents to be made equal.
     pub extents_to_go: u64,
+    /// In how many seconds they will be, if it goes on as it did; 0 while nobody can say.
+    pub resync_eta_s: u32,
 }
 
 /// How cores reach a store.

@@ -42,6 +42,7 @@ use crate::store::{
 
 /// Extents in one answer to a list: a few pages of a frame.
 const LIST_MAX: usize = 1024;
+const NS_PER_S: u64 = 1_000_000_000;
 /// What a device failed with that nobody has named.
 const EIO: i32 = 5;
 /// Marks the token of a store request that is a replica's work.
@@ -456,6 +457,11 @@ impl Replicating {
         self.drive(ground, |engine, memory, _| engine.end(volume, memory));
     }
 
+    /// Members are brought up to date with so many bytes in a second at most, by all heads of this core; 0: as fast as can be.
+    pub fn set_resync_rate<D: Devices>(&mut self, bytes_per_s: u64, ground: &mut Ground<'_, D>) {
+        self.drive(ground, |engine, memory, boot_ns| engine.set_resync_rate(bytes_per_s, memory, boot_ns));
+    }
+
     /// Ends all heads.
     pub fn end_all<D: Devices>(&mut self, ground: &mut Ground<'_, D>) {
         let volumes: Vec<VolumeId> = self.engine.heads().map(|(volume, _)| volume).collect();
@@ -505,6 +511,9 @@ impl Replicating {
                 in_sync: u8::try_from(in_sync).unwrap_or(u8::MAX),
                 copies: u8::try_from(copies).unwrap_or(u8::MAX),
                 extents_to_go: head.extents_to_go(),
+                resync_eta_s: head
+                    .resync_eta_ns()
+                    .map_or(0, |ns| u32::try_from(ns.div_ceil(NS_PER_S)).unwrap_or(u32::MAX)),
             };
             (volume, report)
         });

@@ -29,6 +29,7 @@ use std::ops::Range;
 use cluster_map::{NodeId, VolumeId};
 use smallvec::SmallVec;
 
+pub(crate) use self::equalize::PIECE_BYTES;
 use self::equalize::{Equalize, Fix, Remedy};
 use self::leaving::Leaving;
 use self::peers::Peer;
@@ -105,6 +106,8 @@ pub enum Output<B> {
     },
     /// Look at the partitions again: a replica knows newer owners.
     Refresh,
+    /// A piece of a member that is brought up to date waits for [`Head::resync`].
+    Resync,
     /// It has given its grants back and waits for its successor, or does so no longer.
     HandedOver(bool),
     /// Nobody wants these any more.
@@ -306,6 +309,13 @@ impl<B> Head<B> {
     pub fn extents_to_go(&self) -> u64 {
         let learners = self.peers.values().filter_map(|peer| peer.learner.as_ref());
         self.unequal.len() as u64 + learners.map(resync::Learner::extents_to_go).sum::<u64>()
+    }
+
+    /// In how many nanoseconds the members that are brought up to date will be so, if it goes on as it did; `None` while nobody can say.
+    #[must_use]
+    pub fn resync_eta_ns(&self) -> Option<u64> {
+        let learners = self.peers.values().filter_map(|peer| peer.learner.as_ref());
+        learners.map(|learner| learner.eta_ns(self.now_ns)).max().flatten()
     }
 
     /// Whether nothing is asked, in progress, unequal or being brought up to date.
@@ -600,7 +610,7 @@ impl<B> Head<B> {
     fn is_held(&self, range: &Range<u64>, but: Option<OpId>) -> bool {
         let overlaps = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         let holds = |job: &Equalize<B>| !(mutants::is(Mutant::CopyWithoutLock) && job.is_resync());
-        self.jobs.values().any(|job| holds(job) && overlaps(&job.range()))
+        self.jobs.values().any(|job| job.holds() && holds(job) && overlaps(&job.range()))
             || self.ops.iter().any(|(at, op)| Some(*at) != but && op.token.is_none() && overlaps(&op.range))
     }
 

@@ -12,6 +12,7 @@
 //! | [`connection`] | who may talk, and how a stream of bytes becomes frames |
 //! | [`grants`] | whether a head may read and acknowledge now (I1) |
 //! | [`replica`] | what a replica accepts, and when it opens a generation (I4, I14) |
+//! | `budget` | how fast members are brought up to date |
 //! | [`mutants`] | what if one of the rules were not kept: for the test of the simulator only |
 //! | [`site`] | the heads and replicas of one core of a node, and what goes between them and other sites |
 //! | [`head`] | how requests of initiators become numbered writes and reads, who is ejected, made equal and taken in again (I5 to I9) |
@@ -19,6 +20,7 @@
 //! Blocks are 4 KiB, extents 4 MiB. The bytes themselves are the driver's: see [`message::Memory`].
 #![forbid(unsafe_code)]
 
+mod budget;
 pub mod connection;
 pub mod grants;
 pub mod head;

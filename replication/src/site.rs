@@ -14,8 +14,9 @@ use std::ops::Range;
 
 use cluster_map::{NodeId, VolumeId};
 
+use crate::budget::Budget;
 use crate::grants::{Grants, RENEW_NS};
-use crate::head::{self, End, Failure, Head, Token};
+use crate::head::{self, End, Failure, Head, PIECE_BYTES, Token};
 use crate::membership::{Change, Membership, Record};
 use crate::message::{Answer, GrantRequest, Memory, Message, Reply, Request};
 use crate::mutants::{self, Mutant};
@@ -112,6 +113,9 @@ pub struct Engine<B> {
     /// The last generation of each volume that had a head here: it is used.
     used: BTreeMap<VolumeId, Generation>,
     grants: Grants,
+    /// For bringing members up to date, and heads that wait for it, once for each piece, in turn.
+    budget: Budget,
+    saving: VecDeque<VolumeId>,
     peers: BTreeMap<Site, Peer<B>>,
     /// From the heads here to the replicas here, and back.
     own: VecDeque<Message<B>>,
@@ -130,6 +134,8 @@ impl<B> Engine<B> {
             stirred: BTreeSet::new(),
             used: BTreeMap::new(),
             grants: Grants::default(),
+            budget: Budget::default(),
+            saving: VecDeque::new(),
             peers: BTreeMap::new(),
             own: VecDeque::new(),
             outputs: VecDeque::new(),
@@ -386,8 +392,34 @@ impl<B> Engine<B> {
             head.tick(&self.grants, memory, now_ns);
         }
         self.stir_all();
+        self.spend(memory);
         self.ask_for_grants(false);
         self.pump(memory);
+    }
+
+    /// Members are brought up to date with so many bytes in a second at most, by all heads together; 0: as fast as can be.
+    pub fn set_resync_rate(&mut self, bytes_per_s: u64, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
+        self.now_ns = now_ns;
+        self.budget.set_rate(bytes_per_s, now_ns);
+        self.spend(memory);
+        self.pump(memory);
+    }
+
+    /// Lets heads go on that wait for something to spend, as far as it goes.
+    fn spend(&mut self, memory: &mut impl Memory<Blocks = B>) {
+        while let Some(volume) = self.saving.front().copied() {
+            let Some(head) = self.heads.get_mut(&volume) else {
+                self.saving.pop_front();
+                continue;
+            };
+            if !self.budget.take(PIECE_BYTES, self.now_ns) {
+                return;
+            }
+            self.saving.pop_front();
+            if head.resync(&self.grants, memory, self.now_ns) {
+                self.stirred.insert(volume);
+            }
+        }
     }
 
     /// What is to be done next, if anything.
@@ -576,6 +608,10 @@ impl<B> Engine<B> {
             }
             head::Output::Change { revision, change } => {
                 self.outputs.push_back(Output::Change { volume, generation, revision, change });
+            }
+            head::Output::Resync => {
+                self.saving.push_back(volume);
+                self.spend(memory);
             }
             head::Output::Refresh => self.outputs.push_back(Output::Refresh(volume)),
             head::Output::HandedOver(has_handed_over) => {

@@ -5,6 +5,7 @@
 //! document at `/v1/openapi.json` cannot miss one.
 
 mod clients;
+mod config;
 mod error;
 mod handlers;
 mod metrics;
@@ -43,6 +44,8 @@ fn parts() -> (Router<Arc<Node>>, utoipa::openapi::OpenApi) {
         .routes(routes!(handlers::openapi))
         .routes(routes!(handlers::status))
         .routes(routes!(handlers::init))
+        .routes(routes!(config::settings))
+        .routes(routes!(config::setting, config::set_setting))
         .routes(routes!(handlers::nodes))
         .routes(routes!(handlers::node))
         .routes(routes!(handlers::stores))

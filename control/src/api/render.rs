@@ -216,6 +216,7 @@ fn head(view: &View, id: VolumeId, heads: &Entry<HeadsRecord>) -> t::VolumeHead 
         state: state.to_owned(),
         copies_needed: count(needed.unwrap_or(1)),
         resync_extents: named.map_or(0, |named| named.resync_extents),
+        resync_eta_s: named.map_or(0, |named| named.resync_eta_s),
         blocked: named.map(|named| named.blocked.clone()).unwrap_or_default(),
         moving_to: record.move_to.map(|to| view.node_label(to)).unwrap_or_default(),
     }

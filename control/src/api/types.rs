@@ -370,6 +370,49 @@ pub struct ResizeRequest {
     pub allow_data_loss: bool,
 }
 
+/// A setting of the cluster.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Setting {
+    /// Its name.
+    pub name: String,
+    /// The value in force, as a number; of a rate bytes per second, 0 for no limit.
+    pub value: u64,
+    /// The value as people write it.
+    pub words: String,
+    /// Whether it was set; else it has its default.
+    pub is_set: bool,
+    /// Its default, as people write it.
+    pub default: String,
+    /// What it is for.
+    pub description: String,
+}
+
+/// The settings of the cluster.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct SettingList {
+    /// How current this is.
+    pub metadata: String,
+    /// By name.
+    pub settings: Vec<Setting>,
+}
+
+/// A setting of the cluster.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct SettingAnswer {
+    /// How current this is.
+    pub metadata: String,
+    /// The setting.
+    pub setting: Setting,
+}
+
+/// What a setting is to be.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SettingRequest {
+    /// As people write it, such as `200MiB` or `none`; `default` takes it back.
+    pub value: String,
+}
+
 /// Who is to be the head of a volume.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -415,6 +458,9 @@ pub struct VolumeHead {
     pub copies_needed: u64,
     /// Extents that are still to be made equal on copies that are brought up to date, in steps of 64.
     pub resync_extents: u64,
+    /// In how many seconds they will be, in steps, if it goes on as it did; 0 while nobody can say.
+    #[serde(default)]
+    pub resync_eta_s: u64,
     /// Why requests wait; may be empty.
     pub blocked: String,
     /// Name of the node that is to be head next; empty if none is.

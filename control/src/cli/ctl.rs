@@ -8,8 +8,8 @@ use clap_complete::Shell;
 use hyper::Method;
 
 use super::{
-    CliError, Common, Done, EXIT_CODES, completion, copies, dash, fields, finish, follow_volume, offline,
-    print, print_json, print_version, scrub, staleness, table, yes_no,
+    CliError, Common, Done, EXIT_CODES, completion, config, copies, dash, fields, finish, follow_volume,
+    offline, print, print_json, print_version, scrub, staleness, table, yes_no,
 };
 use crate::api::types as t;
 use crate::client::{Client, segment};
@@ -25,6 +25,7 @@ Examples:
   torusctl volume list --json
   torusctl node show
   torusctl scrub start --all --wait
+  torusctl config set resync-rate 200MiB
   torusctl --api 10.0.0.7:4321 status
 
 Exports are made with torusblk.
@@ -59,6 +60,9 @@ enum Command {
     /// Volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Settings of the cluster
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
     /// Show the versions of this program and of torusd
     Version,
     /// Print a completion script for a shell
@@ -198,6 +202,7 @@ async fn run(ctl: Ctl) -> Done {
         Command::Store(command) => store(&client, json, command).await,
         Command::Scrub(command) => scrub::run(&client, json, command).await,
         Command::Volume(command) => volume(&client, json, command).await,
+        Command::Config(command) => config::run(&client, json, command).await,
         Command::Version => print_version(&client, "torusctl", json).await,
         Command::Completion { shell } => completion(&mut Ctl::command(), shell),
     }
@@ -554,7 +559,8 @@ async fn volume_show(client: &Client, json: bool, name: &str) -> Done {
         }
         replicas.push(("must be in sync", head.copies_needed.to_string()));
         if head.resync_extents > 0 {
-            replicas.push(("to be made equal", format!("{} extents", head.resync_extents)));
+            let left = time_left(head.resync_eta_s);
+            replicas.push(("to be made equal", format!("{} extents{left}", head.resync_extents)));
         }
         if !head.blocked.is_empty() {
             replicas.push(("requests wait", head.blocked.clone()));
@@ -582,6 +588,16 @@ async fn volume_show(client: &Client, json: bool, name: &str) -> Done {
         ("error", v.error),
     ]);
     print(&fields(&lines))
+}
+
+/// How long something takes, for people; empty while nobody can say.
+fn time_left(eta_s: u64) -> String {
+    match eta_s {
+        0 => String::new(),
+        1..120 => format!(", about {eta_s} s left"),
+        120..7200 => format!(", about {} min left", eta_s.div_ceil(60)),
+        _ => format!(", about {} h left", eta_s.div_ceil(3600)),
+    }
 }
 
 async fn volume_delete(client: &Client, json: bool, name: &str, no_wait: bool) -> Done {

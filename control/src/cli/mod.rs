@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 the API cannot be reached.
 
 pub mod blk;
+mod config;
 pub mod ctl;
 mod offline;
 mod scrub;

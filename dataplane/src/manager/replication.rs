@@ -59,6 +59,8 @@ pub(super) struct Replication {
     sites: BTreeMap<Site, SocketAddr>,
     /// Wishes of a former data plane.
     left: Vec<MemberWish>,
+    /// What each core was told that it may spend in a second to bring members up to date.
+    resync_rates: Vec<u64>,
 }
 
 impl Replication {
@@ -75,6 +77,7 @@ impl Replication {
             heads: BTreeMap::new(),
             sites: BTreeMap::new(),
             left,
+            resync_rates: vec![0; cores],
         }
     }
 
@@ -90,6 +93,7 @@ impl Replication {
         replicas: &[(Member, VolumeId, Place, u16)],
         outbox: &mut Vec<(u16, Message)>,
     ) {
+        let resync_rates = self.share_resync_rate(desired.resync_bytes_per_s);
         let mut order = |core: u16, order: Order| outbox.push((core, Message::Replicate(Box::new(order))));
         let wanted: BTreeMap<VolumeId, &DesiredHead> =
             desired.heads.iter().map(|head| (head.volume, head)).collect();
@@ -104,6 +108,12 @@ impl Replication {
             }
             self.sites = sites;
         }
+        for (core, (rate, told)) in resync_rates.iter().zip(&self.resync_rates).enumerate() {
+            if let Some(core) = u16::try_from(core).ok().filter(|_| rate != told) {
+                order(core, Order::ResyncRate(*rate));
+            }
+        }
+        self.resync_rates = resync_rates;
         for (member, volume, place, core) in replicas {
             if self.replicas.insert((*member, *volume), *core).is_none() {
                 order(*core, Order::AddReplica(*member, *volume, *place));
@@ -146,6 +156,16 @@ impl Replication {
                 }
             }
         }
+    }
+
+    /// What each core may spend of the node's rate: those that bring somebody up to date share it, and one that begins to takes as much
+    /// as they do until it has said so.
+    fn share_resync_rate(&self, bytes_per_s: u64) -> Vec<u64> {
+        let is_busy = |report: &Report| report.heads.values().any(|head| head.extents_to_go > 0);
+        let busy = self.reports.iter().filter(|report| is_busy(report)).count().max(1);
+        let busy = u64::try_from(busy).unwrap_or(u64::MAX);
+        let share = if bytes_per_s == 0 { 0 } else { (bytes_per_s / busy).max(1) };
+        vec![share; self.reports.len()]
     }
 
     /// Under which take-over a core has the head of a volume that the desired state wants now; `None` while there is none, or none any
@@ -234,6 +254,7 @@ impl Replication {
             head.copies_in_sync = report.in_sync;
             head.copies_needed = report.copies;
             head.resync_extents = report.extents_to_go;
+            head.resync_eta_s = report.resync_eta_s;
             heads.insert(*volume, head);
         }
         heads.into_values().collect()
@@ -272,6 +293,7 @@ fn observed_head(volume: VolumeId, generation: Generation, state: HeadState) -> 
         copies_in_sync: 0,
         resync_extents: 0,
         blocked: String::new(),
+        resync_eta_s: 0,
     }
 }
 

@@ -86,6 +86,9 @@ impl Reactor {
             Order::Record(volume, record) => {
                 self.with_replication(|replicating, ground| replicating.record(volume, record, ground));
             }
+            Order::ResyncRate(bytes_per_s) => {
+                self.with_replication(|replicating, ground| replicating.set_resync_rate(bytes_per_s, ground));
+            }
             Order::End(volume) => {
                 self.with_replication(|replicating, ground| replicating.end(volume, ground));
                 self.dial();

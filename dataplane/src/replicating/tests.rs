@@ -478,6 +478,97 @@ fn who_was_away_is_left_out_and_brought_up_to_date() {
 }
 
 #[test]
+fn members_come_back_no_faster_than_they_may_and_requests_go_on() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xfeed));
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.run(0, &mut random, 50);
+    cluster.set_cut(2, true);
+    let waits = cluster.write(0, &mut random);
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+    cluster.run(0, &mut random, 100);
+    // Two extents of 4 MiB are compared.
+    cluster.cores[0].with(|replicating, ground| replicating.set_resync_rate(4 << 20, ground));
+    cluster.set_cut(2, false);
+    for _ in 0..15 {
+        cluster.pass(100 * MS);
+        cluster.run(0, &mut random, 5);
+        assert!(!cluster.record.stale.is_empty(), "that would be faster than it may be");
+    }
+    let head = |cluster: &Cluster| cluster.cores[0].replicating.report(0, 0).heads[&VOLUME];
+    assert!(head(&cluster).extents_to_go > 0);
+    cluster.pass(1000 * MS);
+    assert!(cluster.record.stale.is_empty() && head(&cluster).extents_to_go == 0);
+    cluster.check(0);
+    // As fast as can be.
+    cluster.set_cut(2, true);
+    let waits = cluster.write(0, &mut random);
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+    cluster.set_cut(2, false);
+    cluster.pass(100 * MS);
+    assert!(!cluster.record.stale.is_empty());
+    cluster.cores[0].with(|replicating, ground| replicating.set_resync_rate(0, ground));
+    cluster.pass(200 * MS);
+    assert!(cluster.record.stale.is_empty());
+    cluster.pass(500 * MS);
+    cluster.assert_equal_copies();
+}
+
+#[test]
+fn a_head_that_hands_over_is_followed_at_once_and_one_that_waits_in_vain_goes_on() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xface));
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.run(0, &mut random, 100);
+    let wish = |cluster: &mut Cluster, core: usize| {
+        cluster.record.revision += 1;
+        cluster.record.is_moving = true;
+        let record = cluster.record.clone();
+        cluster.cores[core].with(|replicating, ground| replicating.record(VOLUME, record, ground));
+        cluster.work();
+    };
+    let has_left = |cluster: &Cluster, core: usize| {
+        cluster.cores[core].replicating.report(0, 0).handed_over.contains_key(&VOLUME)
+    };
+    wish(&mut cluster, 0);
+    assert!(has_left(&cluster, 0), "nothing is in progress");
+    let waits = cluster.start(0, Wanted::Read(BLOCKS.start..BLOCKS.start + 1));
+    assert!(cluster.take_answer(0, waits).is_none(), "it has given its grants back");
+    cluster.record.is_moving = false;
+    cluster.take_over(1);
+    let record = cluster.record.clone();
+    cluster.cores[0].with(|replicating, ground| replicating.record(VOLUME, record, ground));
+    cluster.pass(20 * MS);
+    let gone = cluster.take_answer(0, waits).map(|answer| answer.0);
+    assert_eq!(gone, Some(Err(StoreError::NoHead)));
+    assert_eq!(cluster.cores[1].replicating.report(0, 0).heads[&VOLUME].extents_to_go, 0, "all is stable");
+    cluster.run(1, &mut random, 50);
+    cluster.check(1);
+    // Nobody comes: requests that wait are answered by the same head, under the same generation.
+    wish(&mut cluster, 1);
+    let waits = cluster.start(1, Wanted::Read(BLOCKS.start..BLOCKS.start + 1));
+    cluster.pass(1900 * MS);
+    assert!(has_left(&cluster, 1) && cluster.take_answer(1, waits).is_none());
+    cluster.pass(200 * MS);
+    assert!(!has_left(&cluster, 1));
+    assert_eq!(cluster.take_answer(1, waits).map(|answer| answer.0), Some(Ok(())));
+    cluster.run(1, &mut random, 50);
+    cluster.check(1);
+    // Whoever takes over now waits for the grants again.
+    cluster.record.is_moving = false;
+    cluster.take_over(2);
+    cluster.pass(500 * MS);
+    assert!(!cluster.cores[2].replicating.is_serving(VOLUME, cluster.cores[2].devices.boot_ns));
+    cluster.pass(1000 * MS);
+    cluster.run(2, &mut random, 50);
+    cluster.check(2);
+    cluster.pass(500 * MS);
+    cluster.assert_equal_copies();
+}
+
+#[test]
 fn another_head_takes_over_when_the_grants_have_run_out() {
     let (mut cluster, mut random) = (Cluster::new(), Random(0xbeef));
     cluster.take_over(0);

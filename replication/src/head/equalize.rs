@@ -14,12 +14,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use super::{Head, JobId, Output, Peer, Purport, RETRY_NS};
+use crate::grants::Grants;
 use crate::message::{Digest, Memory, Reply};
 use crate::mutants::{self, Mutant};
 use crate::terms::{EXTENT_BLOCKS, Extent, Member, Span, Version};
 
 /// Blocks that are compared at once.
 const PIECE_BLOCKS: u16 = 64;
+/// Bytes of them.
+pub(crate) const PIECE_BYTES: u64 = PIECE_BLOCKS as u64 * super::BLOCK_BYTES as u64;
 /// Jobs at a time.
 const JOBS_MAX: usize = 4;
 
@@ -53,6 +56,8 @@ pub(super) struct Fix {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
+    /// It waits until there is something for it to spend, and holds nothing.
+    Save,
     /// It waits for its blocks.
     Hold,
     /// Digests are asked for.
@@ -98,6 +103,11 @@ impl<B> Equalize<B> {
     /// The first fix, which is being done.
     pub(super) fn fix(&self) -> Option<Fix> {
         self.fixes.front().copied()
+    }
+
+    /// Whether its blocks are its own, or are to be next.
+    pub(super) fn holds(&self) -> bool {
+        self.step != Step::Save
     }
 
     /// Whether it brings a member up to date.
@@ -146,7 +156,7 @@ impl<B> Head<B> {
             purpose,
             span: Span { count: whole.count.min(PIECE_BLOCKS), ..whole },
             end,
-            step: Step::Hold,
+            step: self.first_step(purpose),
             digests: BTreeMap::new(),
             fixes: VecDeque::new(),
             copy: None,
@@ -156,6 +166,24 @@ impl<B> Head<B> {
         };
         let at = JobId(self.take_id());
         self.jobs.insert(at, job);
+    }
+
+    /// Where a piece begins.
+    fn first_step(&mut self, purpose: Purpose) -> Step {
+        if !matches!(purpose, Purpose::Resync(_)) {
+            return Step::Hold;
+        }
+        self.outputs.push_back(Output::Resync);
+        Step::Save
+    }
+
+    /// There is something to spend for a piece of a member that is brought up to date; whether one waits for it.
+    pub fn resync(&mut self, grants: &Grants, memory: &mut impl Memory<Blocks = B>, now_ns: u64) -> bool {
+        self.now_ns = now_ns;
+        let Some(job) = self.jobs.values_mut().find(|job| job.step == Step::Save) else { return false };
+        job.step = Step::Hold;
+        self.advance(grants, memory);
+        true
     }
 
     pub(super) fn advance_jobs(&mut self, memory: &mut impl Memory<Blocks = B>) {
@@ -169,13 +197,14 @@ impl<B> Head<B> {
         loop {
             let Some(job) = self.jobs.get(&at) else { return };
             match job.step {
+                Step::Save => return,
                 Step::Pause { until_ns } if self.now_ns < until_ns => return,
                 Step::Pause { .. } => self.job_mut(at).step = Step::Hold,
                 Step::Hold => {
                     let range = job.range();
                     let is_other = self.jobs.iter().any(|(other, job)| {
                         *other != at
-                            && job.step != Step::Hold
+                            && !matches!(job.step, Step::Save | Step::Hold)
                             && job.range().start < range.end
                             && range.start < job.range().end
                     });
@@ -392,11 +421,13 @@ impl<B> Head<B> {
     }
 
     fn next_piece(&mut self, at: JobId) {
-        let job = self.job_mut(at);
+        let job = &self.jobs[&at];
         let next = job.span.first + job.span.count;
         if next < job.end {
+            let step = self.first_step(job.purpose);
+            let job = self.job_mut(at);
             job.span = Span { first: next, count: (job.end - next).min(PIECE_BLOCKS), ..job.span };
-            job.step = Step::Hold;
+            job.step = step;
             job.digests.clear();
             return;
         }

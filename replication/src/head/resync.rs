@@ -40,6 +40,8 @@ pub(super) struct Learner {
     in_progress: BTreeSet<Extent>,
     /// What is to be made equal; `None` before all lists have come.
     work: Option<VecDeque<Extent>>,
+    /// When that was known, and how much it was.
+    planned: (u64, u64),
     running: u32,
     /// It is asked to be in sync.
     is_proposed: bool,
@@ -49,6 +51,15 @@ impl Learner {
     /// Extents that are to be made equal still.
     pub(super) fn extents_to_go(&self) -> u64 {
         self.work.as_ref().map_or(0, |work| work.len() as u64) + u64::from(self.running)
+    }
+
+    /// In how many nanoseconds it will be equal, if it goes on as it did.
+    pub(super) fn eta_ns(&self, now_ns: u64) -> Option<u64> {
+        let (since_ns, total) = self.planned;
+        let to_go = self.extents_to_go();
+        let done = total.checked_sub(to_go).filter(|done| *done > 0)?;
+        let eta_ns = u128::from(now_ns.saturating_sub(since_ns)) * u128::from(to_go) / u128::from(done);
+        u64::try_from(eta_ns).ok()
     }
 
     /// How the versions of an extent compare, of the in-sync copies and of the learner: it says nothing about who is right.
@@ -115,6 +126,7 @@ impl<B> Head<B> {
             lists: parties.iter().map(|party| (*party, List::default())).collect(),
             in_progress,
             work: None,
+            planned: (0, 0),
             running: 0,
             is_proposed: false,
         };
@@ -182,8 +194,9 @@ impl<B> Head<B> {
         if mutants::is(Mutant::EqualVersionSkipped) {
             work.retain(|extent| learner.order(member, *extent).is_ne());
         }
-        let work = work.into_iter().collect();
+        let work: VecDeque<Extent> = work.into_iter().collect();
         if let Some(learner) = self.peers.get_mut(&member).and_then(|peer| peer.learner.as_mut()) {
+            learner.planned = (self.now_ns, work.len() as u64);
             learner.work = Some(work);
         }
     }

@@ -210,6 +210,10 @@ impl World {
         at.down_since_ns = None;
         let mut engine = Engine::new(site_of(node), at.clock.boot_ns(now_ns));
         engine.add_store(at.store.member, at.store.durables());
+        if at.random.one_in(4) {
+            let boot_ns = at.clock.boot_ns(now_ns);
+            engine.set_resync_rate(at.random.range(8 << 20..64 << 20), &mut SimMemory, boot_ns);
+        }
         let peers = (0..nodes).map(|_| Peer::default()).collect();
         at.process = Some(Process { engine, requests: BTreeMap::new(), peers, memory: SimMemory });
         at.is_asking.fill(false);
