@@ -488,16 +488,28 @@ impl Replicating {
         }
     }
 
-    /// Whether something depends on the time: then [`Replicating::tick`] is to be called every [`TICK_NS`].
+    /// Whether something depends on the time: then [`Replicating::tick`] is to be called every [`Replicating::tick_ns`].
     #[must_use]
     pub fn is_timed(&self) -> bool {
         self.engine.is_timed()
     }
 
-    /// All that there is to tell. A node whose heads were last given a grant more than `silent_ns` ago is not granted to.
+    /// How long a look at the time can wait after the last one.
     #[must_use]
-    pub fn report(&self, boot_ns: u64, silent_ns: u64) -> Report {
+    pub fn tick_ns(&self) -> u64 {
+        self.engine.tick_ns()
+    }
+
+    /// All that there is to tell. A node whose heads were last given a grant more than `silent_ns` ago is not granted to. Of heads of
+    /// which nothing is in progress it is what was told before, if that is given.
+    #[must_use]
+    pub fn report(&self, boot_ns: u64, silent_ns: u64, before: Option<&Report>) -> Report {
         let heads = self.engine.heads().map(|(volume, head)| {
+            let told = before.and_then(|before| before.heads.get(&volume)).copied();
+            let told = told.filter(|told| told.generation == head.generation());
+            if let Some(told) = told.filter(|_| self.engine.is_resting(volume)) {
+                return (volume, told);
+            }
             let membership = head.membership();
             let in_sync = |partition: &Partition| {
                 partition.owners.iter().filter(|owner| membership.is_sure(owner)).count()

@@ -468,6 +468,12 @@ impl Serving {
         self.replicating.serves(site)
     }
 
+    /// How long heads and replicas can wait for the next look at the time.
+    #[must_use]
+    pub fn replication_tick_ns(&self) -> u64 {
+        self.replicating.tick_ns()
+    }
+
     /// Whether heads or replicas wait for a time.
     #[must_use]
     pub fn is_replication_timed(&self) -> bool {

@@ -324,6 +324,24 @@ impl<B> Head<B> {
         self.ops.is_empty() && self.jobs.is_empty() && self.unequal.is_empty() && self.repairs.is_empty()
     }
 
+    /// Whether time and grants mean nothing to it: everybody that it reaches is open, nothing is asked or to be made equal, and all have
+    /// been told that everything is stable.
+    #[must_use]
+    pub(crate) fn is_resting(&self) -> bool {
+        let is_out = |member: &Member| {
+            self.membership.owners().get(member).is_none_or(|owner| !self.membership.is_needed(owner))
+        };
+        self.is_quiet()
+            && self.retry_at_ns == u64::MAX
+            && !self.is_leaving()
+            && !self.membership.record().is_moving
+            && self
+                .peers
+                .iter()
+                .all(|(member, peer)| peer.is_resting() && !(peer.is_open() && is_out(member)))
+            && self.stable() <= self.stable_told
+    }
+
     /// What is to be done next, if anything.
     pub fn output(&mut self) -> Option<Output<B>> {
         self.outputs.pop_front()
@@ -1074,7 +1092,13 @@ impl<B> Head<B> {
     }
 
     fn send_now(&mut self, member: Member, id: u64, purport: Purport, memory: &mut impl Memory<Blocks = B>) {
-        let Some((ask, extent)) = self.ask_for(purport, member, memory) else { return };
+        let Some((ask, extent)) = self.ask_for(purport, member, memory) else {
+            // What it was for has ended: nothing is sent, and no answer will come.
+            if let Some(peer) = self.peers.get_mut(&member) {
+                peer.answered(id);
+            }
+            return;
+        };
         let (partition, epoch) = extent.map_or((0, Epoch(0)), |extent| self.membership.epoch(extent));
         let stable = self.stable();
         let (volume, generation) = (self.membership.volume, self.generation);

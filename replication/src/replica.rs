@@ -187,6 +187,8 @@ pub struct Replicas<B> {
     volumes: BTreeMap<(Member, VolumeId), Volume<B>>,
     /// Those with an opening, of all volumes: so that looking at the time costs what there is to wait for.
     opening: BTreeSet<(Member, VolumeId)>,
+    /// Those of which a higher generation than the open one has been asked for: no grant covers them.
+    passed: BTreeSet<(Member, VolumeId)>,
     /// When each site was given its last grant.
     granted_ns: BTreeMap<Site, u64>,
     running: BTreeMap<WorkId, (Member, VolumeId, What)>,
@@ -204,6 +206,7 @@ impl<B> Replicas<B> {
             members: BTreeSet::new(),
             volumes: BTreeMap::new(),
             opening: BTreeSet::new(),
+            passed: BTreeSet::new(),
             granted_ns: BTreeMap::new(),
             running: BTreeMap::new(),
             next_work: 0,
@@ -223,6 +226,7 @@ impl<B> Replicas<B> {
     pub fn drop_replica(&mut self, member: Member, volume: VolumeId) {
         self.volumes.remove(&(member, volume));
         self.opening.remove(&(member, volume));
+        self.passed.remove(&(member, volume));
     }
 
     /// A store is closed. What it is doing still ends as it does.
@@ -230,6 +234,7 @@ impl<B> Replicas<B> {
         self.members.remove(&member);
         self.volumes.retain(|(of, _), _| *of != member);
         self.opening.retain(|(of, _)| *of != member);
+        self.passed.retain(|(of, _)| *of != member);
     }
 
     /// What is to be done next, if anything.
@@ -259,13 +264,11 @@ impl<B> Replicas<B> {
     /// A site of heads wants a grant.
     pub fn grant(&mut self, from: Site, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
-        let is_replaced = |volume: &Volume<B>| {
-            volume.durable.head == from.node
-                && volume.seen > volume.durable.generation
-                && !mutants::is(Mutant::RenewAfterOpen)
-        };
-        let replaced = self.volumes.iter().filter(|(_, volume)| is_replaced(volume));
-        let excluded = replaced.map(|((_, id), volume)| (*id, volume.seen)).collect();
+        let passed = self.passed.iter().filter_map(|key| Some((key.1, self.volumes.get(key)?)));
+        let excluded = passed
+            .filter(|(_, volume)| volume.durable.head == from.node && !mutants::is(Mutant::RenewAfterOpen))
+            .map(|(id, volume)| (id, volume.seen))
+            .collect();
         self.granted_ns.insert(from, now_ns);
         self.outputs.push_back(Output::Grant(from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
@@ -445,6 +448,7 @@ impl<B> Replicas<B> {
         }
         if generation > volume.seen {
             volume.seen = generation;
+            self.passed.insert(key);
             let dropped = std::mem::take(&mut volume.waiting);
             for (from, request) in dropped {
                 self.refuse(from, request, Refusal::Replaced(generation));
@@ -515,6 +519,9 @@ impl<B> Replicas<B> {
             volume.durable.head = from.node;
             volume.durable.revision = revision.max(volume.durable.revision);
             volume.is_handed_back = false;
+            if volume.seen == generation {
+                self.passed.remove(&key);
+            }
             self.start(key, Work::Survey, What::Open(from, id, generation));
         } else {
             self.answer(from, key.0, key.1, generation, id, Reply::Failed(Fault::Device));

@@ -9,7 +9,7 @@
 //! * Answers of a site, grants among them, are taken in the order in which they were sent, those of the own site too.
 //! * A head is begun at most once under each generation.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque, btree_map};
 use std::ops::Range;
 
 use cluster_map::{NodeId, VolumeId};
@@ -26,6 +26,9 @@ use crate::terms::{Generation, Member, Site, Version};
 /// How often a site looks at the time while something depends on it: grants, silence and impatience are counted in hundreds of
 /// milliseconds.
 pub const TICK_NS: u64 = 20_000_000;
+
+/// The same while nothing is in progress: only grants are renewed, which also say to others that this site's heads live.
+pub const REST_NS: u64 = RENEW_NS;
 
 /// What a site wants done.
 #[derive(Debug, PartialEq, Eq)]
@@ -110,6 +113,10 @@ pub struct Engine<B> {
     heads: BTreeMap<VolumeId, Head<B>>,
     /// Heads that were given something since they wanted nothing more.
     stirred: BTreeSet<VolumeId>,
+    /// Heads to which time and grants mean something; looking at the time costs as much as they are.
+    awake: BTreeSet<VolumeId>,
+    /// How many heads have something to ask of each site.
+    asked_by: BTreeMap<Site, u32>,
     /// The last generation of each volume that had a head here: it is used.
     used: BTreeMap<VolumeId, Generation>,
     grants: Grants,
@@ -132,6 +139,8 @@ impl<B> Engine<B> {
             replicas: Replicas::new(now_ns),
             heads: BTreeMap::new(),
             stirred: BTreeSet::new(),
+            awake: BTreeSet::new(),
+            asked_by: BTreeMap::new(),
             used: BTreeMap::new(),
             grants: Grants::default(),
             budget: Budget::default(),
@@ -177,8 +186,8 @@ impl<B> Engine<B> {
         self.end(volume, memory);
         self.used.insert(volume, generation);
         let mut head = Head::new(self.site.node, generation, membership, now_ns);
-        let sites: BTreeSet<Site> = head.membership().owners().values().map(|owner| owner.site).collect();
-        for site in sites {
+        for site in sites_of(&head) {
+            *self.asked_by.entry(site).or_default() += 1;
             if site == self.site || self.peers.get(&site).is_some_and(|peer| peer.is_connected) {
                 head.connected(site, &self.grants, memory, now_ns);
             }
@@ -193,8 +202,20 @@ impl<B> Engine<B> {
     pub fn end(&mut self, volume: VolumeId, memory: &mut impl Memory<Blocks = B>) {
         if let Some(head) = self.heads.remove(&volume) {
             self.outputs.push_back(Output::Ended(volume, head.generation(), End::Replaced));
-            head.dissolve(memory);
+            self.dissolve(head, memory);
         }
+    }
+
+    fn dissolve(&mut self, head: Head<B>, memory: &mut impl Memory<Blocks = B>) {
+        for site in sites_of(&head) {
+            if let btree_map::Entry::Occupied(mut asked_by) = self.asked_by.entry(site) {
+                *asked_by.get_mut() -= 1;
+                if *asked_by.get() == 0 {
+                    asked_by.remove();
+                }
+            }
+        }
+        head.dissolve(memory);
     }
 
     /// The last generation under which this process had a head of the volume.
@@ -285,8 +306,7 @@ impl<B> Engine<B> {
     /// The sites that heads here have something to ask of, the own one left out.
     #[must_use]
     pub fn wanted(&self) -> BTreeSet<Site> {
-        let owners = self.heads.values().flat_map(|head| head.membership().owners().into_values());
-        owners.map(|owner| owner.site).filter(|site| *site != self.site).collect()
+        self.asked_by.keys().copied().filter(|site| *site != self.site).collect()
     }
 
     /// The own connection to a site can be used.
@@ -388,10 +408,7 @@ impl<B> Engine<B> {
     pub fn tick(&mut self, memory: &mut impl Memory<Blocks = B>, now_ns: u64) {
         self.now_ns = now_ns;
         self.replicas.tick(now_ns);
-        for head in self.heads.values_mut() {
-            head.tick(&self.grants, memory, now_ns);
-        }
-        self.stir_all();
+        self.tick_heads(memory);
         self.spend(memory);
         self.ask_for_grants(false);
         self.pump(memory);
@@ -427,10 +444,32 @@ impl<B> Engine<B> {
         self.outputs.pop_front()
     }
 
-    /// Whether something depends on the time: then [`Engine::tick`] is to be called every [`TICK_NS`].
+    /// Whether something depends on the time: then [`Engine::tick`] is to be called every [`Engine::tick_ns`].
     #[must_use]
     pub fn is_timed(&self) -> bool {
         !self.heads.is_empty() || self.replicas.due_ns().is_some()
+    }
+
+    /// How long a look at the time can wait after the last one: [`TICK_NS`], or longer while nothing is in progress.
+    #[must_use]
+    pub fn tick_ns(&self) -> u64 {
+        if self.awake.is_empty() && self.replicas.due_ns().is_none() { REST_NS } else { TICK_NS }
+    }
+
+    /// Whether nothing of a volume's head is in progress: what was told of it is true still, but for whether it is granted to.
+    #[must_use]
+    pub fn is_resting(&self, volume: VolumeId) -> bool {
+        !self.awake.contains(&volume)
+    }
+
+    /// Lets heads look at the time and the grants to which they mean something.
+    fn tick_heads(&mut self, memory: &mut impl Memory<Blocks = B>) {
+        for volume in &self.awake {
+            if let Some(head) = self.heads.get_mut(volume) {
+                head.tick(&self.grants, memory, self.now_ns);
+            }
+        }
+        self.stirred.extend(&self.awake);
     }
 
     /// Every node whose heads were given a grant by a replica here, with when the last one was given.
@@ -449,10 +488,9 @@ impl<B> Engine<B> {
             is_urgent || peer.asked_ns.is_none_or(|asked_ns| now_ns.saturating_sub(asked_ns) >= RENEW_NS)
         };
         self.peers.entry(self.site).or_default().is_connected = true;
-        let wanted = self.wanted();
         for (site, peer) in &mut self.peers {
             let is_own = *site == self.site;
-            if !peer.is_connected || !(is_own || wanted.contains(site)) || !is_due(peer) {
+            if !peer.is_connected || !(is_own || self.asked_by.contains_key(site)) || !is_due(peer) {
                 continue;
             }
             peer.asked_ns = Some(now_ns);
@@ -537,12 +575,10 @@ impl<B> Engine<B> {
                 for (volume, below) in answer.excluded {
                     if let Some(head) = self.heads.get_mut(&volume) {
                         head.excluded(below, memory);
+                        self.stirred.insert(volume);
                     }
                 }
-                for head in self.heads.values_mut() {
-                    head.tick(&self.grants, memory, now_ns);
-                }
-                self.stir_all();
+                self.tick_heads(memory);
             }
             Message::Request(_) | Message::GrantRequest(_) => release(message, memory),
         }
@@ -589,6 +625,11 @@ impl<B> Engine<B> {
                 return Some((volume, head.generation(), output));
             }
             self.stirred.remove(&volume);
+            if self.heads.get(&volume).is_some_and(|head| !head.is_resting()) {
+                self.awake.insert(volume);
+            } else {
+                self.awake.remove(&volume);
+            }
         }
         None
     }
@@ -620,13 +661,18 @@ impl<B> Engine<B> {
             head::Output::Release(blocks) => memory.release(blocks),
             head::Output::End(end) => {
                 if let Some(head) = self.heads.remove(&volume) {
-                    head.dissolve(memory);
+                    self.dissolve(head, memory);
                 }
                 self.outputs.push_back(Output::Ended(volume, generation, end));
             }
         }
         true
     }
+}
+
+/// Every site that a head asks, once.
+fn sites_of<B>(head: &Head<B>) -> BTreeSet<Site> {
+    head.membership().owners().values().map(|owner| owner.site).collect()
 }
 
 /// Gives back what a message that nobody wants has brought.

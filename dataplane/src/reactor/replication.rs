@@ -20,6 +20,8 @@ use crate::store::release_blocks;
 
 /// How often there is a report though no head has anything urgent to tell.
 const REPORT_NS: u64 = 100_000_000;
+/// How often heads at rest are looked at for it.
+const REPORT_ALL_NS: u64 = 1_000_000_000;
 /// Heads that were not given a grant for so long are not granted to: a grant lasts as long.
 const SILENT_NS: u64 = torus_replication::grants::GRANT_NS;
 
@@ -30,6 +32,7 @@ pub(super) struct OwnReplication {
     held: BTreeMap<(Site, bool), VecDeque<(Frame, Blocks)>>,
     ticked_ns: u64,
     reported_ns: u64,
+    reported_all_ns: u64,
     reported: Report,
 }
 
@@ -40,6 +43,7 @@ impl OwnReplication {
             held: BTreeMap::new(),
             ticked_ns: 0,
             reported_ns: 0,
+            reported_all_ns: 0,
             reported: Report::default(),
         }
     }
@@ -180,15 +184,21 @@ impl Reactor {
     pub(super) fn replication_due_ns(&self) -> u64 {
         let own = &self.replication;
         let peers_ns = own.peers.as_ref().map_or(u64::MAX, Peers::deadline_ns);
-        let is_timed = self.serving.is_replication_timed() || own.grants();
-        if is_timed { peers_ns.min(own.ticked_ns + TICK_NS) } else { peers_ns }
+        self.replication_tick_ns().map_or(peers_ns, |tick_ns| peers_ns.min(own.ticked_ns + tick_ns))
+    }
+
+    /// How long a look at the time can wait after the last one; `None` if nothing depends on it. Others must hear soon of a node that
+    /// is granted to no more.
+    fn replication_tick_ns(&self) -> Option<u64> {
+        let heads_ns = self.serving.is_replication_timed().then(|| self.serving.replication_tick_ns());
+        heads_ns.into_iter().chain(self.replication.grants().then_some(REPORT_NS)).min()
     }
 
     fn tick_replication(&mut self) -> bool {
-        let is_timed = self.serving.is_replication_timed() || self.replication.grants();
-        let is_due = self.now_ns.saturating_sub(self.replication.ticked_ns) >= TICK_NS;
+        let passed_ns = self.now_ns.saturating_sub(self.replication.ticked_ns);
+        let is_due = self.replication_tick_ns().is_some_and(|tick_ns| passed_ns >= tick_ns);
         let is_urgent = self.serving.has_news(&self.replication.reported);
-        if !(is_timed && is_due || is_urgent || self.replication.reported_ns == 0) {
+        if !(is_due || is_urgent || self.replication.reported_ns == 0) {
             return false;
         }
         self.replication.ticked_ns = self.now_ns;
@@ -212,7 +222,14 @@ impl Reactor {
     }
 
     fn report(&mut self) {
-        let report = self.with_replication(|replicating, _| replicating.report(boot_ns(), SILENT_NS));
+        let is_all = self.now_ns.saturating_sub(self.replication.reported_all_ns) >= REPORT_ALL_NS;
+        let before = std::mem::take(&mut self.replication.reported);
+        let told = (!is_all).then_some(&before);
+        let report = self.with_replication(|replicating, _| replicating.report(boot_ns(), SILENT_NS, told));
+        self.replication.reported = before;
+        if is_all {
+            self.replication.reported_all_ns = self.now_ns;
+        }
         if report != self.replication.reported {
             self.replication.reported = report.clone();
             self.mailboxes[usize::from(self.core)].tell(Box::new(report));

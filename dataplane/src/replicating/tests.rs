@@ -496,7 +496,7 @@ fn members_come_back_no_faster_than_they_may_and_requests_go_on() {
         cluster.run(0, &mut random, 5);
         assert!(!cluster.record.stale.is_empty(), "that would be faster than it may be");
     }
-    let head = |cluster: &Cluster| cluster.cores[0].replicating.report(0, 0).heads[&VOLUME];
+    let head = |cluster: &Cluster| cluster.cores[0].replicating.report(0, 0, None).heads[&VOLUME];
     assert!(head(&cluster).extents_to_go > 0);
     cluster.pass(1000 * MS);
     assert!(cluster.record.stale.is_empty() && head(&cluster).extents_to_go == 0);
@@ -530,7 +530,7 @@ fn a_head_that_hands_over_is_followed_at_once_and_one_that_waits_in_vain_goes_on
         cluster.work();
     };
     let has_left = |cluster: &Cluster, core: usize| {
-        cluster.cores[core].replicating.report(0, 0).handed_over.contains_key(&VOLUME)
+        cluster.cores[core].replicating.report(0, 0, None).handed_over.contains_key(&VOLUME)
     };
     wish(&mut cluster, 0);
     assert!(has_left(&cluster, 0), "nothing is in progress");
@@ -543,7 +543,11 @@ fn a_head_that_hands_over_is_followed_at_once_and_one_that_waits_in_vain_goes_on
     cluster.pass(20 * MS);
     let gone = cluster.take_answer(0, waits).map(|answer| answer.0);
     assert_eq!(gone, Some(Err(StoreError::NoHead)));
-    assert_eq!(cluster.cores[1].replicating.report(0, 0).heads[&VOLUME].extents_to_go, 0, "all is stable");
+    assert_eq!(
+        cluster.cores[1].replicating.report(0, 0, None).heads[&VOLUME].extents_to_go,
+        0,
+        "all is stable"
+    );
     cluster.run(1, &mut random, 50);
     cluster.check(1);
     // Nobody comes: requests that wait are answered by the same head, under the same generation.

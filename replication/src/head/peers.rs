@@ -74,6 +74,16 @@ impl Peer {
         self.opened.is_some()
     }
 
+    /// Whether nothing is asked of it, or to be.
+    pub(super) fn is_resting(&self) -> bool {
+        self.unanswered.is_empty()
+            && self.learner.is_none()
+            && self.suspects.is_empty()
+            && !self.is_gone
+            && !self.has_failed
+            && (self.is_open() || !self.is_connected)
+    }
+
     /// Whether it is being brought up to date.
     pub(super) fn is_learner(&self) -> bool {
         self.learner.is_some()
@@ -311,9 +321,9 @@ impl<B> Head<B> {
             self.drop_learner(from);
             return;
         }
-        let op = match purport {
-            Purport::Write { op, .. } | Purport::Reserve { op, .. } => Some(op),
-            _ => None,
+        let (op, piece) = match purport {
+            Purport::Write { op, piece } | Purport::Reserve { op, piece } => (Some(op), piece),
+            _ => (None, 0),
         };
         let is_sole =
             |extent: Extent| self.membership.needed(extent).count() == 1 && self.membership.doubt().is_none();
@@ -323,15 +333,10 @@ impl<B> Head<B> {
             && is_alone
             && let Some(op) = op.and_then(|op| self.ops.get_mut(&op))
         {
-            // Nobody has anything else: it was written or not, as with any disk.
+            // Nobody has anything else: it was written or not, as with any disk. Other pieces may be on their way still.
             op.failure.get_or_insert(Failure::Unwritable);
-            for piece in &mut op.pieces {
-                piece
-                    .targets
-                    .iter_mut()
-                    .filter(|target| target.member == from)
-                    .for_each(|target| target.is_done = true);
-            }
+            let targets = op.pieces.get_mut(piece).into_iter().flat_map(|piece| &mut piece.targets);
+            targets.filter(|target| target.member == from).for_each(|target| target.is_done = true);
             return;
         }
         if let Some(peer) = self.peers.get_mut(&from) {
