@@ -493,6 +493,7 @@ impl<B> Head<B> {
             Refusal::Past(_) => self.finish(End::Past, memory),
             Refusal::Epoch(_) => {
                 self.outputs.push_back(Output::Refresh);
+                self.open_failed(from);
                 self.ask_again(from, purport, memory);
             }
             Refusal::NotOpen => {
@@ -583,8 +584,9 @@ impl<B> Head<B> {
             self.finish(End::Replaced, memory);
             return;
         }
+        let before = self.membership.record().clone();
         self.membership.settle(record);
-        self.follow_record(memory);
+        self.follow_record(&before, memory);
         self.advance(grants, memory);
     }
 

@@ -53,6 +53,8 @@ impl Partition {
 /// What the metadata store has of a volume, as far as replication goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
+    /// Its spread: extent number modulo their count says which partition has an extent. The count stays.
+    pub partitions: Vec<Partition>,
     /// Of the record's last change.
     pub revision: u64,
     /// Grows with every take-over.
@@ -72,7 +74,7 @@ pub struct Record {
 pub struct Change {
     /// Members that become stale, each with its mark.
     pub eject: BTreeMap<Member, Version>,
-    /// Members that are in sync again.
+    /// Members that have everything now: they are in sync, and complete in all that they own.
     pub join: Vec<Member>,
 }
 
@@ -93,6 +95,8 @@ impl Change {
         }
         for member in &self.join {
             after.stale.remove(member);
+            let owners = after.partitions.iter_mut().flat_map(|partition| &mut partition.owners);
+            owners.filter(|owner| owner.member == *member).for_each(|owner| owner.is_complete = true);
         }
         after
     }
@@ -103,27 +107,20 @@ impl Change {
 pub struct Membership {
     /// Which volume.
     pub volume: VolumeId,
-    /// Its spread: extent number modulo their count says which partition has an extent.
-    partitions: Vec<Partition>,
     record: Record,
     /// A change whose outcome is not known.
     doubt: Option<Change>,
 }
 
 impl Membership {
-    /// Of a volume as its record and the ring have it. `doubt` is a change that was asked for and may have been made since.
+    /// Of a volume as its record has it. `doubt` is a change that was asked for and may have been made since.
     ///
     /// # Panics
     /// If there is no partition.
     #[must_use]
-    pub fn new(
-        volume: VolumeId,
-        partitions: Vec<Partition>,
-        record: Record,
-        doubt: Option<Change>,
-    ) -> Membership {
-        assert!(!partitions.is_empty(), "a volume has a partition");
-        Membership { volume, partitions, record, doubt }
+    pub fn new(volume: VolumeId, record: Record, doubt: Option<Change>) -> Membership {
+        assert!(!record.partitions.is_empty(), "a volume has a partition");
+        Membership { volume, record, doubt }
     }
 
     /// The record as it was last known.
@@ -141,20 +138,24 @@ impl Membership {
     /// The partition of an extent.
     #[must_use]
     pub fn partition(&self, extent: Extent) -> &Partition {
-        &self.partitions[extent.0 as usize % self.partitions.len()]
+        &self.record.partitions[self.partition_index(extent)]
     }
 
     /// Which of the volume's partitions has an extent, and its epoch.
     #[must_use]
     pub fn epoch(&self, extent: Extent) -> (u32, Epoch) {
-        let at = extent.0 as usize % self.partitions.len();
-        (u32::try_from(at).expect("fewer than 2^32 partitions"), self.partitions[at].epoch)
+        let at = self.partition_index(extent);
+        (u32::try_from(at).expect("fewer than 2^32 partitions"), self.record.partitions[at].epoch)
+    }
+
+    fn partition_index(&self, extent: Extent) -> usize {
+        extent.0 as usize % self.record.partitions.len()
     }
 
     /// All partitions.
     #[must_use]
     pub fn partitions(&self) -> &[Partition] {
-        &self.partitions
+        &self.record.partitions
     }
 
     /// Whether a member has extents of the same partition as `extent`.
@@ -163,15 +164,63 @@ impl Membership {
         self.partition(extent).owners.iter().any(|owner| owner.member == member)
     }
 
-    /// Every owner once, and whether it is complete wherever it is one.
+    /// Every owner once, with where its copy is.
     #[must_use]
-    pub fn owners(&self) -> BTreeMap<Member, Owner> {
-        let mut owners = BTreeMap::new();
-        for owner in self.partitions.iter().flat_map(|partition| &partition.owners) {
-            let known = owners.entry(owner.member).or_insert(*owner);
-            known.is_complete &= owner.is_complete;
+    pub fn owners(&self) -> BTreeMap<Member, Site> {
+        let owners = self.record.partitions.iter().flat_map(|partition| &partition.owners);
+        owners.map(|owner| (owner.member, owner.site)).collect()
+    }
+
+    /// What the volume has a member as, in each partition that it owns.
+    fn roles(&self, member: Member) -> impl Iterator<Item = &Owner> {
+        let owners = self.record.partitions.iter().flat_map(|partition| &partition.owners);
+        owners.filter(move |owner| owner.member == member)
+    }
+
+    /// Whether some outcome has a member in sync in some partition.
+    #[must_use]
+    pub fn is_needed_somewhere(&self, member: Member) -> bool {
+        self.roles(member).any(|owner| self.is_needed(owner))
+    }
+
+    /// Whether a member owns a partition in which no outcome has it in sync: it is to be brought up to date.
+    #[must_use]
+    pub fn is_behind_somewhere(&self, member: Member) -> bool {
+        self.roles(member).any(|owner| !self.is_needed(owner))
+    }
+
+    /// Whether some outcome has a member in sync for an extent.
+    #[must_use]
+    pub fn needs(&self, member: Member, extent: Extent) -> bool {
+        self.needed(extent).any(|owner| owner.member == member)
+    }
+
+    /// Whether a member owns an extent, and no outcome has it in sync there.
+    #[must_use]
+    pub fn is_behind(&self, member: Member, extent: Extent) -> bool {
+        self.owns(member, extent) && !self.needs(member, extent)
+    }
+
+    /// Whether a member owns the same, and lacks the same of it, as by another record.
+    #[must_use]
+    pub fn stands_as_in(&self, before: &Record, member: Member) -> bool {
+        let roles = |record: &Record| -> Vec<Option<bool>> {
+            let role = |partition: &Partition| {
+                partition.owners.iter().find(|owner| owner.member == member).map(|owner| owner.is_complete)
+            };
+            record.partitions.iter().map(role).collect()
+        };
+        roles(&self.record) == roles(before) && self.record.stale.get(&member) == before.stale.get(&member)
+    }
+
+    /// Up to which version a member has all of an extent.
+    #[must_use]
+    pub fn mark(&self, member: Member, extent: Extent) -> Version {
+        let mut owners = self.partition(extent).owners.iter();
+        if owners.any(|owner| owner.member == member && owner.is_complete) {
+            return self.record.stale.get(&member).copied().unwrap_or_default();
         }
-        owners
+        Version::default()
     }
 
     /// Whether no outcome of what was asked for has this owner out of sync: it may be read.
@@ -189,7 +238,8 @@ impl Membership {
             && !mutants::is(Mutant::JoinInDoubtUndone);
         let ejected = mutants::is(Mutant::EjectionInDoubtDone)
             && doubt.is_some_and(|change| change.eject.contains_key(&owner.member));
-        owner.is_complete && !ejected && (joined || !self.record.stale.contains_key(&owner.member))
+        let is_in_sync = owner.is_complete && !self.record.stale.contains_key(&owner.member);
+        !ejected && (joined || is_in_sync)
     }
 
     /// The owners of an extent that may be read.
@@ -205,7 +255,7 @@ impl Membership {
     /// Whether these members, all of them together, may be called stale.
     #[must_use]
     pub fn may_eject(&self, members: &BTreeMap<Member, Version>) -> bool {
-        self.partitions.iter().all(|partition| {
+        self.record.partitions.iter().all(|partition| {
             let in_sync = partition.owners.iter().filter(|owner| self.is_sure(owner));
             let (mut going, mut staying) = (0, 0);
             for owner in in_sync {
@@ -260,8 +310,16 @@ mod tests {
         };
         let partition = Partition { epoch: Epoch(1), owners: owners.iter().map(owner).collect() };
         let stale = stale.iter().map(|number| (member(*number), Version(7))).collect();
-        let record = Record { revision: 1, takeover: 1, head: None, stale, min_copies: 0, is_moving: false };
-        Membership::new(VolumeId([9; 16]), vec![partition], record, None)
+        let record = Record {
+            partitions: vec![partition],
+            revision: 1,
+            takeover: 1,
+            head: None,
+            stale,
+            min_copies: 0,
+            is_moving: false,
+        };
+        Membership::new(VolumeId([9; 16]), record, None)
     }
 
     fn eject(members: &[u8]) -> BTreeMap<Member, Version> {
@@ -294,6 +352,43 @@ mod tests {
         membership.settle(after);
         assert_eq!(numbers(membership.sure(Extent(0))), [1, 3]);
         assert_eq!(numbers(membership.needed(Extent(0))), [1, 3]);
+    }
+
+    #[test]
+    fn a_new_owner_is_behind_in_its_partition_only() {
+        let (old, moved) = (membership(&[1, 2], &[]), membership(&[2, 3], &[]));
+        let mut record = old.record().clone();
+        record.partitions.push(moved.record().partitions[0].clone());
+        record.partitions[1].owners[1].is_complete = false;
+        record.partitions[0].owners[1].is_complete = false;
+        // 1 and 2 have the even extents, 2 and 3 the odd ones; 2 is new to the even ones, 3 to the odd ones.
+        let mut membership = Membership::new(old.volume, record, None);
+        assert_eq!(numbers(membership.needed(Extent(0))), [1]);
+        assert_eq!(numbers(membership.needed(Extent(1))), [2]);
+        assert!(membership.is_behind(member(2), Extent(0)) && !membership.is_behind(member(2), Extent(1)));
+        assert!(membership.is_needed_somewhere(member(2)) && membership.is_behind_somewhere(member(2)));
+        assert!(!membership.is_needed_somewhere(member(3)));
+        let change = Change { eject: BTreeMap::new(), join: vec![member(2)] };
+        membership.begin(change.clone());
+        assert_eq!(
+            (numbers(membership.needed(Extent(0))), numbers(membership.sure(Extent(0)))),
+            (vec![1, 2], vec![1])
+        );
+        let after = change.applied(membership.record());
+        membership.settle(after);
+        assert_eq!(numbers(membership.sure(Extent(0))), [1, 2]);
+        assert!(!membership.is_behind_somewhere(member(2)) && membership.is_behind_somewhere(member(3)));
+    }
+
+    #[test]
+    fn what_is_new_to_a_member_has_no_mark() {
+        let mut record = membership(&[1, 2], &[2]).record().clone();
+        let new = record.partitions[0].clone();
+        record.partitions.push(new);
+        record.partitions[1].owners[1].is_complete = false;
+        let membership = Membership::new(VolumeId([9; 16]), record, None);
+        assert_eq!(membership.mark(member(2), Extent(0)), Version(7));
+        assert_eq!(membership.mark(member(2), Extent(1)), Version(0));
     }
 
     #[test]

@@ -56,6 +56,12 @@ pub enum Mutant {
     SequenceRestarts,
     /// A join of unknown outcome is taken not to have been made.
     JoinInDoubtUndone,
+    /// What a store no longer owns is given up though a head may still take it for an owner.
+    RetireWithoutFence,
+    /// A new owner is taken to be complete from the beginning.
+    OwnerCompleteAtOnce,
+    /// A member that becomes an owner of more is taken in again by what it was behind with before.
+    LearnerKeptThroughMove,
     /// An ejection of unknown outcome is taken to have been made.
     EjectionInDoubtDone,
     /// A change is made whatever the record has become since.
@@ -80,8 +86,11 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 35] = [
+    pub const ALL: [Mutant; 38] = [
         Mutant::MarkRaised,
+        Mutant::RetireWithoutFence,
+        Mutant::OwnerCompleteAtOnce,
+        Mutant::LearnerKeptThroughMove,
         Mutant::MarkAboveWrites,
         Mutant::ResyncSourceOnly,
         Mutant::EqualVersionSkipped,

@@ -10,12 +10,18 @@
 //! * A new head numbers its writes above every stable mark: what was said to be everywhere is never said of a write of its own.
 //! * A request for a partition under a higher epoch is done after that epoch is durable; one under a lower epoch is refused.
 //! * A record older than one that was served under is refused.
+//! * What a store no longer owns is given up only when no request that takes it for an owner can be done any more (`retiring`).
 //!
 //! A request that is sent again is done again: its range is locked at the head until it is answered, and what it writes is the same.
+
+mod retiring;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use cluster_map::{NodeId, VolumeId};
+
+use self::retiring::Retiring;
+pub use self::retiring::Share;
 
 use crate::grants::GRANT_NS;
 use crate::message::{Answer, Ask, Digest, Fault, GrantAnswer, GrantRequest, Held, Refusal, Reply, Request};
@@ -67,6 +73,8 @@ pub enum Work<B> {
     Digest(Span),
     /// Say which extents there are, from this one on.
     List(Extent),
+    /// Give an extent up that the store does not own any more: nothing of it is left, and nothing tells of it.
+    Drop(Extent),
 }
 
 /// What became of it.
@@ -120,6 +128,8 @@ pub enum Output<B> {
     },
     /// Writes of the volume up to this one are on all in-sync members: regions may leave the activity log.
     Stable(Member, VolumeId, Version),
+    /// Nothing is left of what a store no longer owns.
+    Retired(Member, VolumeId, Share),
     /// Nobody wants these any more.
     Release(B),
 }
@@ -167,6 +177,8 @@ struct Volume<B> {
     /// An epoch is being made durable, for the first of these; they wait in order.
     waiting: VecDeque<(Site, Request<B>)>,
     is_persisting: bool,
+    /// Partitions that are being given up.
+    retiring: BTreeMap<u32, Retiring>,
 }
 
 #[derive(Debug)]
@@ -176,6 +188,8 @@ enum What {
     Open(Site, u64, Generation),
     PersistGeneration,
     PersistEpoch,
+    /// A step of giving up a partition.
+    Retire(u32),
 }
 
 /// All replicas of a site.
@@ -332,6 +346,7 @@ impl<B> Replicas<B> {
                 }
                 self.answer(from, member, id, generation, number, reply(ended));
                 self.advance_opening(key);
+                self.advance_retiring(key);
             }
             What::Open(from, number, generation) => {
                 // Not once another one has been asked for: nothing of this one would be done.
@@ -342,6 +357,7 @@ impl<B> Replicas<B> {
             }
             What::PersistGeneration => self.generation_persisted(key, &ended),
             What::PersistEpoch => self.epoch_persisted(key, &ended),
+            What::Retire(partition) => self.retire_worked(key, partition, &ended),
         }
     }
 
@@ -357,7 +373,7 @@ impl<B> Replicas<B> {
         if request.generation != volume.durable.generation || is_handed_back {
             return Err(Refusal::NotOpen);
         }
-        let known = volume.durable.epochs.get(&request.partition).copied().unwrap_or_default();
+        let known = volume.epoch(request.partition);
         if request.epoch < known && request.epoch != Epoch(0) {
             return Err(Refusal::Epoch(known));
         }
@@ -365,14 +381,18 @@ impl<B> Replicas<B> {
     }
 
     fn admit(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>) {
+        if self.must_wait_for_retiring(key, request.partition, request.epoch) {
+            self.answer(from, key.0, key.1, request.generation, request.id, Reply::Failed(retiring::WAIT));
+            if let Ask::Write { blocks, .. } = request.ask {
+                self.outputs.push_back(Output::Release(blocks));
+            }
+            return;
+        }
         let Some(volume) = self.volumes.get_mut(&key) else { return };
-        let known = volume.durable.epochs.get(&request.partition).copied().unwrap_or_default();
-        if request.epoch > known {
-            volume.durable.epochs.insert(request.partition, request.epoch);
-            volume.is_persisting = true;
-            let durable = volume.durable.clone();
+        if request.epoch > volume.epoch(request.partition) {
+            let (partition, epoch) = (request.partition, request.epoch);
             volume.waiting.push_back((from, request));
-            self.start(key, Work::Persist(durable), What::PersistEpoch);
+            self.persist_epoch(key, partition, epoch);
             return;
         }
         self.is_stable(key, request.stable);
@@ -398,6 +418,14 @@ impl<B> Replicas<B> {
             self.answer(from, key.0, key.1, request.generation, request.id, Reply::Done);
         }
         self.start(key, work, What::Request(from, request.id, request.generation));
+    }
+
+    fn persist_epoch(&mut self, key: (Member, VolumeId), partition: u32, epoch: Epoch) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        volume.durable.epochs.insert(partition, epoch);
+        volume.is_persisting = true;
+        let durable = volume.durable.clone();
+        self.start(key, Work::Persist(durable), What::PersistEpoch);
     }
 
     /// Writes up to this one are on all in-sync members.
@@ -537,6 +565,7 @@ impl<B> Replicas<B> {
             Some(later) => self.begin_opening(key, later),
             None => {}
         }
+        self.advance_retiring(key);
     }
 
     fn epoch_persisted(&mut self, key: (Member, VolumeId), ended: &Ended<B>) {
@@ -555,6 +584,7 @@ impl<B> Replicas<B> {
             }
         }
         self.advance_opening(key);
+        self.advance_retiring(key);
     }
 
     fn start(&mut self, key: (Member, VolumeId), work: Work<B>, what: What) {
@@ -603,7 +633,13 @@ impl<B> Volume<B> {
             running: 0,
             waiting: VecDeque::new(),
             is_persisting: false,
+            retiring: BTreeMap::new(),
         }
+    }
+
+    /// The highest epoch of a partition that was asked for.
+    fn epoch(&self, partition: u32) -> Epoch {
+        self.durable.epochs.get(&partition).copied().unwrap_or_default()
     }
 
     /// A survey, without what was said to be on all in-sync members: the store's log lets go of that when it pleases.

@@ -20,7 +20,7 @@ use crate::head::{self, End, Failure, Head, PIECE_BYTES, Token};
 use crate::membership::{Change, Membership, Record};
 use crate::message::{Answer, GrantRequest, Memory, Message, Reply, Request};
 use crate::mutants::{self, Mutant};
-use crate::replica::{self, Durable, Ended, Replicas, Work, WorkId};
+use crate::replica::{self, Durable, Ended, Replicas, Share, Work, WorkId};
 use crate::terms::{Generation, Member, Site, Version};
 
 /// How often a site looks at the time while something depends on it: grants, silence and impatience are counted in hundreds of
@@ -78,6 +78,8 @@ pub enum Output<B> {
     HandedOver(VolumeId, Generation, bool),
     /// The volume's head is none any more; what it was asked and did not answer ends with it.
     Ended(VolumeId, Generation, End),
+    /// Nothing is left of what a store here no longer owns.
+    Retired(Member, VolumeId, Share),
     /// Nobody wants these any more.
     Release(B),
 }
@@ -167,6 +169,21 @@ impl<B> Engine<B> {
         self.replicas.drop_replica(member, volume);
     }
 
+    /// Gives up what a store has of a partition that others own, all of them complete: its record says so. Until [`Output::Retired`] it is
+    /// to be asked for again now and then.
+    pub fn retire(
+        &mut self,
+        member: Member,
+        volume: VolumeId,
+        share: Share,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
+        self.now_ns = now_ns;
+        self.replicas.retire(member, volume, share, now_ns);
+        self.pump(memory);
+    }
+
     // ---------------------------------------------------------------------------------------------------------------
     // Heads
 
@@ -187,7 +204,7 @@ impl<B> Engine<B> {
         self.used.insert(volume, generation);
         let mut head = Head::new(self.site.node, generation, membership, now_ns);
         for site in sites_of(&head) {
-            *self.asked_by.entry(site).or_default() += 1;
+            self.begin_asking(site);
             if site == self.site || self.peers.get(&site).is_some_and(|peer| peer.is_connected) {
                 head.connected(site, &self.grants, memory, now_ns);
             }
@@ -208,14 +225,24 @@ impl<B> Engine<B> {
 
     fn dissolve(&mut self, head: Head<B>, memory: &mut impl Memory<Blocks = B>) {
         for site in sites_of(&head) {
-            if let btree_map::Entry::Occupied(mut asked_by) = self.asked_by.entry(site) {
-                *asked_by.get_mut() -= 1;
-                if *asked_by.get() == 0 {
-                    asked_by.remove();
-                }
-            }
+            self.stop_asking(site);
         }
         head.dissolve(memory);
+    }
+
+    /// One more head asks a site.
+    fn begin_asking(&mut self, site: Site) {
+        *self.asked_by.entry(site).or_default() += 1;
+    }
+
+    /// One head less does.
+    fn stop_asking(&mut self, site: Site) {
+        if let btree_map::Entry::Occupied(mut asked_by) = self.asked_by.entry(site) {
+            *asked_by.get_mut() -= 1;
+            if *asked_by.get() == 0 {
+                asked_by.remove();
+            }
+        }
     }
 
     /// The last generation under which this process had a head of the volume.
@@ -250,11 +277,19 @@ impl<B> Engine<B> {
         now_ns: u64,
     ) {
         self.now_ns = now_ns;
-        if let Some(head) = self.heads.get_mut(&volume) {
-            head.record(record, &self.grants, memory, now_ns);
-            self.stirred.insert(volume);
-            self.pump(memory);
+        let Some(head) = self.heads.get_mut(&volume) else { return };
+        let before = sites_of(head);
+        head.record(record, &self.grants, memory, now_ns);
+        let after = sites_of(head);
+        for site in &after {
+            if *site == self.site || self.peers.get(site).is_some_and(|peer| peer.is_connected) {
+                head.owners_came(*site, &self.grants, memory, now_ns);
+            }
         }
+        after.difference(&before).for_each(|site| self.begin_asking(*site));
+        before.difference(&after).for_each(|site| self.stop_asking(*site));
+        self.stirred.insert(volume);
+        self.pump(memory);
     }
 
     /// Begins to read blocks of a volume. Without a head nothing comes of it.
@@ -596,6 +631,10 @@ impl<B> Engine<B> {
                 self.outputs.push_back(Output::Stable(member, volume, version));
                 return;
             }
+            replica::Output::Retired(member, volume, share) => {
+                self.outputs.push_back(Output::Retired(member, volume, share));
+                return;
+            }
             replica::Output::Release(blocks) => {
                 memory.release(blocks);
                 return;
@@ -672,7 +711,7 @@ impl<B> Engine<B> {
 
 /// Every site that a head asks, once.
 fn sites_of<B>(head: &Head<B>) -> BTreeSet<Site> {
-    head.membership().owners().values().map(|owner| owner.site).collect()
+    head.membership().owners().into_values().collect()
 }
 
 /// Gives back what a message that nobody wants has brought.

@@ -4,6 +4,7 @@
 //! * `node` – a node's data plane: connections, grants, heads and replicas around the network.
 //! * [`store`] – the store under a replica.
 //! * `metadata` – the volume's record and who changes it.
+//! * `moves` – partitions that go to other owners, and what the former ones give up.
 //! * `client` – an initiator's workload, and the checker that sees all of it.
 //! * `script` – troubles in a fixed order, with the times between them drawn.
 //! * `scenarios` – plans: the general one, and one for each kind of interleaving that is known to be dangerous.
@@ -15,6 +16,7 @@
 
 mod client;
 mod metadata;
+mod moves;
 mod node;
 pub mod scenarios;
 pub mod script;
@@ -116,11 +118,13 @@ pub enum Trouble {
     Initiator,
     /// A head is asked to hand over, though nothing is wrong.
     HandOver,
+    /// A partition is given to another node.
+    Move,
 }
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 17] = [
+    pub const ALL: [Trouble; 18] = [
         Trouble::Restart,
         Trouble::Off,
         Trouble::PowerCut,
@@ -138,6 +142,7 @@ impl Trouble {
         Trouble::BadDisk,
         Trouble::Initiator,
         Trouble::HandOver,
+        Trouble::Move,
     ];
 }
 
@@ -197,6 +202,8 @@ pub struct Coverage {
     pub ejections: u64,
     /// Members that were taken in again.
     pub joins: u64,
+    /// Partitions that went to other owners.
+    pub moves: u64,
     /// Changes whose outcome was unknown.
     pub doubts: u64,
     /// Troubles.
@@ -219,6 +226,7 @@ impl Coverage {
             hand_overs,
             ejections,
             joins,
+            moves,
             doubts,
             troubles,
             replaced,
@@ -231,6 +239,7 @@ impl Coverage {
         self.hand_overs += hand_overs;
         self.ejections += ejections;
         self.joins += joins;
+        self.moves += moves;
         self.doubts += doubts;
         self.troubles += troubles;
         self.replaced += replaced;
@@ -421,7 +430,6 @@ impl World {
         let nodes =
             (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
         let mut records = Vec::new();
-        let mut partitions = Vec::new();
         let mut placing = random.named("placing", 0);
         for volume in 0..plan.volumes {
             let mut of_volume = Vec::new();
@@ -438,8 +446,8 @@ impl World {
                     owners: order[..plan.copies].iter().map(owner).collect(),
                 });
             }
-            partitions.push(of_volume);
             let record = Record {
+                partitions: of_volume,
                 revision: 1 + volume as u64,
                 takeover: 0,
                 head: None,
@@ -472,7 +480,7 @@ impl World {
             schedule.at(script::BEGIN_NS, Event::Script);
         }
         let troubles = trouble::Troubles::new(random.named("trouble", 0));
-        let metadata = Metadata::new(records, partitions, random.named("metadata", 0));
+        let metadata = Metadata::new(records, plan.copies, random.named("metadata", 0));
         let mut world = World {
             schedule,
             network,
@@ -593,6 +601,7 @@ impl World {
     fn is_at_rest(&self) -> bool {
         self.clients.iter().all(Client::is_idle)
             && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty())
+            && self.metadata.has_moved_all()
             && self.nodes.iter().all(Node::is_quiet)
             && (0..self.plan.volumes).all(|volume| {
                 let head = self.metadata.record(volume).head;
@@ -618,7 +627,7 @@ impl World {
     fn read_copies(&mut self) -> Result<(), Wrong> {
         let now_ns = self.now_ns();
         for volume in 0..self.plan.volumes {
-            let partitions = self.metadata.partitions(volume).to_vec();
+            let partitions = self.metadata.record(volume).partitions.clone();
             let stores: Vec<_> = partitions
                 .iter()
                 .map(|partition| {
@@ -646,7 +655,7 @@ impl World {
     fn compare_copies(&self) -> Result<(), Wrong> {
         for volume in 0..self.plan.volumes {
             let id = volume_id(volume);
-            let partitions = self.metadata.partitions(volume);
+            let partitions = &self.metadata.record(volume).partitions;
             let all: Vec<_> = self.nodes.iter().map(|node| node.store.visible(id)).collect();
             for (at, partition) in partitions.iter().enumerate() {
                 let mut first = None;

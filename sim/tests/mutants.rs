@@ -46,6 +46,9 @@ fn scenario(mutant: Mutant) -> Scenario {
         Mutant::HandedBackEarly | Mutant::CleanThoughUnequal | Mutant::HandedBackForGood => {
             Scenario::HandOver
         }
+        Mutant::RetireWithoutFence | Mutant::OwnerCompleteAtOnce | Mutant::LearnerKeptThroughMove => {
+            Scenario::Move
+        }
         Mutant::JoinInDoubtUndone
         | Mutant::EjectionInDoubtDone
         | Mutant::ChangeWithoutCompare

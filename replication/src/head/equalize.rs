@@ -220,6 +220,10 @@ impl<B> Head<B> {
                     if job.digests.values().any(Option::is_none) {
                         return;
                     }
+                    if self.repairs_source(at) {
+                        self.restart_job(at, memory);
+                        return;
+                    }
                     self.decide(at);
                     self.begin_fix(at, memory);
                 }
@@ -310,6 +314,25 @@ impl<B> Head<B> {
         mutants::is(Mutant::ResyncBackwards)
             || mutants::is(Mutant::HigherVersionWins)
                 && learner().is_some_and(|learner| learner.order(member, job.span.extent).is_lt())
+    }
+
+    /// Has blocks made good first that a learner is to get and its source has not: another in-sync copy may have the last good ones, and
+    /// may be gone when the learner is in sync. Whether there were any.
+    fn repairs_source(&mut self, at: JobId) -> bool {
+        let job = &self.jobs[&at];
+        let Purpose::Resync(learner) = job.purpose else { return false };
+        let is_bad = |digest: &Digest| matches!(digest, Digest::Suspect { .. } | Digest::Bad);
+        let of_source = job.digests.iter().filter(|(member, _)| **member != learner);
+        let digests = of_source.flat_map(|(_, digests)| digests.iter().flatten().zip(job.span.first..));
+        let bad: Vec<u16> = digests.filter(|(digest, _)| is_bad(digest)).map(|(_, block)| block).collect();
+        let span = job.span;
+        for first in &bad {
+            let bad = Span { first: *first, count: 1, ..span };
+            if !self.repairs.contains(&bad) {
+                self.repairs.push_back(bad);
+            }
+        }
+        !bad.is_empty()
     }
 
     /// Says what is to be done, from all digests.
@@ -453,7 +476,7 @@ fn remedy(copies: &[(Member, Digest)], learner: Option<Member>) -> Option<Remedy
             Digest::Absent => Some(Remedy::Unmap),
             Digest::Data(_) if source == target => None,
             Digest::Data(_) => Some(Remedy::Copy { from, is_suspect: false }),
-            // Another in-sync copy may have it: a repair finds out, and its write goes to the learner too.
+            // Suspect and bad ones are repaired before.
             Digest::Suspect { .. } | Digest::Bad | Digest::Lost if target == Digest::Lost => None,
             Digest::Suspect { .. } | Digest::Bad | Digest::Lost => Some(Remedy::Lose),
         };

@@ -100,8 +100,8 @@ impl<B> Head<B> {
 
     /// Whether everything is answered, equal, and known to every needed owner.
     fn has_nothing_left(&self) -> bool {
-        let owners = self.membership.owners();
-        let mut needed = owners.iter().filter(|(_, owner)| self.membership.is_needed(owner));
+        let owners = self.membership.partitions().iter().flat_map(|partition| &partition.owners);
+        let mut needed = owners.filter(|owner| self.membership.is_needed(owner));
         let is_begun = self.ops.values().any(|op| op.stage != Stage::Waiting);
         let is_early = mutants::is(Mutant::HandedBackEarly) || mutants::is(Mutant::CleanThoughUnequal);
         self.membership.doubt().is_none()
@@ -109,7 +109,7 @@ impl<B> Head<B> {
             && self.jobs.is_empty()
             && self.repairs.is_empty()
             && self.unequal.is_empty()
-            && needed.all(|(member, _)| self.peers.get(member).is_some_and(super::Peer::is_open))
+            && needed.all(|owner| self.peers.get(&owner.member).is_some_and(super::Peer::is_open))
     }
 
     fn give_back(&mut self, memory: &mut impl Memory<Blocks = B>) {

@@ -14,7 +14,7 @@ use super::equalize::Equalize;
 use super::resync::Learner;
 use super::{Failure, Head, OpId, Output, Purport, RETRY_NS, SILENCE_NS, Stage};
 use crate::grants::{GrantIndex, Grants};
-use crate::membership::Change;
+use crate::membership::{Change, Record};
 use crate::message::{Fault, Held, Memory};
 use crate::mutants::{self, Mutant};
 use crate::terms::{Extent, Member, Site, Version};
@@ -122,9 +122,8 @@ impl Peer {
 impl<B> Head<B> {
     /// Has a peer for every owner.
     pub(super) fn follow_owners(&mut self) {
-        let owners = self.membership.owners();
-        for (member, owner) in &owners {
-            self.peers.entry(*member).or_insert_with(|| Peer::new(owner.site)).site = owner.site;
+        for (member, site) in self.membership.owners() {
+            self.peers.entry(member).or_insert_with(|| Peer::new(site)).site = site;
         }
     }
 
@@ -174,16 +173,34 @@ impl<B> Head<B> {
         self.advance(grants, memory);
     }
 
+    /// Owners have come, and the connection to their site can be used already.
+    pub fn owners_came(
+        &mut self,
+        site: Site,
+        grants: &Grants,
+        memory: &mut impl Memory<Blocks = B>,
+        now_ns: u64,
+    ) {
+        self.now_ns = now_ns;
+        for member in self.members_of(site) {
+            if let Some(peer) = self.peers.get_mut(&member).filter(|peer| !peer.is_open()) {
+                peer.is_connected = true;
+                self.reopen(member, memory);
+            }
+        }
+        self.advance(grants, memory);
+    }
+
     fn members_of(&self, site: Site) -> Vec<Member> {
         self.peers.iter().filter(|(_, peer)| peer.site == site).map(|(member, _)| *member).collect()
     }
 
     /// Asks a replica to open the generation, again if it was asked on an earlier connection.
     pub(super) fn reopen(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
-        let has_left = self.has_left();
+        let is_asked = !self.has_left() && self.membership.owners().contains_key(&member);
         let Some(peer) = self.peers.get_mut(&member) else { return };
         peer.opened = None;
-        if peer.is_connected && !has_left && peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
+        if peer.is_connected && is_asked && peer.oldest_ns(|purport| purport == Purport::Open).is_none() {
             self.send(member, Purport::Open, memory);
         }
     }
@@ -197,8 +214,6 @@ impl<B> Head<B> {
         grants: &Grants,
         memory: &mut impl Memory<Blocks = B>,
     ) {
-        let is_in_sync =
-            self.membership.owners().get(&from).is_some_and(|owner| self.membership.is_needed(owner));
         let Some(peer) = self.peers.get_mut(&from) else { return };
         // Asked once more on the same connection it has it open since the first time.
         peer.opened.get_or_insert(grants.index(peer.site));
@@ -207,9 +222,10 @@ impl<B> Head<B> {
             if !mutants::is(Mutant::SequenceRestarts) {
                 self.next_version = self.next_version.max(highest.next());
             }
-            // Who is stale is made equal by what it missed, and by what only it has.
-            let is_unequal = is_in_sync && !mutants::is(Mutant::ReconcileSkipped);
-            for held in active.iter().filter(|_| is_unequal) {
+            // Where it is behind it is made equal by what it missed, and by what only it has.
+            let is_unequal =
+                |extent| self.membership.needs(from, extent) && !mutants::is(Mutant::ReconcileSkipped);
+            for held in active.iter().filter(|held| is_unequal(held.extent)) {
                 let lowest = &mut self.unequal.entry(held.extent).or_insert((held.version, false)).0;
                 *lowest = held.version.min(*lowest);
             }
@@ -264,6 +280,7 @@ impl<B> Head<B> {
                 Purport::EqualizeDigest { job, .. } | Purport::EqualizeRead { job, .. } => {
                     self.restart_job(job, memory);
                 }
+                Purport::List { learner, .. } => self.drop_learner(learner),
                 _ => {}
             }
         }
@@ -312,8 +329,8 @@ impl<B> Head<B> {
     /// A replica could not write, or make room.
     pub(super) fn write_failed(&mut self, from: Member, purport: Purport, fault: Fault) {
         // While it is asked to be in sync it may be so already: then nobody but it can answer for the write.
-        let may_be_in_sync = self.membership.doubt().is_some_and(|change| change.join.contains(&from));
-        if self.peers.get(&from).is_some_and(Peer::is_learner) && !may_be_in_sync {
+        let is_needed = self.extent_of(purport).is_some_and(|extent| self.membership.needs(from, extent));
+        if self.peers.get(&from).is_some_and(Peer::is_learner) && !is_needed {
             if mutants::is(Mutant::JoinAfterFailedWrite) {
                 self.leave(from);
                 return;
@@ -346,7 +363,7 @@ impl<B> Head<B> {
         self.retry_at_ns = self.retry_at_ns.min(self.now_ns + RETRY_NS);
     }
 
-    /// A replica could not open the generation: it is asked again.
+    /// A replica could not open the generation, or knows newer owners: it is asked again, later.
     pub(super) fn open_failed(&mut self, from: Member) {
         if let Some(peer) = self.peers.get_mut(&from) {
             peer.opened = None;
@@ -424,11 +441,9 @@ impl<B> Head<B> {
         if self.membership.doubt().is_some() {
             return;
         }
-        let owners = self.membership.owners();
         let mut ejected = BTreeMap::new();
         for (member, peer) in &self.peers {
-            let is_needed = owners.get(member).is_some_and(|owner| self.membership.is_needed(owner));
-            if !is_needed
+            if !self.membership.is_needed_somewhere(*member)
                 || !self.is_silent(*member, peer, grants)
                 || !self.knows_what_it_misses(*member, &ejected)
             {
@@ -516,46 +531,72 @@ impl<B> Head<B> {
     }
 
     /// The record has changed.
-    pub(super) fn follow_record(&mut self, memory: &mut impl Memory<Blocks = B>) {
-        let owners = self.membership.owners();
+    pub(super) fn follow_record(&mut self, before: &Record, memory: &mut impl Memory<Blocks = B>) {
+        self.follow_owners();
         let members: Vec<Member> = self.peers.keys().copied().collect();
         for member in members {
-            let is_needed = owners.get(&member).is_some_and(|owner| self.membership.is_needed(owner));
+            let (is_needed, is_behind) =
+                (self.membership.is_needed_somewhere(member), self.membership.is_behind_somewhere(member));
+            let is_same =
+                self.membership.stands_as_in(before, member) || mutants::is(Mutant::LearnerKeptThroughMove);
             let Some(peer) = self.peers.get_mut(&member) else { continue };
-            if is_needed {
-                if peer.learner.take().is_some() {
+            match &mut peer.learner {
+                Some(learner) if is_behind && is_same => {
+                    learner.was_refused();
+                    continue;
+                }
+                // It has everything, or owns something else than what was found out about.
+                Some(_) => {
+                    self.drop_learner(member);
                     // It was not asked whether it has room for everything.
                     self.reserved.clear();
                 }
-            } else if let Some(learner) = &mut peer.learner {
-                learner.was_refused();
-            } else {
+                None => {}
+            }
+            if is_behind || !is_needed || !self.membership.stands_as_in(before, member) {
                 self.leave(member);
                 self.drop_reads(member, memory);
             }
         }
     }
 
-    /// Nobody waits for it any more.
+    /// Nobody waits for it any more, where it is not needed.
     pub(super) fn leave(&mut self, member: Member) {
+        let is_left = |extent: Extent| !self.membership.needs(member, extent);
+        let Some(peer) = self.peers.get(&member) else { return };
+        let left = peer.unanswered.iter().filter(|(_, asked)| asked.purport.is_write());
+        let left = left.filter(|(_, asked)| self.extent_of(asked.purport).is_none_or(is_left));
+        let left: Vec<(u64, bool)> = left.map(|(id, asked)| (*id, asked.is_sent)).collect();
         for op in self.ops.values_mut() {
-            for piece in &mut op.pieces {
+            for piece in
+                op.pieces.iter_mut().filter(|piece| !self.membership.needs(member, piece.span.extent))
+            {
                 piece.targets.retain(|target| target.member != member);
             }
         }
-        for job in self.jobs.values_mut() {
+        for job in self.jobs.values_mut().filter(|job| !self.membership.needs(member, job.span.extent)) {
             job.leave(member);
         }
+        let is_needed = self.membership.is_needed_somewhere(member);
         let Some(peer) = self.peers.get_mut(&member) else { return };
-        let left = peer.unanswered.iter().filter(|(_, asked)| asked.purport.is_write());
-        let left: Vec<(u64, bool)> = left.map(|(id, asked)| (*id, asked.is_sent)).collect();
         for (id, is_sent) in left {
             peer.unanswered.remove(&id);
             if is_sent {
                 peer.abandoned.insert(id);
             }
         }
-        peer.has_failed = false;
+        peer.has_failed &= is_needed;
+    }
+
+    /// Which extent something is about that is in progress.
+    fn extent_of(&self, purport: Purport) -> Option<Extent> {
+        match purport {
+            Purport::Write { op, piece } | Purport::Reserve { op, piece } => {
+                Some(self.ops.get(&op)?.pieces.get(piece)?.span.extent)
+            }
+            Purport::EqualizeWrite { job } => Some(self.jobs.get(&job)?.span.extent),
+            _ => None,
+        }
     }
 
     /// Says what is stable when no request says it.

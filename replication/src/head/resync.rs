@@ -12,10 +12,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::equalize::Purpose;
 use super::{Head, JobId, Peer, Purport, Stage};
-use crate::membership::Change;
+use crate::membership::{Change, Owner};
 use crate::message::{Held, Memory};
 use crate::mutants::{self, Mutant};
-use crate::terms::{Extent, Member, Span, Version};
+use crate::terms::{Extent, Member, Span};
 
 /// Extents of a learner that are made equal at a time.
 const EXTENTS_AT_ONCE: u32 = 2;
@@ -32,8 +32,6 @@ struct List {
 pub(super) struct Learner {
     /// Tells it from an earlier one of the same member: what that one asked for counts no longer.
     candidacy: u64,
-    /// Everything up to here it has.
-    mark: Version,
     /// What each party has. The learner is one of them.
     lists: BTreeMap<Member, List>,
     /// Extents with writes that were in progress when it began, and did not go to it.
@@ -81,13 +79,11 @@ impl Learner {
 impl<B> Head<B> {
     /// Begins with members that can be brought up to date, and goes on with those that are.
     pub(super) fn advance_learners(&mut self, memory: &mut impl Memory<Blocks = B>) {
-        let owners = self.membership.owners();
         let members: Vec<Member> = self.peers.keys().copied().collect();
         for member in members {
-            let Some(owner) = owners.get(&member) else { continue };
-            let is_out = !self.membership.is_needed(owner);
+            let is_behind = self.membership.is_behind_somewhere(member);
             let Some(peer) = self.peers.get(&member) else { continue };
-            if is_out && peer.learner.is_none() && peer.is_open() && peer.is_clean() {
+            if is_behind && peer.learner.is_none() && peer.is_open() && peer.is_clean() {
                 self.begin_learner(member, memory);
             }
             self.advance_learner(member);
@@ -95,12 +91,9 @@ impl<B> Head<B> {
     }
 
     fn begin_learner(&mut self, member: Member, memory: &mut impl Memory<Blocks = B>) {
-        // Every in-sync copy of its partitions is needed as a source, or as a witness that there is one.
-        let partitions = self
-            .membership
-            .partitions()
-            .iter()
-            .filter(|p| p.owners.iter().any(|owner| owner.member == member));
+        // Every in-sync copy of the partitions in which it is behind is needed as a source, or as a witness that there is one.
+        let is_behind = |owner: &Owner| owner.member == member && !self.membership.is_needed(owner);
+        let partitions = self.membership.partitions().iter().filter(|p| p.owners.iter().any(is_behind));
         let sources: BTreeSet<Member> = partitions
             .flat_map(|partition| partition.owners.iter().filter(|owner| self.membership.is_sure(owner)))
             .map(|owner| owner.member)
@@ -110,19 +103,17 @@ impl<B> Head<B> {
         {
             return;
         }
-        let mark = self.membership.record().stale.get(&member).copied().unwrap_or_default();
         let in_progress = self
             .ops
             .values()
             .filter(|op| op.stage != Stage::Waiting)
             .flat_map(|op| super::extents(&op.range));
         let in_progress = in_progress.chain(self.jobs.values().map(|job| job.span.extent));
-        let in_progress = in_progress.filter(|extent| self.membership.owns(member, *extent)).collect();
+        let in_progress = in_progress.filter(|extent| self.membership.is_behind(member, *extent)).collect();
         let parties: Vec<Member> = sources.into_iter().chain([member]).collect();
         let candidacy = self.take_id();
         let learner = Learner {
             candidacy,
-            mark,
             lists: parties.iter().map(|party| (*party, List::default())).collect(),
             in_progress,
             work: None,
@@ -169,7 +160,7 @@ impl<B> Head<B> {
         if learner.work.is_some() || !learner.lists.values().all(|list| list.is_whole) {
             return;
         }
-        let is_its = |extent: Extent| self.membership.owns(member, extent);
+        let is_its = |extent: Extent| self.membership.is_behind(member, extent);
         let mut work: BTreeSet<Extent> = learner.in_progress.clone();
         // Extents of the in-sync copies, and of it.
         let (mut there, mut here) = (BTreeSet::new(), BTreeSet::new());
@@ -185,7 +176,7 @@ impl<B> Head<B> {
                 } else {
                     continue;
                 }
-                if held.version > learner.mark || held.is_active {
+                if held.version > self.membership.mark(member, held.extent) || held.is_active {
                     work.insert(held.extent);
                 }
             }
@@ -246,7 +237,6 @@ impl<B> Head<B> {
     /// A learner is none any more. If it was asked to be in sync, that stands: nothing is acknowledged without it until the outcome is
     /// known.
     pub(super) fn drop_learner(&mut self, member: Member) {
-        let in_doubt = self.membership.doubt().is_some_and(|change| change.join.contains(&member));
         if let Some(peer) = self.peers.get_mut(&member) {
             peer.learner = None;
         }
@@ -259,8 +249,6 @@ impl<B> Head<B> {
         for at in jobs {
             self.drop_job(at);
         }
-        if !in_doubt {
-            self.leave(member);
-        }
+        self.leave(member);
     }
 }

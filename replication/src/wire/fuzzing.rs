@@ -84,6 +84,7 @@ impl Peers {
         let owners = vec![owner(MEMBER, OWN), owner(other, OTHER)];
         let partition = Partition { epoch: Epoch(1), owners };
         let record = Record {
+            partitions: vec![partition],
             revision: 1,
             takeover: 1,
             head: Some(OWN.node),
@@ -91,7 +92,7 @@ impl Peers {
             min_copies: 0,
             is_moving: false,
         };
-        let membership = Membership::new(VOLUME, vec![partition], record, None);
+        let membership = Membership::new(VOLUME, record, None);
         engine.begin(Generation { takeover: 1, start: 1 }, membership, &mut Sums, 0);
         engine.connected(OTHER, &mut Sums, 0);
         engine.accepted(OTHER, &mut Sums);

@@ -9,6 +9,7 @@ use torus_replication::membership::{Change, Membership, Partition, Record};
 use torus_replication::mutants::{self, Mutant};
 use torus_replication::terms::Generation;
 
+use super::moves::Moves;
 use super::{Checker, Event, World, node_id, volume_id};
 use crate::random::Random;
 
@@ -60,7 +61,7 @@ pub(super) struct Outcome {
 #[derive(Debug)]
 pub(super) struct Metadata {
     records: Vec<Record>,
-    partitions: Vec<Vec<Partition>>,
+    pub(super) moves: Moves,
     /// Who is wished to be head, of records that are moving.
     successors: Vec<Option<usize>>,
     revision: u64,
@@ -74,12 +75,12 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    pub(super) fn new(records: Vec<Record>, partitions: Vec<Vec<Partition>>, random: Random) -> Metadata {
+    pub(super) fn new(records: Vec<Record>, copies: usize, random: Random) -> Metadata {
         Metadata {
             revision: records.len() as u64 + 1,
             successors: vec![None; records.len()],
             records,
-            partitions,
+            moves: Moves::new(copies, random.named("moves", 0)),
             random,
             is_away: false,
             away_from: BTreeSet::new(),
@@ -87,7 +88,7 @@ impl Metadata {
         }
     }
 
-    fn is_away_from(&self, node: usize) -> bool {
+    pub(super) fn is_away_from(&self, node: usize) -> bool {
         self.is_away || self.away_from.contains(&node)
     }
 
@@ -95,11 +96,12 @@ impl Metadata {
         &self.records[volume]
     }
 
-    pub(super) fn partitions(&self, volume: usize) -> &[Partition] {
-        &self.partitions[volume]
+    /// Whether no partition is on its way to another owner, and nothing is left of former ones.
+    pub(super) fn has_moved_all(&self) -> bool {
+        self.moves.are_done(&self.records)
     }
 
-    fn replace(&mut self, volume: usize, mut record: Record) -> Record {
+    pub(super) fn replace(&mut self, volume: usize, mut record: Record) -> Record {
         self.revision += 1;
         record.revision = self.revision;
         self.records[volume] = record.clone();
@@ -187,8 +189,8 @@ impl World {
         let is_owner = |partition: &Partition| {
             partition.owners.iter().any(|owner| super::node_of(owner.site.node) == node)
         };
-        let has_copy = self.metadata.partitions[volume].iter().any(is_owner)
-            && !now.stale.contains_key(&super::member_of(node));
+        let has_copy =
+            now.partitions.iter().any(is_owner) && !now.stale.contains_key(&super::member_of(node));
         if !self.metadata.is_away && has_copy && now.head.is_some_and(|head| head != node_id(node)) {
             self.metadata.successors[volume] = Some(node);
             self.metadata.replace(volume, Record { is_moving: true, ..now });
@@ -213,10 +215,9 @@ impl World {
     /// No ejection leaves fewer members in sync than must be (I5).
     fn check_change(&mut self, volume: usize, before: &Record, change: &Change) {
         let after = change.applied(before);
-        let partitions = self.metadata.partitions[volume].clone();
-        for (at, partition) in partitions.iter().enumerate() {
+        for (at, partition) in after.partitions.iter().enumerate() {
             let in_sync = |record: &Record| {
-                let owners = partition.owners.iter().filter(|owner| owner.is_complete);
+                let owners = record.partitions[at].owners.iter().filter(|owner| owner.is_complete);
                 owners.filter(|owner| !record.stale.contains_key(&owner.member)).count()
             };
             let (had, has) = (in_sync(before), in_sync(&after));
@@ -270,6 +271,7 @@ impl World {
         {
             return;
         }
+        self.advance_moves(node);
         for volume in 0..self.plan.volumes {
             if self.nodes[node].is_asking[volume] {
                 continue;
@@ -323,8 +325,7 @@ impl World {
             return;
         }
         self.note(|| format!("node {node} becomes head of volume {volume}, generation {generation}"));
-        let partitions = self.metadata.partitions[volume].clone();
-        let membership = Membership::new(volume_id(volume), partitions, record, None);
+        let membership = Membership::new(volume_id(volume), record, None);
         self.begin_head(node, volume, generation, membership);
     }
 }

@@ -5,10 +5,11 @@
 use std::collections::BTreeMap;
 
 use aoe_xdp::order::{Access, Admission, RangeOrder, RequestId};
+use cluster_map::VolumeId;
 use torus_replication::head::{Failure, Token};
 use torus_replication::membership::{Membership, Record};
 use torus_replication::message::{Answer, Memory, Message, Request};
-use torus_replication::replica::WorkId;
+use torus_replication::replica::{Share, WorkId};
 use torus_replication::site::{Engine, Output};
 use torus_replication::terms::{EXTENT_BLOCKS, Generation};
 
@@ -478,6 +479,7 @@ impl World {
                 }
                 self.nodes[node].is_asking[volume] = false;
             }
+            Output::Retired(member, volume, share) => self.retired(volume_of(volume), member, share),
             Output::Refresh(_) | Output::Release(_) => {}
         }
     }
@@ -553,6 +555,14 @@ impl World {
                 process.requests.insert(volume, Requests::new());
             }
         }
+    }
+
+    /// The store of this node owns a part of a volume no more.
+    pub(super) fn retire(&mut self, node: usize, volume: VolumeId, share: Share) {
+        let boot_ns = self.nodes[node].clock.boot_ns(self.now_ns());
+        let Some(process) = &mut self.nodes[node].process else { return };
+        process.engine.retire(member_of(node), volume, share, &mut process.memory, boot_ns);
+        self.pump(node);
     }
 
     /// The record of a volume that this node is head of.

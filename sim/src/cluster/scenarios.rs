@@ -27,11 +27,13 @@ pub enum Scenario {
     Power,
     /// A head is asked to hand over, and does, or cannot, or is disturbed.
     HandOver,
+    /// Partitions go to other owners while heads, and those who own them, come and go.
+    Move,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Scenario; 8] = [
+    pub const ALL: [Scenario; 9] = [
         Scenario::Any,
         Scenario::Fence,
         Scenario::Return,
@@ -40,6 +42,7 @@ impl Scenario {
         Scenario::Logs,
         Scenario::Power,
         Scenario::HandOver,
+        Scenario::Move,
     ];
 
     /// One of its runs.
@@ -54,6 +57,7 @@ impl Scenario {
             Scenario::Logs => logs(random),
             Scenario::Power => power(random),
             Scenario::HandOver => hand_over(random),
+            Scenario::Move => moves(random),
         }
     }
 }
@@ -352,4 +356,44 @@ fn hand_over(random: &mut Random) -> Plan {
     let copies = 2 + random.index(2);
     let plan = scripted(random, 3, copies, script);
     Plan { is_flooded: true, ..plan }
+}
+
+/// Parts: 0 the head, then the other owners of the first partition, then nodes that own nothing of it.
+fn moves(random: &mut Random) -> Plan {
+    let nodes = 3 + random.index(3);
+    let copies = 1 + random.index((nodes - 1).min(3));
+    let mut script = Vec::new();
+    for _ in 0..1 + random.index(4) {
+        for _ in 0..1 + random.index(3) {
+            script.push(Step::Move(random.index(nodes)));
+            script.push(wait(random, 1, 600));
+        }
+        let who = random.index(nodes);
+        match random.index(12) {
+            // It does not hear that an owner has gone.
+            0 | 1 => {
+                script.extend([Step::NoMetadata(0), wait(random, 500, 3_500), Step::MetadataAway(false)]);
+            }
+            2 => {
+                script.extend([Step::Kill(who, power_off(random)), wait(random, 50, 3_000), Step::Boot(who)])
+            }
+            3 => script.push(Step::Restart(who)),
+            4 => script.push(Step::TakeOver(who)),
+            5 => script.push(Step::HandOver(who)),
+            6 => {
+                script.extend([Step::Part(0, who), wait(random, 50, 3_000), Step::Join(0, who)]);
+            }
+            7 => script.push(Step::SlowDisk(who, random.magnitude(10 * MS..1_500 * MS))),
+            8 => script.push(Step::BadDisk(who, random.range(5..80))),
+            9 => script.extend([Step::AnswersLost(60), wait(random, 100, 2_000), Step::AnswersLost(0)]),
+            10 => script.push(Step::PowerCut),
+            _ => script.push(Step::Reset(0, who)),
+        }
+        script.extend([wait(random, 10, 2_500), Step::SlowDisk(who, 0), Step::BadDisk(who, 0)]);
+        if random.coin() {
+            script.push(Step::Cast);
+        }
+    }
+    let plan = scripted(random, nodes, copies, script);
+    Plan { spread: 1 + random.index(3), blocks: [4, 64, 4_000][random.index(3)], ..plan }
 }

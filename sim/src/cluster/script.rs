@@ -47,6 +47,8 @@ pub enum Step {
     HandOver(Part),
     /// That is wished no longer.
     Stay,
+    /// A node is given one more partition.
+    Move(Part),
     /// The metadata store is away or back.
     MetadataAway(bool),
     /// One node does not reach it.
@@ -75,7 +77,8 @@ impl Step {
 impl World {
     fn give_parts(&mut self) {
         let head = self.metadata.record(0).head.map(node_of);
-        let owners = self.metadata.partitions(0)[0].owners.iter().map(|owner| node_of(owner.site.node));
+        let owners =
+            self.metadata.record(0).partitions[0].owners.iter().map(|owner| node_of(owner.site.node));
         let mut cast: Vec<usize> = Vec::new();
         for node in head.into_iter().chain(owners).chain(0..self.plan.nodes) {
             if !cast.contains(&node) {
@@ -146,6 +149,7 @@ impl World {
             }
             Step::HandOver(part) => self.wish_for_move(0, node(part)),
             Step::Stay => self.take_wish_back(0),
+            Step::Move(part) => self.begin_move(0, node(part)),
             Step::MetadataAway(is_away) => {
                 self.metadata.is_away = is_away;
                 self.metadata.away_from.clear();

@@ -187,6 +187,10 @@ impl Store {
             Work::Digest(span) => {
                 Ended::Digests(blocks(span).map(|block| at.digest(span.extent, block)).collect())
             }
+            Work::Drop(extent) => {
+                at.extents.remove(&extent);
+                Ended::Done
+            }
             Work::List(from) => {
                 let mut held: Vec<Held> = at.held().filter(|held| held.extent >= from).collect();
                 let is_whole = held.len() <= LIST_MAX;
@@ -219,6 +223,9 @@ impl Store {
                             extent.blocks.insert(block, Stored { content, recorded });
                         }
                     }
+                }
+                Work::Drop(extent) if random.coin() => {
+                    at.extents.remove(&extent);
                 }
                 Work::Unmap(version, span) if random.coin() => {
                     at.remove(version, span);

@@ -93,6 +93,11 @@ impl World {
                 }
                 return;
             }
+            Trouble::Move => {
+                let volume = self.troubles.random.index(self.plan.volumes);
+                self.begin_move(volume, node);
+                return;
+            }
             Trouble::HandOver => {
                 let volume = self.troubles.random.index(self.plan.volumes);
                 self.wish_for_move(volume, node);
@@ -194,6 +199,7 @@ impl World {
             Trouble::Restart
             | Trouble::TakeOver
             | Trouble::HandOver
+            | Trouble::Move
             | Trouble::Rot
             | Trouble::SlowLink
             | Trouble::Reset
