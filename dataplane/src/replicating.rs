@@ -10,7 +10,7 @@
 //! * A block leaves for another site with the CRC32C that was made when its frame was received; where it was read, or parts of
 //!   it were put together here, with one made of bytes that were verified (I7).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -22,10 +22,10 @@ use smallvec::SmallVec;
 use torus_replication::head::{End, Failure, Token};
 use torus_replication::membership::{Change, Membership, Partition, Record};
 use torus_replication::message::{Digest, Fault, Held, Memory, Message};
-use torus_replication::replica::{Durable, Ended, Work, WorkId};
+use torus_replication::replica::{Durable, Ended, Share, Work, WorkId};
 pub use torus_replication::site::TICK_NS;
 use torus_replication::site::{Engine, Output};
-use torus_replication::terms::{Epoch, Extent, Generation, Member, Site, Version};
+use torus_replication::terms::{Epoch, Extent, Generation, Member, Site, Span, Version};
 use torus_replication::wire::Frame;
 use torus_uring::{BLOCKS_LONG_MAX, BLOCKS_MAX, Blocks, IoError};
 
@@ -230,6 +230,8 @@ pub struct Replicating {
     handed_over: BTreeMap<VolumeId, Generation>,
     /// The last head of each volume that has ended.
     ended: BTreeMap<VolumeId, (Generation, End)>,
+    /// What stores owned no more, and have given up.
+    retired: BTreeSet<(Member, VolumeId, Share)>,
 }
 
 impl Replicating {
@@ -246,6 +248,7 @@ impl Replicating {
             wishes: BTreeMap::new(),
             handed_over: BTreeMap::new(),
             ended: BTreeMap::new(),
+            retired: BTreeSet::new(),
         }
     }
 
@@ -478,6 +481,24 @@ impl Replicating {
             || self.ended != reported.ended
     }
 
+    /// Gives up what a store has of a partition that others own by now, all of them complete: the volume's record says so (I2). To be asked
+    /// for again until [`Replicating::has_retired`].
+    pub fn retire<D: Devices>(
+        &mut self,
+        member: Member,
+        volume: VolumeId,
+        share: Share,
+        ground: &mut Ground<'_, D>,
+    ) {
+        self.drive(ground, |engine, memory, boot_ns| engine.retire(member, volume, share, memory, boot_ns));
+    }
+
+    /// Whether nothing is left of what a store was to give up.
+    #[must_use]
+    pub fn has_retired(&self, member: Member, volume: VolumeId, share: Share) -> bool {
+        self.retired.contains(&(member, volume, share))
+    }
+
     /// A store is closed: nothing of its replicas is known any more.
     pub fn close_store(&mut self, at: usize) {
         let gone: Vec<(Member, VolumeId)> =
@@ -612,6 +633,9 @@ impl Replicating {
                     ground.outcomes.push(Outcome { request, blocks: Blocks::new(), result });
                 }
             }
+            Output::Retired(member, volume, share) => {
+                self.retired.insert((member, volume, share));
+            }
             Output::Release(payload) => release_blocks(ground.devices.pool(), payload.blocks),
         }
     }
@@ -688,6 +712,11 @@ impl Replicating {
             Work::Unmap(version, span) => {
                 let copies = Copies::Others { stable_version: 0 };
                 store.unmap_range(begin(Kind::Durable), object, span.blocks(), copies, version.0);
+            }
+            Work::Drop(extent) => {
+                // Of what the store does not own nobody compares copies: nothing has to tell that it was there.
+                let span = Span::whole(extent);
+                store.unmap_range(begin(Kind::Durable), object, span.blocks(), Copies::Sole, 0);
             }
             Work::Lose(version, span) => {
                 let copies = Copies::Others { stable_version: 0 };

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use cluster_map::{
-    Desired, DesiredHead, Granting, HeadState, MemberId, MemberWish, NodeId, ObservedHead, StaleMark,
-    VolumeId,
+    Desired, DesiredHead, Granting, HeadOwner, HeadPartition, HeadState, MemberId, MemberWish, NodeId,
+    ObservedHead, StaleMark, VolumeId,
 };
 use torus_replication::connection::handshake::{Identity, Start, Versions};
 use torus_replication::head::End;
@@ -29,6 +29,7 @@ const GRACE_NS: u64 = 3_000_000_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Ordered {
     core: u16,
+    lane: u16,
     generation: Generation,
     revision: u64,
 }
@@ -144,14 +145,15 @@ impl Replication {
                 Some(ordered) if ordered.generation == generation => {
                     if ordered.revision < revision {
                         ordered.revision = revision;
-                        order(ordered.core, Order::Record(head.volume, self.record_of(head)));
+                        let (core, lane) = (ordered.core, ordered.lane);
+                        order(core, Order::Record(head.volume, self.record_of(desired, head, lane)));
                     }
                 }
                 _ => {
                     // A node is head of what it has a replica of.
                     let place = cores.get(&head.volume).zip(lanes.get(&head.volume));
                     let Some((&core, &lane)) = place else { continue };
-                    self.heads.insert(head.volume, Ordered { core, generation, revision });
+                    self.heads.insert(head.volume, Ordered { core, lane, generation, revision });
                     order(core, Order::Begin(generation, self.membership_of(desired, head, lane)));
                 }
             }
@@ -182,8 +184,22 @@ impl Replication {
             || self.reports.iter().any(|report| report.heads.contains_key(&volume))
     }
 
-    fn record_of(&self, head: &DesiredHead) -> Record {
+    fn record_of(&self, desired: &Desired, head: &DesiredHead, lane: u16) -> Record {
+        let cores_of = |node: NodeId| {
+            let peer = desired.peers.iter().find(|peer| peer.node == node);
+            if node == self.own { self.cores } else { peer.map_or(1, |peer| usize::from(peer.cores.max(1))) }
+        };
+        let owner = |owner: &HeadOwner| {
+            let core = core_of_shard(shard_of_lane(lane, owner.shards), cores_of(owner.node));
+            let site = Site { node: owner.node, core };
+            Owner { member: member_of(owner.member), site, is_complete: owner.is_complete }
+        };
+        let partition = |partition: &HeadPartition| Partition {
+            epoch: Epoch(partition.epoch),
+            owners: partition.owners.iter().map(owner).collect(),
+        };
         Record {
+            partitions: head.partitions.iter().map(partition).collect(),
             revision: head.revision,
             takeover: head.takeover,
             head: Some(self.own),
@@ -194,28 +210,8 @@ impl Replication {
     }
 
     fn membership_of(&self, desired: &Desired, head: &DesiredHead, lane: u16) -> Membership {
-        let cores_of = |node: NodeId| {
-            let peer = desired.peers.iter().find(|peer| peer.node == node);
-            if node == self.own { self.cores } else { peer.map_or(1, |peer| usize::from(peer.cores.max(1))) }
-        };
-        let partitions = head.partitions.iter().map(|partition| Partition {
-            epoch: Epoch(partition.epoch),
-            owners: partition
-                .owners
-                .iter()
-                .map(|owner| {
-                    let shard = shard_of_lane(lane, owner.shards);
-                    let core = core_of_shard(shard, cores_of(owner.node));
-                    Owner {
-                        member: member_of(owner.member),
-                        site: Site { node: owner.node, core },
-                        is_complete: owner.is_complete,
-                    }
-                })
-                .collect(),
-        });
         let doubt = self.left.iter().find(|wish| wish.volume == head.volume).map(change_of);
-        Membership::new(head.volume, partitions.collect(), self.record_of(head), doubt)
+        Membership::new(head.volume, self.record_of(desired, head, lane), doubt)
     }
 
     fn sites_of(&self, desired: &Desired) -> BTreeMap<Site, SocketAddr> {

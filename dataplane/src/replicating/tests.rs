@@ -99,6 +99,11 @@ fn member(node: u8) -> Member {
     Member { store: StoreId([node; 16]), incarnation: 1 }
 }
 
+fn partition_of(owners: &[u8]) -> Partition {
+    let owner = |number: &u8| Owner { member: member(*number), site: site(*number), is_complete: true };
+    Partition { epoch: Epoch(3), owners: owners.iter().map(owner).collect() }
+}
+
 /// One core.
 struct Core {
     number: u8,
@@ -138,6 +143,13 @@ impl Core {
         self.outcomes.clear();
         self.replicating = Replicating::new(site(self.number), self.devices.boot_ns);
         self.replicating.open_store(member(self.number), [(VOLUME, PLACE)], &self.stores);
+    }
+
+    /// The extents that its store has of the volume.
+    fn held(&mut self) -> Vec<HeldExtent> {
+        let mut held = Vec::new();
+        assert!(self.stores[0].as_mut().unwrap().list(PLACE.object, 0, 1024, &mut held), "all of them");
+        held
     }
 
     fn with<T>(&mut self, step: impl FnOnce(&mut Replicating, &mut Ground<'_, MemoryDevices>) -> T) -> T {
@@ -194,6 +206,7 @@ struct Cluster {
 impl Cluster {
     fn new() -> Cluster {
         let record = Record {
+            partitions: vec![partition_of(&[0, 1, 2])],
             revision: 1,
             takeover: 0,
             head: None,
@@ -247,12 +260,19 @@ impl Cluster {
         self.record.takeover += 1;
         self.record.head = Some(site(self.cores[core].number).node);
         let generation = Generation { takeover: self.record.takeover, start: self.start };
-        let owner = |number| Owner { member: member(number), site: site(number), is_complete: true };
-        let partition = Partition { epoch: Epoch(3), owners: (0..3).map(owner).collect() };
-        let membership = Membership::new(VOLUME, vec![partition], self.record.clone(), None);
+        let membership = Membership::new(VOLUME, self.record.clone(), None);
         let began =
             self.cores[core].with(|replicating, ground| replicating.begin(generation, membership, ground));
         assert!(began);
+    }
+
+    /// The record changes, and its head is told.
+    fn tell(&mut self, head: usize, change: impl FnOnce(&mut Record)) {
+        change(&mut self.record);
+        self.record.revision += 1;
+        let record = self.record.clone();
+        self.cores[head].with(|replicating, ground| replicating.record(VOLUME, record, ground));
+        self.work();
     }
 
     /// Lets some time pass.
@@ -612,16 +632,55 @@ fn a_restarted_replica_knows_what_it_has_opened() {
     cluster.run(0, &mut random, 20);
     // One from before cannot come back.
     let generation = Generation { takeover: 0, start: 9 };
-    let owner = |number| Owner { member: member(number), site: site(number), is_complete: true };
-    let partition = Partition { epoch: Epoch(3), owners: (0..3).map(owner).collect() };
-    let head = Some(site(1).node);
-    let record =
-        Record { revision: 1, takeover: 0, head, stale: BTreeMap::new(), min_copies: 0, is_moving: false };
-    let membership = Membership::new(VOLUME, vec![partition], record, None);
+    let record = Record { revision: 1, takeover: 0, head: Some(site(1).node), ..cluster.record.clone() };
+    let membership = Membership::new(VOLUME, record, None);
     cluster.cores[1].with(|replicating, ground| replicating.begin(generation, membership, ground));
     cluster.pass(100 * MS);
     let ended = cluster.cores[1].replicating.ended().get(&VOLUME);
     assert!(matches!(ended, Some((_, End::Past | End::Replaced))));
     cluster.check(0);
     cluster.assert_equal_copies();
+}
+
+#[test]
+fn a_partition_goes_to_another_store_and_the_former_owner_gives_it_up() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0x30e5));
+    cluster.record.partitions = vec![partition_of(&[0, 1])];
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.run(0, &mut random, 200);
+    assert!(cluster.cores[2].held().is_empty(), "it owns nothing yet");
+
+    cluster.tell(0, |record| {
+        let mut partition = partition_of(&[0, 1, 2]);
+        partition.epoch = Epoch(4);
+        partition.owners[2].is_complete = false;
+        record.partitions = vec![partition];
+    });
+    cluster.run(0, &mut random, 50);
+    cluster.pass(500 * MS);
+    assert!(cluster.record.partitions[0].owners[2].is_complete, "its head has said that it has everything");
+    cluster.run(0, &mut random, 50);
+    cluster.assert_equal_copies();
+
+    // The former owner hears of it before the head does.
+    let share = Share { partition: 0, of: 1, epoch: Epoch(5) };
+    let retire = |cluster: &mut Cluster| {
+        cluster.cores[1].with(|replicating, ground| replicating.retire(member(1), VOLUME, share, ground));
+        cluster.work();
+    };
+    retire(&mut cluster);
+    assert!(cluster.cores[1].held().is_empty(), "nothing is left");
+    assert!(cluster.cores[1].replicating.has_retired(member(1), VOLUME, share));
+    let waits = cluster.write(0, &mut random);
+    assert!(cluster.take_answer(0, waits).is_none(), "it counts on an owner that is none any more");
+    cluster.tell(0, |record| {
+        record.partitions = vec![partition_of(&[0, 2])];
+        record.partitions[0].epoch = Epoch(5);
+    });
+    cluster.pass(300 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+    cluster.run(0, &mut random, 50);
+    cluster.check(0);
+    assert!(cluster.cores[1].held().is_empty(), "nothing comes back");
 }
