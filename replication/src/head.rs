@@ -328,17 +328,16 @@ impl<B> Head<B> {
     /// been told that everything is stable.
     #[must_use]
     pub(crate) fn is_resting(&self) -> bool {
-        let is_out = |member: &Member| {
-            self.membership.owners().get(member).is_none_or(|owner| !self.membership.is_needed(owner))
+        let rests = |member: &Member| {
+            self.peers.get(member).is_none_or(|peer| {
+                peer.is_resting() && !(peer.is_open() && self.membership.is_behind_somewhere(*member))
+            })
         };
         self.is_quiet()
             && self.retry_at_ns == u64::MAX
             && !self.is_leaving()
             && !self.membership.record().is_moving
-            && self
-                .peers
-                .iter()
-                .all(|(member, peer)| peer.is_resting() && !(peer.is_open() && is_out(member)))
+            && self.membership.owners().keys().all(rests)
             && self.stable() <= self.stable_told
     }
 
