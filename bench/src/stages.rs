@@ -129,7 +129,7 @@ fn count(kind: &str) -> anyhow::Result<Counts> {
         (more.instructions_within(name) as f64 - few.instructions_within(name) as f64) / requests
     };
     let row = |(stage, name, but): &(&str, &str, Option<&str>)| {
-        ((*stage).to_owned(), within(*name) - but.map_or(0.0, within))
+        ((*stage).to_owned(), within(name) - but.map_or(0.0, within))
     };
     let mut counts: Counts = ROWS.iter().map(row).collect();
     let all = counts.values().sum();
