@@ -319,6 +319,12 @@ impl Replicating {
         &self.ended
     }
 
+    /// The heads and replicas, for whoever looks at them.
+    #[must_use]
+    pub fn engine(&self) -> &Engine<Payload> {
+        &self.engine
+    }
+
     /// Whether nothing of stores is in progress for replicas.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -485,6 +485,12 @@ impl Serving {
         self.replicating.next_outgoing()
     }
 
+    /// Heads and replicas, for whoever looks at them.
+    #[must_use]
+    pub fn replicated(&self) -> &Replicating {
+        &self.replicating
+    }
+
     /// Heads and replicas, and what they work with.
     pub fn replicating<'s, D: Devices>(
         &'s mut self,

@@ -1,10 +1,14 @@
-//! A cluster: nodes that run the real head and replica state machines, initiators, and whatever breaks.
+//! A cluster: nodes that run the real data plane, initiators, and whatever breaks.
 //!
 //! * this file – the world of a run: its events, and what a seed makes of it.
-//! * `node` – a node's data plane: connections, grants, heads and replicas around the network.
-//! * [`store`] – the store under a replica.
+//! * `node` – a node's core: the real serving, heads, replicas and store, driven as a reactor does.
+//! * `exports` – what a node serves, frames in and answers out.
+//! * `peers` – what nodes say to each other, as on the wire.
+//! * [`disk`] – the real store on a simulated disk.
 //! * `metadata` – the volume's record and who changes it.
-//! * `client` – an initiator's workload, and the checker that sees all of it.
+//! * [`client`] – an initiator's workload by AoE frames, and the checker that sees all of it.
+//! * `sectors` – a sector's bytes and its number.
+//! * `counters` – where cores count.
 //! * `script` – troubles in a fixed order, with the times between them drawn.
 //! * `scenarios` – plans: the general one, and one for each kind of interleaving that is known to be dangerous.
 //! * `trouble` – what breaks, and when all of it is whole again.
@@ -13,36 +17,38 @@
 //! and equal to the others.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
 
-mod client;
+pub mod client;
+mod counters;
+pub mod disk;
+mod exports;
 mod metadata;
 mod node;
+mod peers;
 pub mod scenarios;
 pub mod script;
-pub mod store;
+mod sectors;
 mod trouble;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::rc::Rc;
 
 use cluster_map::{NodeId, StoreId, VolumeId};
 use torus_replication::membership::{Owner, Partition, Record};
-use torus_replication::message::Message;
-use torus_replication::replica::WorkId;
 use torus_replication::terms::{Epoch, Extent, Generation, Member, Site};
 
-use self::client::{Client, ClientReply, ClientRequest};
+use self::client::{Client, Kind};
+use self::disk::{StoreForm, contents};
 use self::metadata::{Metadata, Outcome, Wish};
 use self::node::Node;
 use self::script::Step;
-use self::store::Block;
+use self::sectors::{Block, SECTORS, ZEROS};
 use crate::checker::history::{History, VolumeId as HistoryVolume};
 use crate::checker::trace::Trace;
-use crate::network::{self, Endpoint, Network, Quality, SegmentId, Setup};
+use crate::network::{self, Endpoint, Network, Power, Quality, SegmentId, Setup};
 use crate::random::Random;
 use crate::schedule::Schedule;
 
-/// The segment that initiators and heads are on.
-const SEGMENT: SegmentId = SegmentId(0);
 /// How often a node's data plane looks at the time.
 const TICK_NS: u64 = 20_000_000;
 
@@ -69,8 +75,12 @@ pub struct Plan {
     pub blocks: u64,
     /// The streams between nodes and the segment.
     pub network: Quality,
-    /// Extents that a store has room for.
-    pub extents_max: usize,
+    /// What stores are like.
+    pub store: StoreForm,
+    /// Chunks of each node's frame memory.
+    pub chunks: u32,
+    /// What initiators are like.
+    pub initiator: Kind,
     /// The switch knows no address: whatever an initiator sends comes to every node.
     pub is_flooded: bool,
     /// How long initiators go on in peace: what they write hides what has gone wrong before.
@@ -141,9 +151,10 @@ impl Trouble {
 /// What travels.
 #[derive(Debug, Clone)]
 enum Travels {
-    Peer(Box<Message<Vec<Block>>>),
-    Client(ClientRequest),
-    Reply(ClientReply),
+    /// A frame between nodes, with its blocks.
+    Peer(Rc<[u8]>),
+    /// An Ethernet frame.
+    Frame(Rc<[u8]>),
 }
 
 /// What happens at a time.
@@ -151,8 +162,12 @@ enum Travels {
 enum Event {
     /// A data plane looks at the time.
     Tick { node: usize, life: u64 },
-    /// A store ends something.
-    Work { node: usize, life: u64, id: WorkId },
+    /// A core looks around.
+    Turn { node: usize, life: u64 },
+    /// A request of a disk ends.
+    Disk { node: usize, life: u64, number: u64 },
+    /// A core is given another configuration.
+    Configure { node: usize, life: u64 },
     /// A wish arrives at the metadata store.
     Wish(Wish),
     /// What became of it arrives at the node.
@@ -270,6 +285,8 @@ pub enum Checker {
     Record,
     /// Copies in sync differ at rest.
     Copies,
+    /// A store cannot be opened.
+    Store,
     /// Not everything has come to its end.
     Rest,
 }
@@ -282,6 +299,7 @@ impl fmt::Display for Checker {
             Checker::Generations => "generations",
             Checker::Record => "record",
             Checker::Copies => "copies",
+            Checker::Store => "store",
             Checker::Rest => "rest",
         })
     }
@@ -364,7 +382,9 @@ impl Plan {
             window: 1 + random.index(8),
             blocks: [8, 64, 3000][random.index(3)],
             network: if is_good { Quality::good() } else { Quality::drawn(random) },
-            extents_max: 64,
+            store: StoreForm::drawn(random),
+            chunks: 1024,
+            initiator: [Kind::Hasty, Kind::Hasty, Kind::Linux(1), Kind::Linux(2)][random.index(4)],
             // Copies of a write that take two ways of different length are not what a head can put in order.
             is_flooded: is_good && random.coin(),
             linger_ns: if random.coin() { 2_000_000_000 } else { 50_000_000 },
@@ -394,6 +414,7 @@ pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<(Coverag
     let mut world = World::new(plan.clone(), random.clone(), false);
     if world.run().is_err() {
         // Once more, and what happens is kept.
+        drop(world);
         let mut world = World::new(plan, random, true);
         let differ = || Wrong::new(Checker::Rest, "two runs of one seed differ".into());
         let Wrong { checker, what } = world.run().err().unwrap_or_else(differ);
@@ -407,9 +428,15 @@ pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<(Coverag
 impl World {
     fn new(plan: Plan, random: Random, is_told: bool) -> World {
         let endpoints = plan.nodes + plan.volumes;
-        let mut network = Network::new(Setup::new(endpoints, 1), random.named("network", 0));
+        let paths = plan.initiator.paths();
+        let mut network = Network::new(Setup::new(endpoints, paths), random.named("network", 0));
         network.set_stream_quality(plan.network.clone());
-        network.set_segment_quality(SEGMENT, plan.network.clone());
+        // Copies of a write that take two ways of different length are not what a new head can put in order.
+        let segments = if paths == 1 { plan.network.clone() } else { Quality::good() };
+        for segment in (0..paths).map(SegmentId) {
+            network.set_segment_quality(segment, segments.clone());
+            network.set_flooding(segment, plan.is_flooded);
+        }
         let mut schedule = Schedule::new();
         let nodes =
             (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
@@ -529,10 +556,10 @@ impl World {
             }
             if self.is_peace && next_ns > peace_ns + self.plan.linger_ns {
                 for client in &mut self.clients {
-                    client.stop();
+                    client.stop(next_ns);
                 }
                 if self.is_at_rest() {
-                    return self.compare_copies().and_then(|()| self.read_copies());
+                    return self.look_at_copies();
                 }
             }
             if next_ns > limit_ns || self.steps > STEPS_MAX {
@@ -558,9 +585,17 @@ impl World {
         let Some((_, event)) = self.schedule.pop() else { return Ok(()) };
         match event {
             Event::Tick { node, life } => self.tick(node, life),
-            Event::Work { node, life, id } => self.work_ended(node, life, id),
+            Event::Turn { node, life } => self.turn(node, life),
+            Event::Disk { node, life, number } => self.disk_ends(node, life, number),
+            Event::Configure { node, life } => self.configure(node, life),
             Event::Wish(wish) => self.wish(wish),
-            Event::Outcome { node, volume, life, outcome } => self.outcome(node, volume, life, outcome),
+            Event::Outcome { node, volume, life, outcome } => {
+                if self.network.is_paused(Endpoint(node)) {
+                    self.schedule.after(TICK_NS, Event::Outcome { node, volume, life, outcome });
+                } else {
+                    self.outcome(node, volume, life, outcome);
+                }
+            }
             Event::Watch { node } => self.watch(node),
             Event::Client { client } => self.client_turn(client),
             Event::Break => self.break_something(),
@@ -573,8 +608,15 @@ impl World {
     fn network_event(&mut self, event: network::Event<Travels>) -> Result<(), Wrong> {
         let at = event.at().0;
         if at >= self.plan.nodes {
-            if let network::Event::Frame { payload: Travels::Reply(reply), .. } = event {
-                return self.client_reply(at - self.plan.nodes, reply);
+            if let network::Event::Frame {
+                segment,
+                source,
+                destination,
+                payload: Travels::Frame(bytes),
+                ..
+            } = event
+            {
+                return self.client_frame(at - self.plan.nodes, segment, source, destination, &bytes);
             }
             return Ok(());
         }
@@ -585,7 +627,7 @@ impl World {
     fn is_at_rest(&self) -> bool {
         self.clients.iter().all(Client::is_idle)
             && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty())
-            && self.nodes.iter().all(Node::is_quiet)
+            && self.nodes.iter().all(|node| node.is_quiet() && node.is_at_rest())
             && (0..self.plan.volumes).all(|volume| {
                 let head = self.metadata.record(volume).head;
                 head.is_some_and(|head| self.nodes[node_of(head)].serves(volume, self.now_ns()))
@@ -606,26 +648,33 @@ impl World {
         text
     }
 
-    /// At rest, what a copy holds is what a read would be given.
-    fn read_copies(&mut self) -> Result<(), Wrong> {
+    /// At rest all copies of a volume are the same, and what they hold is what a read would be given.
+    fn look_at_copies(&mut self) -> Result<(), Wrong> {
+        let mut held = Vec::new();
+        for node in 0..self.plan.nodes {
+            self.leave_disk(node, Power::NoProcess);
+            let stored = &mut self.nodes[node].stored;
+            let media = stored.media.take().unwrap_or_default();
+            let found = contents(&stored.layout, media);
+            held.push(found.map_err(|error| Wrong::new(Checker::Store, format!("node {node}: {error}")))?);
+        }
+        self.compare_copies(&held).and_then(|()| self.read_copies(&held))
+    }
+
+    fn read_copies(&mut self, held: &[Contents]) -> Result<(), Wrong> {
         let now_ns = self.now_ns();
         for volume in 0..self.plan.volumes {
             let partitions = self.metadata.partitions(volume).to_vec();
-            let stores: Vec<_> = partitions
-                .iter()
-                .map(|partition| {
-                    self.nodes[node_of(partition.owners[0].site.node)].store.visible(volume_id(volume))
-                })
-                .collect();
             for block in self.clients[volume].blocks() {
                 let extent = Extent::of_block(block);
-                let at = (extent, (block - extent.first_block()) as u16);
-                let content = match stores[extent.0 as usize % stores.len()].get(&at) {
-                    None => store::ZEROS,
+                let owners = &partitions[extent.0 as usize % partitions.len()].owners;
+                let at = (volume, (extent, (block - extent.first_block()) as u16));
+                let content = match held[node_of(owners[0].site.node)].get(&at) {
+                    None => ZEROS,
                     Some(Some(content)) => *content,
                     Some(None) => continue,
                 };
-                for (lba, value) in (block * store::SECTORS as u64..).zip(content) {
+                for (lba, value) in (block * SECTORS as u64..).zip(content) {
                     let seen = self.history.observe(now_ns, HistoryVolume(volume as u64), lba, value);
                     seen.map_err(|violation| Wrong::new(Checker::Copies, violation.to_string()))?;
                 }
@@ -634,19 +683,16 @@ impl World {
         Ok(())
     }
 
-    /// In peace all copies of a volume are the same.
-    fn compare_copies(&self) -> Result<(), Wrong> {
+    fn compare_copies(&self, held: &[Contents]) -> Result<(), Wrong> {
         for volume in 0..self.plan.volumes {
-            let id = volume_id(volume);
             let partitions = self.metadata.partitions(volume);
-            let all: Vec<_> = self.nodes.iter().map(|node| node.store.visible(id)).collect();
             for (at, partition) in partitions.iter().enumerate() {
                 let mut first = None;
                 for owner in &partition.owners {
                     let node = node_of(owner.site.node);
-                    let mine = all[node]
-                        .iter()
-                        .filter(|((extent, _), _)| extent.0 as usize % partitions.len() == at);
+                    let mine = held[node].iter().filter(|((of, (extent, _)), _)| {
+                        *of == volume && extent.0 as usize % partitions.len() == at
+                    });
                     let mine: Vec<_> = mine.collect();
                     // What has rotted since it was compared last is found when it is read.
                     let has_damage = mine.iter().any(|(_, content)| content.is_none());
@@ -666,3 +712,6 @@ impl World {
         Ok(())
     }
 }
+
+/// What a store holds, by volume and place; `None` where it is damaged.
+type Contents = BTreeMap<(usize, disk::Place), Option<Block>>;

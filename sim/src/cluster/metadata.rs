@@ -270,6 +270,6 @@ impl World {
         self.note(|| format!("node {node} becomes head of volume {volume}, generation {generation}"));
         let partitions = self.metadata.partitions[volume].clone();
         let membership = Membership::new(volume_id(volume), partitions, record, None);
-        self.begin_head(node, volume, generation, membership);
+        self.begin_head(node, generation, membership);
     }
 }

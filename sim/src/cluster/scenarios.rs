@@ -1,5 +1,7 @@
 //! Plans. [`Plan::drawn`] is anything at all; the others here bring about what chance alone seldom does.
 
+use super::client::Kind;
+use super::disk::StoreForm;
 use super::script::Step;
 use super::{Plan, Trouble};
 use crate::network::{Power, Quality};
@@ -69,7 +71,9 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         window: 2 + random.index(7),
         blocks: [4, 8, 64][random.index(3)],
         network: Quality::good(),
-        extents_max: 64,
+        store: StoreForm::drawn(random),
+        chunks: 1024,
+        initiator: Kind::Hasty,
         is_flooded: random.coin(),
         linger_ns: if random.one_in(4) { 2_000 * MS } else { 20 * MS },
         script,

@@ -148,22 +148,20 @@ impl World {
                 self.metadata.away_from.insert(node(part));
             }
             Step::AnswersLost(percent) => self.metadata.lost_percent = percent,
-            Step::SlowDisk(part, by_ns) => self.nodes[node(part)].slow_ns = by_ns,
-            Step::BadDisk(part, percent) => self.nodes[node(part)].store.bad_percent = percent,
+            Step::SlowDisk(part, by_ns) => self.nodes[node(part)].stored.slow_ns = by_ns,
+            Step::BadDisk(part, percent) => {
+                self.nodes[node(part)].stored.faults.write = if percent > 0 { 100 / percent } else { 0 };
+            }
             Step::Abandon => {
                 for volume in 0..self.plan.volumes {
                     self.abandon(volume);
                 }
             }
             Step::Rest(is_resting) => {
-                for client in &mut self.clients {
-                    client.is_resting = is_resting;
-                }
+                self.use_clients(|client, now_ns| client.set_resting(now_ns, is_resting));
             }
             Step::OnlyRead(is_reading) => {
-                for client in &mut self.clients {
-                    client.is_reading = is_reading;
-                }
+                self.use_clients(|client, now_ns| client.set_reading(now_ns, is_reading));
             }
         }
     }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{Event, Trouble, World};
-use crate::network::{Endpoint, Media, Power};
+use torus_dataplane::store::extent::simulated::Faults;
+
+use crate::network::{Endpoint, Media, Power, Quality, SegmentId};
 use crate::random::Random;
 
 /// What is broken now.
@@ -107,7 +109,7 @@ impl World {
                 vec![]
             }
             Trouble::SlowDisk => {
-                self.nodes[node].slow_ns = self.troubles.random.magnitude(1_000_000..6_000_000_000);
+                self.nodes[node].stored.slow_ns = self.troubles.random.magnitude(1_000_000..6_000_000_000);
                 vec![node]
             }
             Trouble::SlowLink => {
@@ -128,14 +130,13 @@ impl World {
                 return;
             }
             Trouble::BadDisk => {
-                self.nodes[node].store.bad_percent = self.troubles.random.range(5..60);
+                self.nodes[node].stored.faults.write = self.troubles.random.range(2..20);
                 vec![node]
             }
             Trouble::Rot => {
                 // On one copy only: with all of them rotten a block is lost, and rightly so.
                 if node == 0 && self.plan.copies > 1 {
-                    let mut random = self.troubles.random.split();
-                    self.nodes[node].store.rot(&mut random);
+                    self.rot(node);
                 }
                 return;
             }
@@ -178,12 +179,12 @@ impl World {
             Trouble::Unknown => self.metadata.lost_percent = 0,
             Trouble::SlowDisk => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
-                    self.nodes[node].slow_ns = 0;
+                    self.nodes[node].stored.slow_ns = 0;
                 }
             }
             Trouble::BadDisk => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
-                    self.nodes[node].store.bad_percent = 0;
+                    self.repair_disk(node);
                 }
             }
             Trouble::Restart
@@ -195,31 +196,42 @@ impl World {
         }
     }
 
+    /// A node's disk works again. A store that has failed takes writes when it is opened again.
+    fn repair_disk(&mut self, node: usize) {
+        self.nodes[node].stored.faults = Faults::default();
+        if self.nodes[node].has_failed_store() {
+            self.kill(node, Power::NoProcess);
+            self.boot(node);
+        }
+    }
+
     /// Everything is whole from now on.
     pub(super) fn make_peace(&mut self) {
         self.is_peace = true;
-        for client in &mut self.clients {
-            client.is_reading = false;
-            client.is_resting = false;
-        }
+        self.use_clients(|client, now_ns| {
+            client.set_reading(now_ns, false);
+            client.set_resting(now_ns, false);
+        });
         let numbers: Vec<u64> = self.troubles.active.keys().copied().collect();
         for number in numbers {
             self.mend(number);
         }
         let now_ns = self.now_ns();
         self.network.heal(now_ns);
-        self.network.set_stream_quality(crate::network::Quality::good());
-        self.network.set_segment_quality(super::SEGMENT, crate::network::Quality::good());
+        self.network.set_stream_quality(Quality::good());
+        for segment in (0..self.plan.initiator.paths()).map(SegmentId) {
+            self.network.set_segment_quality(segment, Quality::good());
+        }
         self.metadata.is_away = false;
         self.metadata.away_from.clear();
         self.metadata.lost_percent = 0;
         for node in 0..self.plan.nodes {
-            self.nodes[node].slow_ns = 0;
-            self.nodes[node].store.bad_percent = 0;
+            self.nodes[node].stored.slow_ns = 0;
             self.network.resume(now_ns, Endpoint(node));
             if !self.nodes[node].is_up() {
                 self.boot(node);
             }
+            self.repair_disk(node);
         }
         self.note(|| "peace".into());
     }
