@@ -6,11 +6,13 @@
 //!
 //! Invariants:
 //! * Every request that a head was given ends with one outcome: its answer, or [`StoreError::NoHead`] when the head has ended.
+//! * No request is given to a head before it has served once: until then another one may answer copies of the same request, and of later
+//!   ones that undo it (I6).
 //! * Work for a volume that is not on a store of this core, or not yet, fails as what may be tried again.
 //! * A block leaves for another site with the CRC32C that was made when its frame was received; where it was read, or parts of
 //!   it were put together here, with one made of bytes that were verified (I7).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -227,6 +229,10 @@ pub struct Replicating {
     wishes: BTreeMap<VolumeId, Wish>,
     /// The last head of each volume that has ended.
     ended: BTreeMap<VolumeId, (Generation, End)>,
+    /// Volumes whose head could not answer yet.
+    opening: BTreeSet<VolumeId>,
+    /// A head has become able to answer since the last report.
+    has_opened: bool,
 }
 
 impl Replicating {
@@ -242,6 +248,8 @@ impl Replicating {
             reads_leave_chunks: 0,
             wishes: BTreeMap::new(),
             ended: BTreeMap::new(),
+            opening: BTreeSet::new(),
+            has_opened: false,
         }
     }
 
@@ -290,7 +298,13 @@ impl Replicating {
         membership: Membership,
         ground: &mut Ground<'_, D>,
     ) -> bool {
-        self.drive(ground, |engine, memory, boot_ns| engine.begin(generation, membership, memory, boot_ns))
+        let volume = membership.volume;
+        let began = self
+            .drive(ground, |engine, memory, boot_ns| engine.begin(generation, membership, memory, boot_ns));
+        if began {
+            self.opening.insert(volume);
+        }
+        began
     }
 
     /// The record of a volume is this: nothing that was asked for before can still change it.
@@ -334,17 +348,24 @@ impl Replicating {
     // ---------------------------------------------------------------------------------------------------------------
     // Requests
 
-    /// Begins a request on a volume.
+    /// Whether the head of a volume was able to answer at some time.
+    #[must_use]
+    pub fn has_opened(&self, volume: VolumeId) -> bool {
+        self.engine.head(volume).is_some() && !self.opening.contains(&volume)
+    }
+
+    /// Begins a request on a volume, that came for its head under a take-over.
     pub fn start<D: Devices>(
         &mut self,
         request: RequestToken,
-        volume: VolumeId,
+        (volume, takeover): (VolumeId, u64),
         wanted: Wanted,
         ground: &mut Ground<'_, D>,
     ) {
         let (boot_ns, memory) = clock_and_memory(ground.devices);
         let memory = &mut FrameMemory(memory);
-        if self.engine.head(volume).is_none() {
+        let is_meant = self.engine.head(volume).is_some_and(|head| head.generation().takeover == takeover);
+        if !is_meant || self.opening.contains(&volume) {
             if let Wanted::Write { payload, .. } = wanted {
                 memory.release(payload);
             }
@@ -409,7 +430,7 @@ impl Replicating {
 
     /// The sites that heads here have something to ask of.
     #[must_use]
-    pub fn wanted(&self) -> std::collections::BTreeSet<Site> {
+    pub fn wanted(&self) -> BTreeSet<Site> {
         self.engine.wanted()
     }
 
@@ -467,10 +488,10 @@ impl Replicating {
         }
     }
 
-    /// Whether a head has a wish or has ended, of which that report says nothing.
+    /// Whether a head has a wish, can answer for the first time or has ended, of which that report says nothing.
     #[must_use]
     pub fn has_news(&self, reported: &Report) -> bool {
-        self.wishes != reported.wishes || self.ended != reported.ended
+        self.has_opened || self.wishes != reported.wishes || self.ended != reported.ended
     }
 
     /// A store is closed: nothing of its replicas is known any more.
@@ -491,7 +512,8 @@ impl Replicating {
 
     /// All that there is to tell. A node whose heads were last given a grant more than `silent_ns` ago is not granted to.
     #[must_use]
-    pub fn report(&self, boot_ns: u64, silent_ns: u64) -> Report {
+    pub fn report(&mut self, boot_ns: u64, silent_ns: u64) -> Report {
+        self.has_opened = false;
         let heads = self.engine.heads().map(|(volume, head)| {
             let membership = head.membership();
             let in_sync = |partition: &Partition| {
@@ -503,6 +525,7 @@ impl Replicating {
             let report = HeadReport {
                 generation: head.generation(),
                 is_serving: self.engine.is_serving(volume, boot_ns),
+                has_opened: !self.opening.contains(&volume),
                 in_sync: u8::try_from(in_sync).unwrap_or(u8::MAX),
                 copies: u8::try_from(copies).unwrap_or(u8::MAX),
                 extents_to_go: head.extents_to_go(),
@@ -523,6 +546,10 @@ impl Replicating {
     /// Time has passed.
     pub fn tick<D: Devices>(&mut self, ground: &mut Ground<'_, D>) {
         self.drive(ground, |engine, memory, boot_ns| engine.tick(memory, boot_ns));
+        let boot_ns = ground.devices.boot_ns();
+        let before = self.opening.len();
+        self.opening.retain(|volume| !self.engine.is_serving(*volume, boot_ns));
+        self.has_opened |= self.opening.len() < before;
     }
 
     /// The next message to send.
@@ -578,6 +605,7 @@ impl Replicating {
             Output::Refresh(_) => {}
             Output::Ended(volume, generation, end) => {
                 self.wishes.remove(&volume);
+                self.opening.remove(&volume);
                 self.ended.insert(volume, (generation, end));
                 for request in self.asked.remove(&volume).unwrap_or_default() {
                     let result = Err(StoreError::NoHead);

@@ -395,8 +395,8 @@ impl Serving {
         request.device = device;
         let place = served(around.served, request.export);
         let layer = match place.map(|place| place.backing) {
-            Some(Backing::Head(volume, _)) => {
-                self.ask_head(id, volume, around);
+            Some(Backing::Head(volume, takeover)) => {
+                self.ask_head(id, (volume, takeover), around);
                 return true;
             }
             Some(Backing::Layer(layer)) => Some(layer),
@@ -434,7 +434,7 @@ impl Serving {
     }
 
     /// Gives a request to the head of its volume.
-    fn ask_head(&mut self, id: RequestId, volume: VolumeId, around: &mut Around<'_, impl Devices>) {
+    fn ask_head(&mut self, id: RequestId, head: (VolumeId, u64), around: &mut Around<'_, impl Devices>) {
         let request = self.requests.get(id);
         let (range, token) = (request.range, RequestToken(id.0));
         let wanted = match request.kind {
@@ -453,7 +453,7 @@ impl Serving {
         };
         self.requests.to_head(id);
         let (replicating, mut ground) = self.replicating(around);
-        replicating.start(token, volume, wanted, &mut ground);
+        replicating.start(token, head, wanted, &mut ground);
     }
 
     /// The sites that heads here ask.

@@ -346,7 +346,8 @@ impl Cluster {
         let token = self.next_token;
         self.next_token += 1;
         let request = RequestToken(token);
-        self.cores[core].with(|replicating, ground| replicating.start(request, VOLUME, wanted, ground));
+        let head = (VOLUME, self.record.takeover);
+        self.cores[core].with(|replicating, ground| replicating.start(request, head, wanted, ground));
         self.work();
         token
     }

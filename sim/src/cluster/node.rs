@@ -79,9 +79,10 @@ impl Process {
         self.serving.replicated().engine()
     }
 
-    /// The volumes that have a head here, with its take-over.
+    /// The volumes whose head here has opened its generation, with its take-over: they are to be exported.
     pub(super) fn heads(&self) -> BTreeMap<usize, u64> {
-        let heads = self.engine().heads();
+        let replicating = self.serving.replicated();
+        let heads = self.engine().heads().filter(|(volume, _)| replicating.has_opened(*volume));
         heads.map(|(volume, head)| (volume_of(volume), head.generation().takeover)).collect()
     }
 
