@@ -120,15 +120,21 @@ pub enum Trouble {
     SlowLink,
     /// A connection breaks, and nothing else.
     Reset,
-    /// A store fails writes.
+    /// A disk fails reads, writes or syncs, has no room, or vanishes until its process starts again.
     BadDisk,
+    /// A disk gives what was there before the last write, on one copy.
+    StaleReads,
+    /// An initiator and a node do not hear each other.
+    Segment,
+    /// A store is formatted anew while the cluster runs, as another incarnation.
+    Format,
     /// An initiator ends: what it asked for is done or not, and nobody asks again.
     Initiator,
 }
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 16] = [
+    pub const ALL: [Trouble; 19] = [
         Trouble::Restart,
         Trouble::Off,
         Trouble::PowerCut,
@@ -144,6 +150,9 @@ impl Trouble {
         Trouble::SlowLink,
         Trouble::Reset,
         Trouble::BadDisk,
+        Trouble::StaleReads,
+        Trouble::Segment,
+        Trouble::Format,
         Trouble::Initiator,
     ];
 }
@@ -270,6 +279,8 @@ pub struct World {
     /// What happens is kept.
     is_told: bool,
     events: u64,
+    /// The node whose store was formatted anew.
+    formatted: Option<usize>,
 }
 
 /// Who finds what is wrong.
@@ -287,6 +298,8 @@ pub enum Checker {
     Copies,
     /// A store cannot be opened.
     Store,
+    /// At rest not all memory has come back.
+    Memory,
     /// Not everything has come to its end.
     Rest,
 }
@@ -300,6 +313,7 @@ impl fmt::Display for Checker {
             Checker::Record => "record",
             Checker::Copies => "copies",
             Checker::Store => "store",
+            Checker::Memory => "memory",
             Checker::Rest => "rest",
         })
     }
@@ -346,6 +360,7 @@ fn node_of(id: NodeId) -> usize {
     usize::try_from(u64::from_be_bytes(number) - 1).expect("a node of the run")
 }
 
+/// The store of a node, before it is formatted anew.
 fn member_of(node: usize) -> Member {
     Member { store: StoreId(node_id(node).0), incarnation: 1 }
 }
@@ -366,7 +381,7 @@ impl Plan {
     /// A run of the seed's own choice.
     #[must_use]
     pub fn drawn(random: &mut Random) -> Plan {
-        let nodes = 1 + random.index(5);
+        let nodes = if random.one_in(8) { 6 + random.index(4) } else { 1 + random.index(5) };
         let mut troubles = Trouble::ALL.to_vec();
         random.shuffle(&mut troubles);
         troubles.truncate(1 + random.index(5));
@@ -383,7 +398,8 @@ impl Plan {
             blocks: [8, 64, 3000][random.index(3)],
             network: if is_good { Quality::good() } else { Quality::drawn(random) },
             store: StoreForm::drawn(random),
-            chunks: 1024,
+            // Few, so that requests wait for memory and are dropped for want of it.
+            chunks: if random.one_in(4) { 160 } else { 1024 },
             initiator: [Kind::Hasty, Kind::Hasty, Kind::Linux(1), Kind::Linux(2)][random.index(4)],
             // Copies of a write that take two ways of different length are not what a head can put in order.
             is_flooded: is_good && random.coin(),
@@ -510,6 +526,7 @@ impl World {
             cast: Vec::new(),
             is_told,
             events: 0,
+            formatted: None,
             plan,
         };
         for node in 0..world.nodes.len() {
@@ -558,11 +575,15 @@ impl World {
                 for client in &mut self.clients {
                     client.stop(next_ns);
                 }
-                if self.is_at_rest() {
+                if self.is_at_rest() && self.nodes.iter().all(Node::has_all_memory) {
                     return self.look_at_copies();
                 }
             }
             if next_ns > limit_ns || self.steps > STEPS_MAX {
+                if self.is_at_rest() {
+                    let what = format!("memory does not come back: {}", self.what_is_open());
+                    return Err(Wrong::new(Checker::Memory, what));
+                }
                 let what = format!("it does not come to rest: {}", self.what_is_open());
                 return Err(Wrong::new(Checker::Rest, what));
             }
@@ -626,12 +647,18 @@ impl World {
 
     fn is_at_rest(&self) -> bool {
         self.clients.iter().all(Client::is_idle)
-            && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty())
-            && self.nodes.iter().all(|node| node.is_quiet() && node.is_at_rest())
+            && (0..self.plan.volumes).all(|volume| self.is_whole(volume))
+            && self.nodes.iter().all(|node| node.is_quiet() && node.is_idle())
             && (0..self.plan.volumes).all(|volume| {
                 let head = self.metadata.record(volume).head;
                 head.is_some_and(|head| self.nodes[node_of(head)].serves(volume, self.now_ns()))
             })
+    }
+
+    /// Whether all copies of a volume are in sync, but for those on stores that were formatted since.
+    fn is_whole(&self, volume: usize) -> bool {
+        let mut stale = self.metadata.record(volume).stale.keys();
+        stale.all(|member| self.formatted.is_some_and(|node| member_of(node) == *member))
     }
 
     fn what_is_open(&self) -> String {
@@ -668,8 +695,10 @@ impl World {
             for block in self.clients[volume].blocks() {
                 let extent = Extent::of_block(block);
                 let owners = &partitions[extent.0 as usize % partitions.len()].owners;
+                let mut nodes = owners.iter().map(|owner| node_of(owner.site.node));
+                let Some(node) = nodes.find(|node| Some(*node) != self.formatted) else { continue };
                 let at = (volume, (extent, (block - extent.first_block()) as u16));
-                let content = match held[node_of(owners[0].site.node)].get(&at) {
+                let content = match held[node].get(&at) {
                     None => ZEROS,
                     Some(Some(content)) => *content,
                     Some(None) => continue,
@@ -690,6 +719,9 @@ impl World {
                 let mut first = None;
                 for owner in &partition.owners {
                     let node = node_of(owner.site.node);
+                    if Some(node) == self.formatted {
+                        continue;
+                    }
                     let mine = held[node].iter().filter(|((of, (extent, _)), _)| {
                         *of == volume && extent.0 as usize % partitions.len() == at
                     });

@@ -452,14 +452,13 @@ impl World {
         }
     }
 
-    /// An initiator is told of an error: only rot takes the last good copy, and only a device that fails, or is full, keeps the sole copy
-    /// from being written.
+    /// An initiator is told of an error: only a disk that does something wrong takes the last good copy, or keeps the sole one from being
+    /// written.
     fn check_error(&mut self, at: usize, bytes: &[u8]) -> Result<(), Wrong> {
         self.coverage.failed += 1;
         let is_write = wire::parse_ata(bytes).is_ok_and(|head| head.arg.aflags & wire::aflags::WRITE != 0);
-        let excuses: &[Trouble] =
-            if is_write { &[Trouble::Rot, Trouble::BadDisk] } else { &[Trouble::Rot, Trouble::BadDisk] };
-        if excuses.iter().any(|excuse| self.plan.may(*excuse)) {
+        let excuses = [Trouble::Rot, Trouble::StaleReads, Trouble::BadDisk];
+        if excuses.into_iter().any(|excuse| self.plan.may(excuse)) {
             return Ok(());
         }
         let what = if is_write { "written" } else { "read" };

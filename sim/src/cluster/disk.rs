@@ -44,7 +44,7 @@ impl StoreForm {
     pub(super) fn drawn(random: &mut Random) -> StoreForm {
         let shards = 1 + random.index(2) as u16;
         let journal_blocks = [48, 96, 256][random.index(3)];
-        let active_max = [2, 4, 64][random.index(3)];
+        let active_max = [1, 2, 64][random.index(3)];
         StoreForm {
             form: Form { shards, slots: 64, journal_blocks, active_max },
             is_atomic: random.coin(),
@@ -77,6 +77,13 @@ impl Stored {
             flushes_batches: form.flushes_batches,
             rng: Rng::new(random.next_u64()),
         }
+    }
+
+    /// It is formatted anew: another incarnation of the same store.
+    pub(super) fn format(&mut self) {
+        self.layout.incarnation += 1;
+        let is_atomic = self.media.as_ref().is_some_and(|media| media.atomic);
+        self.media = Some(Media::formatted(&self.layout, is_atomic));
     }
 
     /// The machine stops without its process, which has ended before.

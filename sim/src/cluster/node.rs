@@ -20,7 +20,7 @@ use torus_dataplane::store::extent::shared::Shared;
 use torus_dataplane::store::extent::simulated::{self, SimDisk};
 use torus_replication::membership::{Membership, Record};
 use torus_replication::site::Engine;
-use torus_replication::terms::Generation;
+use torus_replication::terms::{Generation, Member};
 
 use super::disk::{NodeDevices, Stored, object_of};
 use super::exports::{Exports, ingress_of};
@@ -93,18 +93,15 @@ impl Process {
         head.or_else(|| self.ended.get(&volume).copied())
     }
 
-    /// Whether nothing is in progress and all memory has come back.
-    fn is_at_rest(&self) -> bool {
-        let kept = usize::from(self.shards()) * RESERVE_CHUNKS;
-        let pool = &self.disk.pool;
-        self.serving.is_empty()
-            && self.ring.is_empty()
-            && self.peers.iter().all(Peer::is_idle)
-            && pool.free_chunks() + kept == pool.chunk_capacity()
+    /// Whether nothing is in progress.
+    fn is_idle(&self) -> bool {
+        self.serving.is_empty() && self.ring.is_empty() && self.peers.iter().all(Peer::is_idle)
     }
 
-    fn shards(&self) -> u16 {
-        self.shared.scrubs.len() as u16
+    /// Whether all memory has come back, but for what shards keep.
+    fn has_all_memory(&self) -> bool {
+        let kept = self.shared.scrubs.len() * RESERVE_CHUNKS;
+        self.disk.pool.free_chunks() + kept == self.disk.pool.chunk_capacity()
     }
 }
 
@@ -170,9 +167,19 @@ impl Node {
         self.engine().is_some_and(|engine| engine.heads().all(|(_, head)| head.is_quiet()))
     }
 
-    /// Whether nothing is in progress and all memory has come back.
-    pub(super) fn is_at_rest(&self) -> bool {
-        self.process.as_ref().is_some_and(Process::is_at_rest)
+    /// Whether nothing is in progress.
+    pub(super) fn is_idle(&self) -> bool {
+        self.process.as_ref().is_some_and(Process::is_idle)
+    }
+
+    /// Whether all memory has come back, but for what shards keep.
+    pub(super) fn has_all_memory(&self) -> bool {
+        self.process.as_ref().is_some_and(Process::has_all_memory)
+    }
+
+    /// Its store, as other nodes are to know it.
+    fn member(&self) -> Member {
+        Member { incarnation: self.stored.layout.incarnation, ..member_of(self.index) }
     }
 
     /// Whether its store takes no more writes until it is opened again.
@@ -241,7 +248,7 @@ impl World {
         serving.open_store(0, opened.shards.into_iter().map(Box::new));
         let shards = at.stored.layout.shards;
         let volumes = (0..plan.volumes).map(|volume| (volume_id(volume), object_of(volume, shards)));
-        serving.open_replicas(0, member_of(node), volumes);
+        serving.open_replicas(0, at.member(), volumes);
         at.process = Some(Process {
             serving,
             shared: opened.shared,

@@ -73,7 +73,7 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         network: Quality::good(),
         store: StoreForm::drawn(random),
         chunks: 1024,
-        initiator: Kind::Hasty,
+        initiator: if random.one_in(4) { Kind::Linux(1 + random.index(2)) } else { Kind::Hasty },
         is_flooded: random.coin(),
         linger_ns: if random.one_in(4) { 2_000 * MS } else { 20 * MS },
         script,

@@ -130,8 +130,35 @@ impl World {
                 return;
             }
             Trouble::BadDisk => {
-                self.nodes[node].stored.faults.write = self.troubles.random.range(2..20);
+                let rate = self.troubles.random.range(2..40);
+                let faults = &mut self.nodes[node].stored.faults;
+                match self.troubles.random.index(5) {
+                    0 => faults.read = rate,
+                    1 => faults.write = rate,
+                    2 => faults.sync = rate,
+                    3 => faults.no_space = rate,
+                    _ => faults.gone = rate * 10,
+                }
                 vec![node]
+            }
+            Trouble::StaleReads => {
+                // On one copy only, as with rot.
+                if node > 0 || self.plan.copies == 1 {
+                    return;
+                }
+                self.nodes[node].stored.faults.stale = self.troubles.random.range(2..40);
+                vec![node]
+            }
+            Trouble::Segment => {
+                let volume = self.troubles.random.index(self.plan.volumes);
+                let (at, initiator) = ([Endpoint(node)], [self.clients[volume].endpoint]);
+                let segment = SegmentId(self.troubles.random.index(self.plan.initiator.paths()));
+                self.network.partition(now_ns, &at, &initiator, Media::segment(segment));
+                vec![]
+            }
+            Trouble::Format => {
+                self.format(node);
+                return;
             }
             Trouble::Rot => {
                 // On one copy only: with all of them rotten a block is lost, and rightly so.
@@ -171,7 +198,9 @@ impl World {
                     self.network.resume(now_ns, Endpoint(node));
                 }
             }
-            Trouble::Partition | Trouble::OneWay | Trouble::Flap => self.network.heal(now_ns),
+            Trouble::Partition | Trouble::OneWay | Trouble::Flap | Trouble::Segment => {
+                self.network.heal(now_ns);
+            }
             Trouble::NoMetadata => {
                 self.metadata.is_away = false;
                 self.metadata.away_from.clear();
@@ -182,17 +211,29 @@ impl World {
                     self.nodes[node].stored.slow_ns = 0;
                 }
             }
-            Trouble::BadDisk => {
+            Trouble::BadDisk | Trouble::StaleReads => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
                     self.repair_disk(node);
                 }
             }
             Trouble::Restart
+            | Trouble::Format
             | Trouble::TakeOver
             | Trouble::Rot
             | Trouble::SlowLink
             | Trouble::Reset
             | Trouble::Initiator => {}
+        }
+    }
+
+    /// A store is formatted anew. Once, where everything is whole and there are two more copies: what a disk takes with it is nobody's fault.
+    fn format(&mut self, node: usize) {
+        let is_whole = (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty());
+        if self.formatted.is_none() && is_whole && self.plan.copies > 2 && self.nodes[node].is_up() {
+            self.formatted = Some(node);
+            self.kill(node, Power::NoProcess);
+            self.nodes[node].stored.format();
+            self.boot(node);
         }
     }
 
