@@ -19,7 +19,8 @@
 //!   that overlaps it may start (I6). Answers are composed in the order in which they must leave.
 //! * Every rider gets exactly one answer, or none and is counted as dropped, or belongs to an export that is gone.
 //! * A request admitted under a configuration that is gone starts under the one in force, or not at all, and takes in no
-//!   rider of the new one.
+//!   rider of the new one. One for a head starts at that one or not at all: what was received before another one was there may be a copy
+//!   of what a third one has answered (I6).
 //! * No step allocates.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -263,7 +264,12 @@ impl Serving {
             self.take(client, &io, around.now_ns);
             return;
         }
+        let takeover = match served(around.served, key).map(|place| place.backing) {
+            Some(Backing::Head(_, takeover)) => Some(takeover),
+            Some(Backing::Layer(_)) | None => None,
+        };
         let mut request = Request::new(&io, key, client, self.epoch);
+        request.takeover = takeover;
         let range = request.range;
         if io.kind == IoKind::Write {
             let pool = around.devices.pool();
@@ -395,10 +401,11 @@ impl Serving {
         request.device = device;
         let place = served(around.served, request.export);
         let layer = match place.map(|place| place.backing) {
-            Some(Backing::Head(volume, takeover)) => {
+            Some(Backing::Head(volume, takeover)) if request.takeover == Some(takeover) => {
                 self.ask_head(id, (volume, takeover), around);
                 return true;
             }
+            Some(Backing::Head(..)) => None,
             Some(Backing::Layer(layer)) => Some(layer),
             None => None,
         };

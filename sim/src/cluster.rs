@@ -35,7 +35,7 @@ use std::rc::Rc;
 
 use cluster_map::{NodeId, StoreId, VolumeId};
 use torus_replication::membership::{Owner, Partition, Record};
-use torus_replication::terms::{Epoch, Extent, Generation, Member, Site};
+use torus_replication::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Site};
 
 use self::client::{Client, Kind};
 use self::disk::{StoreForm, contents};
@@ -73,8 +73,11 @@ pub struct Plan {
     pub window: usize,
     /// Blocks that an initiator uses.
     pub blocks: u64,
-    /// The streams between nodes and the segment.
+    /// The streams between nodes.
     pub network: Quality,
+    /// The segments that initiators are on. Copies of a write that take two ways of different length are not what a new head can put in
+    /// order: two segments are both good.
+    pub segments: Quality,
     /// What stores are like.
     pub store: StoreForm,
     /// Chunks of each node's frame memory.
@@ -385,27 +388,39 @@ impl Plan {
         let mut troubles = Trouble::ALL.to_vec();
         random.shuffle(&mut troubles);
         troubles.truncate(1 + random.index(5));
+        let copies = 1 + random.index(nodes.min(3));
+        let is_small = copies == nodes && random.one_in(8);
         let is_good = random.coin();
+        let network = if is_good { Quality::good() } else { Quality::drawn(random) };
+        let initiator = [Kind::Hasty, Kind::Hasty, Kind::Linux(1), Kind::Linux(2)][random.index(4)];
         Plan {
             nodes,
             volumes: 1 + random.index(2),
-            copies: 1 + random.index(nodes.min(3)),
+            copies,
             spread: 1 + random.index(3),
             trouble_ns: random.range(5_000_000_000..30_000_000_000),
             pause_ns: random.range(300_000_000..5_000_000_000),
             troubles,
             window: 1 + random.index(8),
             blocks: [8, 64, 3000][random.index(3)],
-            network: if is_good { Quality::good() } else { Quality::drawn(random) },
-            store: StoreForm::drawn(random),
+            segments: if initiator.paths() == 1 { network.clone() } else { Quality::good() },
+            network,
+            // A full one only where all have the same.
+            store: StoreForm::drawn(random, is_small),
             // Few, so that requests wait for memory and are dropped for want of it.
             chunks: if random.one_in(4) { 160 } else { 1024 },
-            initiator: [Kind::Hasty, Kind::Hasty, Kind::Linux(1), Kind::Linux(2)][random.index(4)],
+            initiator,
             // Copies of a write that take two ways of different length are not what a head can put in order.
             is_flooded: is_good && random.coin(),
             linger_ns: if random.coin() { 2_000_000_000 } else { 50_000_000 },
             script: Vec::new(),
         }
+    }
+
+    /// Whether stores may have no room for what initiators write.
+    fn may_be_full(&self) -> bool {
+        let extents = self.volumes as u64 * (2 + self.blocks / u64::from(EXTENT_BLOCKS));
+        u64::from(self.store.form.slots) < extents
     }
 
     /// Whether that may break in it.
@@ -447,10 +462,8 @@ impl World {
         let paths = plan.initiator.paths();
         let mut network = Network::new(Setup::new(endpoints, paths), random.named("network", 0));
         network.set_stream_quality(plan.network.clone());
-        // Copies of a write that take two ways of different length are not what a new head can put in order.
-        let segments = if paths == 1 { plan.network.clone() } else { Quality::good() };
         for segment in (0..paths).map(SegmentId) {
-            network.set_segment_quality(segment, segments.clone());
+            network.set_segment_quality(segment, plan.segments.clone());
             network.set_flooding(segment, plan.is_flooded);
         }
         let mut schedule = Schedule::new();

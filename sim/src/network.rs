@@ -599,6 +599,11 @@ impl<M: Clone> Network<M> {
             return;
         }
         self.counters.frames += 1;
+        // Half of what is lost is lost on its way to the switch, which then does not learn where the sender is.
+        if self.random.chance_ppm(self.segments[segment.0].loss_ppm / 2) {
+            self.counters.frames_lost += 1;
+            return;
+        }
         if self.learned.len() >= LEARNED_STATIONS {
             self.learned.clear();
         }
@@ -629,7 +634,7 @@ impl<M: Clone> Network<M> {
     ) {
         let quality = &self.segments[segment.0];
         let random = &mut self.random;
-        let (loss, twice) = (random.chance_ppm(quality.loss_ppm), random.chance_ppm(quality.twice_ppm));
+        let (loss, twice) = (random.chance_ppm(quality.loss_ppm / 2), random.chance_ppm(quality.twice_ppm));
         if loss {
             self.counters.frames_lost += 1;
             return;

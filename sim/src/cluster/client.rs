@@ -453,12 +453,12 @@ impl World {
     }
 
     /// An initiator is told of an error: only a disk that does something wrong takes the last good copy, or keeps the sole one from being
-    /// written.
+    /// written, and only full stores refuse writes.
     fn check_error(&mut self, at: usize, bytes: &[u8]) -> Result<(), Wrong> {
         self.coverage.failed += 1;
         let is_write = wire::parse_ata(bytes).is_ok_and(|head| head.arg.aflags & wire::aflags::WRITE != 0);
         let excuses = [Trouble::Rot, Trouble::StaleReads, Trouble::BadDisk];
-        if excuses.into_iter().any(|excuse| self.plan.may(excuse)) {
+        if excuses.into_iter().any(|excuse| self.plan.may(excuse)) || is_write && self.plan.may_be_full() {
             return Ok(());
         }
         let what = if is_write { "written" } else { "read" };

@@ -41,12 +41,13 @@ pub struct StoreForm {
 
 impl StoreForm {
     /// One that suits a cluster, as it happens to be.
-    pub(super) fn drawn(random: &mut Random) -> StoreForm {
+    pub(super) fn drawn(random: &mut Random, is_small: bool) -> StoreForm {
         let shards = 1 + random.index(2) as u16;
         let journal_blocks = [48, 96, 256][random.index(3)];
+        let slots = if is_small { 1 + random.index(4) as u32 } else { 64 };
         let active_max = [1, 2, 64][random.index(3)];
         StoreForm {
-            form: Form { shards, slots: 64, journal_blocks, active_max },
+            form: Form { shards, slots, journal_blocks, active_max },
             is_atomic: random.coin(),
             flushes_batches: random.coin(),
         }

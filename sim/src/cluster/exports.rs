@@ -84,7 +84,7 @@ pub(super) struct Exports {
     pub(super) served: Vec<Option<Served>>,
     /// The manager is at work.
     is_changing: bool,
-    /// A request comes under a newer configuration than the one before.
+    /// Requests that were taken in and not answered.
     pub(super) asked: BTreeMap<AskedKey, Asked>,
 }
 
@@ -138,6 +138,7 @@ impl World {
 
     /// A node's core takes a configuration on.
     pub(super) fn configure(&mut self, node: usize, life: u64) {
+        let boot_ns = self.boot_ns(node);
         let is_paused = self.network.is_paused(Endpoint(node));
         let at = &mut self.nodes[node];
         if at.life != life {
@@ -171,7 +172,7 @@ impl World {
         let kept = |key, address| table.find(address).is_some_and(|export| export.key == key);
         process.serving.clients_mut().keep_only(kept);
         process.serving.begin_configuration();
-        process.discovery.announce(&announce);
+        process.discovery.announce_heads(announce, boot_ns);
         exports.heads = heads;
         self.pump(node);
     }

@@ -27,11 +27,13 @@ pub enum Scenario {
     Logs,
     /// All lose power, with blocks cut short and blocks rotten.
     Power,
+    /// Frames of initiators and heads are lost or come twice while heads move.
+    Frames,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Scenario; 7] = [
+    pub const ALL: [Scenario; 8] = [
         Scenario::Any,
         Scenario::Fence,
         Scenario::Return,
@@ -39,6 +41,7 @@ impl Scenario {
         Scenario::Stall,
         Scenario::Logs,
         Scenario::Power,
+        Scenario::Frames,
     ];
 
     /// One of its runs.
@@ -52,6 +55,7 @@ impl Scenario {
             Scenario::Stall => stall(random),
             Scenario::Logs => logs(random),
             Scenario::Power => power(random),
+            Scenario::Frames => frames(random),
         }
     }
 }
@@ -71,7 +75,8 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         window: 2 + random.index(7),
         blocks: [4, 8, 64][random.index(3)],
         network: Quality::good(),
-        store: StoreForm::drawn(random),
+        segments: Quality::good(),
+        store: StoreForm::drawn(random, false),
         chunks: 1024,
         initiator: if random.one_in(4) { Kind::Linux(1 + random.index(2)) } else { Kind::Hasty },
         is_flooded: random.coin(),
@@ -305,4 +310,22 @@ fn power(random: &mut Random) -> Plan {
     let plan = scripted(random, 3, copies, script);
     let troubles = if random.coin() { vec![Trouble::Rot] } else { Vec::new() };
     Plan { troubles, pause_ns: random.range(50 * MS..500 * MS), ..plan }
+}
+
+/// Parts: 0 the head.
+fn frames(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..1 + random.index(3) {
+        match random.index(3) {
+            0 => script.push(Step::TakeOver(1)),
+            1 => script.push(Step::TakeOver(2)),
+            _ => script.extend([Step::Kill(0, power_off(random)), wait(random, 1_300, 2_600), Step::Boot(0)]),
+        }
+        script.extend([wait(random, 1_000, 3_000), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    let plan = scripted(random, 3, copies, script);
+    let mut ppm = |most: u64| u32::try_from(random.below(most)).expect("below a million");
+    let segments = Quality { loss_ppm: ppm(300_000), twice_ppm: ppm(300_000), ..Quality::good() };
+    Plan { segments, is_flooded: false, ..plan }
 }
