@@ -73,6 +73,8 @@ pub struct Plan {
     pub window: usize,
     /// Blocks that an initiator uses.
     pub blocks: u64,
+    /// Places that these are at, each around a border between two extents: where there are many, regions leave activity logs.
+    pub areas: u64,
     /// The streams between nodes.
     pub network: Quality,
     /// The segments that initiators are on. Copies of a write that take two ways of different length are not what a new head can put in
@@ -389,6 +391,7 @@ impl Plan {
         random.shuffle(&mut troubles);
         troubles.truncate(1 + random.index(5));
         let copies = 1 + random.index(nodes.min(3));
+        let blocks = [8, 64, 3000][random.index(3)];
         let is_small = copies == nodes && random.one_in(8);
         let is_good = random.coin();
         let network = if is_good { Quality::good() } else { Quality::drawn(random) };
@@ -402,7 +405,8 @@ impl Plan {
             pause_ns: random.range(300_000_000..5_000_000_000),
             troubles,
             window: 1 + random.index(8),
-            blocks: [8, 64, 3000][random.index(3)],
+            blocks,
+            areas: if blocks < 1000 && random.coin() { 4 } else { 1 },
             segments: if initiator.paths() == 1 { network.clone() } else { Quality::good() },
             network,
             // A full one only where all have the same.
@@ -419,7 +423,7 @@ impl Plan {
 
     /// Whether stores may have no room for what initiators write.
     fn may_be_full(&self) -> bool {
-        let extents = self.volumes as u64 * (2 + self.blocks / u64::from(EXTENT_BLOCKS));
+        let extents = self.volumes as u64 * self.areas * (2 + self.blocks / u64::from(EXTENT_BLOCKS));
         u64::from(self.store.form.slots) < extents
     }
 

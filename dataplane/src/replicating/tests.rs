@@ -343,10 +343,15 @@ impl Cluster {
     }
 
     fn start(&mut self, core: usize, wanted: Wanted) -> u32 {
+        self.start_under(core, self.record.takeover, wanted)
+    }
+
+    /// Begins a request that came for the head under that take-over.
+    fn start_under(&mut self, core: usize, takeover: u64, wanted: Wanted) -> u32 {
         let token = self.next_token;
         self.next_token += 1;
         let request = RequestToken(token);
-        let head = (VOLUME, self.record.takeover);
+        let head = (VOLUME, takeover);
         self.cores[core].with(|replicating, ground| replicating.start(request, head, wanted, ground));
         self.work();
         token
@@ -522,4 +527,25 @@ fn a_restarted_replica_knows_what_it_has_opened() {
     assert!(matches!(ended, Some((_, End::Past | End::Replaced))));
     cluster.check(0);
     cluster.assert_equal_copies();
+}
+
+#[test]
+fn a_head_takes_no_request_before_it_has_opened_and_none_that_came_for_another() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xabba));
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.run(0, &mut random, 10);
+    cluster.take_over(1);
+    let read = || Wanted::Read(BLOCKS.start..BLOCKS.start + 1);
+    // The former one may answer still what is sent to both.
+    assert!(!cluster.cores[1].replicating.has_opened(VOLUME));
+    let early = cluster.start(1, read());
+    assert_eq!(cluster.take_answer(1, early).map(|answer| answer.0), Some(Err(StoreError::NoHead)));
+    cluster.pass(2500 * MS);
+    assert!(cluster.cores[1].replicating.has_opened(VOLUME));
+    let takeover = cluster.record.takeover;
+    for (takeover, result) in [(takeover - 1, Err(StoreError::NoHead)), (takeover, Ok(()))] {
+        let token = cluster.start_under(1, takeover, read());
+        assert_eq!(cluster.take_answer(1, token).map(|answer| answer.0), Some(result));
+    }
 }

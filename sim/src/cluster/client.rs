@@ -4,11 +4,13 @@
 //! the export from the beginning, and never has two requests in progress that overlap.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 use aoe_xdp::wire::{
     self, Address, AtaArg, AtaHead, ConfigArg, ConfigHead, FRAME_LEN_MIN, Header, Mac, ata, ccmd, command,
 };
+use torus_replication::terms::EXTENT_BLOCKS;
 use zerocopy::IntoBytes;
 
 use super::exports::{address_of, mac_of, mac_of_station, station};
@@ -81,14 +83,22 @@ pub(super) struct Client {
     kind: Kind,
     driver: Driver,
     window: usize,
-    blocks: u64,
+    /// The blocks that it uses, in places around borders between extents, so that requests cross them.
+    areas: Vec<Range<u64>>,
     is_stopped: bool,
     /// It only reads for a while.
     is_reading: bool,
     /// It asks for nothing for a while.
     is_resting: bool,
-    /// Where the first extent ends in what it uses, so that requests cross it.
-    first_block: u64,
+}
+
+/// The blocks that an initiator uses.
+fn areas(plan: &Plan) -> Vec<Range<u64>> {
+    // A request has two blocks.
+    let count = plan.areas.clamp(1, plan.blocks / 2);
+    let blocks = plan.blocks / count;
+    let first = |area: u64| (2 * area + 1) * u64::from(EXTENT_BLOCKS) - blocks.min(1024) / 2;
+    (0..count).map(|area| first(area)..first(area) + blocks).collect()
 }
 
 fn mac_of_client(volume: usize, interface: usize) -> Mac {
@@ -123,11 +133,10 @@ impl Client {
             kind: plan.initiator,
             driver,
             window: plan.window,
-            blocks: plan.blocks,
+            areas: areas(plan),
             is_stopped: false,
             is_reading: false,
             is_resting: false,
-            first_block: 1024 - plan.blocks.min(1024) / 2,
         };
         client.load(0);
         client
@@ -156,10 +165,11 @@ impl Client {
     /// Tells Linux's what it is used for.
     fn load(&mut self, now_ns: u64) {
         let sectors = SECTORS as u64;
-        let range = self.first_block * sectors..(self.first_block + self.blocks) * sectors;
+        let ranges: Vec<Range<u64>> =
+            self.areas.iter().map(|area| area.start * sectors..area.end * sectors).collect();
         let load = Load {
-            writes: vec![range.clone()],
-            reads: vec![range],
+            writes: ranges.clone(),
+            reads: ranges,
             sectors: 1..33,
             writes_percent: if self.is_reading { 0 } else { 50 },
             depth: self.window,
@@ -180,8 +190,8 @@ impl Client {
     }
 
     /// What it uses.
-    pub(super) fn blocks(&self) -> std::ops::Range<u64> {
-        self.first_block..self.first_block + self.blocks
+    pub(super) fn blocks(&self) -> impl Iterator<Item = u64> + use<> {
+        self.areas.clone().into_iter().flatten()
     }
 
     pub(super) fn describe(&self) -> String {
@@ -207,9 +217,10 @@ impl Client {
     /// A new request of the hasty one, unless it would overlap one in progress; and what it does.
     fn draw(&mut self, now_ns: u64) -> Option<(u64, Request, Action)> {
         let Driver::Hasty(hasty) = &mut self.driver else { return None };
-        let sectors = self.blocks * SECTORS as u64;
+        let area = &self.areas[self.random.index(self.areas.len())];
+        let sectors = (area.end - area.start) * SECTORS as u64;
         let count = 1 + self.random.index(16);
-        let lba = self.first_block * SECTORS as u64 + self.random.below(sectors - count as u64 + 1);
+        let lba = area.start * SECTORS as u64 + self.random.below(sectors - count as u64 + 1);
         // In blocks: a write of a part reads the rest.
         let blocks =
             |lba: u64, count: usize| lba / SECTORS as u64..(lba + count as u64).div_ceil(SECTORS as u64);

@@ -74,6 +74,7 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         troubles: Vec::new(),
         window: 2 + random.index(7),
         blocks: [4, 8, 64][random.index(3)],
+        areas: if random.coin() { 4 } else { 1 },
         network: Quality::good(),
         segments: Quality::good(),
         store: StoreForm::drawn(random, false),
@@ -194,7 +195,8 @@ fn return_of_a_member(random: &mut Random) -> Plan {
     }
     let copies = 2 + random.index(2);
     let plan = scripted(random, 3, copies, script);
-    Plan { blocks: [4, 64, 2_000][random.index(3)], ..plan }
+    let blocks = [4, 64, 2_000][random.index(3)];
+    Plan { blocks, areas: if blocks < 1_000 { plan.areas } else { 1 }, ..plan }
 }
 
 /// Parts: 0 the head, 1 the member whose state is in doubt, 2 another.
