@@ -90,6 +90,8 @@ pub(super) struct Client {
     is_reading: bool,
     /// It asks for nothing for a while.
     is_resting: bool,
+    /// It uses the last of its places only.
+    is_narrow: bool,
 }
 
 /// The blocks that an initiator uses.
@@ -137,6 +139,7 @@ impl Client {
             is_stopped: false,
             is_reading: false,
             is_resting: false,
+            is_narrow: false,
         };
         client.load(0);
         client
@@ -162,11 +165,23 @@ impl Client {
         self.load(now_ns);
     }
 
+    /// Uses one of its places only, or all.
+    pub(super) fn set_narrow(&mut self, now_ns: u64, is_narrow: bool) {
+        self.is_narrow = is_narrow;
+        self.load(now_ns);
+    }
+
+    /// The places that it uses now.
+    fn used(&self) -> &[Range<u64>] {
+        let from = if self.is_narrow { self.areas.len() - 1 } else { 0 };
+        &self.areas[from..]
+    }
+
     /// Tells Linux's what it is used for.
     fn load(&mut self, now_ns: u64) {
         let sectors = SECTORS as u64;
         let ranges: Vec<Range<u64>> =
-            self.areas.iter().map(|area| area.start * sectors..area.end * sectors).collect();
+            self.used().iter().map(|area| area.start * sectors..area.end * sectors).collect();
         let load = Load {
             writes: ranges.clone(),
             reads: ranges,
@@ -216,8 +231,9 @@ impl Client {
 
     /// A new request of the hasty one, unless it would overlap one in progress; and what it does.
     fn draw(&mut self, now_ns: u64) -> Option<(u64, Request, Action)> {
+        let at = self.random.index(self.used().len());
+        let area = self.used()[at].clone();
         let Driver::Hasty(hasty) = &mut self.driver else { return None };
-        let area = &self.areas[self.random.index(self.areas.len())];
         let sectors = (area.end - area.start) * SECTORS as u64;
         let count = 1 + self.random.index(16);
         let lba = area.start * SECTORS as u64 + self.random.below(sectors - count as u64 + 1);

@@ -161,12 +161,17 @@ fn return_of_a_member(random: &mut Random) -> Plan {
             script.extend([Step::Rest(false), Step::Cast]);
             continue;
         }
-        match random.index(3) {
-            0 => script.extend([Step::Kill(1, power_off(random)), wait(random, 1_100, 2_600)]),
-            1 => script.extend([Step::Part(0, 1), wait(random, 1_100, 2_600)]),
+        script.push(match random.index(3) {
+            0 => Step::Kill(1, power_off(random)),
+            1 => Step::Part(0, 1),
             // What it is asked reaches it, and nobody learns of it.
-            _ => script.extend([Step::Cut(1, 0), wait(random, 1_100, 2_600)]),
+            _ => Step::Cut(1, 0),
+        });
+        if random.coin() {
+            // What it has missed when it is called stale is not written again, and leaves the activity logs.
+            script.extend([wait(random, 5, 60), Step::Narrow(true)]);
         }
+        script.push(wait(random, 1_100, 2_600));
         if random.coin() {
             script.push(Step::Abandon);
         }
@@ -192,6 +197,7 @@ fn return_of_a_member(random: &mut Random) -> Plan {
             script.push(wait(random, 5, 600));
         }
         script.extend([Step::SlowDisk(1, 0), Step::BadDisk(1, 0), wait(random, 100, 1_500), Step::Cast]);
+        script.push(Step::Narrow(false));
     }
     let copies = 2 + random.index(2);
     let plan = scripted(random, 3, copies, script);

@@ -191,7 +191,7 @@ impl Media {
     /// Puts content somewhere, durably.
     pub fn put(&mut self, block: u64, bytes: &[u8]) {
         for (block, bytes) in (block..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
-            self.end_write(block, Arc::new(bytes.try_into().unwrap()), Durable::AtEnd);
+            self.end_write(block, Arc::new(bytes.try_into().expect("a whole block")), Durable::AtEnd);
         }
     }
 
@@ -227,7 +227,7 @@ impl Medium for Still {
     fn write_at(&self, offset_bytes: u64, bytes: &[u8]) -> Result<(), Infallible> {
         let mut media = self.0.borrow_mut();
         for (block, bytes) in (offset_bytes / BLOCK_BYTES as u64..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
-            media.end_write(block, Arc::new(bytes.try_into().unwrap()), Durable::AtSync);
+            media.end_write(block, Arc::new(bytes.try_into().expect("a whole block")), Durable::AtSync);
         }
         Ok(())
     }
@@ -497,7 +497,10 @@ impl Disk for SimDisk {
             }
         }
         let region = Arc::clone(self.pool.region());
-        let data = blocks.iter().map(|chunk| Arc::new(region.bytes(chunk).try_into().unwrap())).collect();
+        let data = blocks
+            .iter()
+            .map(|chunk| Arc::new(region.bytes(chunk).try_into().expect("a chunk is a block")))
+            .collect();
         self.begin(offset_bytes, blocks, Kind::Write { data, until }, token);
     }
 
