@@ -10,8 +10,10 @@
 //! * No more than [`BURST_BYTES`] leave at once, and no more than [`PACE_BYTES_PER_S`] go on leaving.
 //! * A job outlives a change of configuration: it goes on at the address where it was.
 //! * A turn looks at a bounded number of exports, so that reads and writes never wait for discovery.
+//! * The advertisement of an export whose head has moved is sent several times: a switch that missed it goes on sending what initiators
+//!   ask to where the head was, and nothing but a frame from the export's MAC tells it better.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use aoe_xdp::target::{
     self, Action, Answer, Body, DISCOVERY_LEN_MAX, Export, ExportTable, Ingress, advertisement,
@@ -36,6 +38,10 @@ const ANSWERS_PER_TURN: usize = 16;
 const LOOKS_PER_TURN: usize = 1024;
 /// While queries wait, advertisements get each turn of this number.
 const ADVERTISE_EVERY: u64 = 4;
+
+/// How long after the first time an advertisement of a head is sent again: soon enough for I/O to go on within 3 s, and once more for a
+/// network that is only just whole again.
+const AGAIN_NS: [u64; 4] = [200_000_000, 700_000_000, 2_000_000_000, 5_000_000_000];
 
 /// A query that is being answered.
 #[derive(Debug)]
@@ -76,6 +82,8 @@ pub struct Discovery {
     turn: usize,
     turns: u64,
     announcements: Announcements,
+    /// Keys of exports that are to be advertised once more, and when.
+    again: BTreeSet<(u64, u32)>,
     tokens_bytes: u64,
     /// When `tokens_bytes` was last added to.
     filled_ns: u64,
@@ -88,6 +96,7 @@ impl Default for Discovery {
             turn: 0,
             turns: 0,
             announcements: Announcements::default(),
+            again: BTreeSet::new(),
             tokens_bytes: BURST_BYTES,
             filled_ns: 0,
         }
@@ -146,6 +155,15 @@ impl Discovery {
         }
     }
 
+    /// Queues exports of heads that are new here, to be advertised several times; may allocate. Later times are found by
+    /// [`Discovery::run`], which a core with heads calls often enough.
+    pub fn announce_heads(&mut self, keys: impl IntoIterator<Item = u32>, now_ns: u64) {
+        for key in keys {
+            self.announce(&[key]);
+            self.again.extend(AGAIN_NS.map(|after_ns| (now_ns.saturating_add(after_ns), key)));
+        }
+    }
+
     /// Whether there is something left to send.
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -163,6 +181,10 @@ impl Discovery {
         advertise_on: &[u8],
         mut send: impl FnMut(u8, &Export, &Answer, &[u8]),
     ) -> bool {
+        while let Some((_, key)) = self.again.first().copied().filter(|(due_ns, _)| *due_ns <= now_ns) {
+            self.again.pop_first();
+            self.announce(&[key]);
+        }
         if !self.is_busy() {
             return false;
         }
@@ -323,6 +345,23 @@ mod tests {
 
     fn ingress() -> Vec<Ingress> {
         (0..2).map(|ordinal| Ingress { mac: NIC, ordinal, sectors_max: 16, sectors_told: 16 }).collect()
+    }
+
+    #[test]
+    fn the_export_of_a_head_is_advertised_again_and_again() {
+        let (table, ingress) = (table(3), ingress());
+        let mut discovery = Discovery::default();
+        discovery.announce_heads([1], 0);
+        let mut times_ms = Vec::new();
+        for now_ms in 0..10_000 {
+            discovery.run(now_ms * MS, &table, &ingress, &[0], |_, export, _, _| {
+                assert_eq!(export.key, 1);
+                times_ms.push(now_ms);
+            });
+        }
+        let again = AGAIN_NS.map(|after_ns| after_ns / MS);
+        assert_eq!(times_ms, [&[0][..], &again[..]].concat());
+        assert!(!discovery.is_busy());
     }
 
     fn query(client: u8, tag: u32, pattern: Address) -> Vec<u8> {

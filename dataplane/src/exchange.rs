@@ -124,6 +124,8 @@ pub struct HeadReport {
     pub generation: Generation,
     /// Everything that it needs is open and granted.
     pub is_serving: bool,
+    /// They were at some time: no other head answers any more.
+    pub has_opened: bool,
     /// Of the partition with the fewest: copies that are in sync.
     pub in_sync: u8,
     /// And how many there should be.
@@ -197,7 +199,7 @@ pub struct Served {
 pub enum Backing {
     /// A layer of its store, the only copy.
     Layer(Object),
-    /// The head of that volume, on this core, under that take-over.
+    /// The head of that volume, on this core, under that take-over and no other.
     Head(VolumeId, u64),
 }
 

@@ -6,6 +6,8 @@
 //!
 //! Invariants:
 //! * Every request that a head was given ends with one outcome: its answer, or [`StoreError::NoHead`] when the head has ended.
+//! * No request is given to a head before it has served once: until then another one may answer copies of the same request, and of later
+//!   ones that undo it (I6).
 //! * Work for a volume that is not on a store of this core, or not yet, fails as what may be tried again.
 //! * A block leaves for another site with the CRC32C that was made when its frame was received; where it was read, or parts of
 //!   it were put together here, with one made of bytes that were verified (I7).
@@ -232,6 +234,10 @@ pub struct Replicating {
     ended: BTreeMap<VolumeId, (Generation, End)>,
     /// What stores owned no more, and have given up.
     retired: BTreeSet<(Member, VolumeId, Share)>,
+    /// Volumes whose head could not answer yet.
+    opening: BTreeSet<VolumeId>,
+    /// A head has become able to answer since the last report.
+    has_opened: bool,
 }
 
 impl Replicating {
@@ -249,6 +255,8 @@ impl Replicating {
             handed_over: BTreeMap::new(),
             ended: BTreeMap::new(),
             retired: BTreeSet::new(),
+            opening: BTreeSet::new(),
+            has_opened: false,
         }
     }
 
@@ -297,7 +305,13 @@ impl Replicating {
         membership: Membership,
         ground: &mut Ground<'_, D>,
     ) -> bool {
-        self.drive(ground, |engine, memory, boot_ns| engine.begin(generation, membership, memory, boot_ns))
+        let volume = membership.volume;
+        let began = self
+            .drive(ground, |engine, memory, boot_ns| engine.begin(generation, membership, memory, boot_ns));
+        if began {
+            self.opening.insert(volume);
+        }
+        began
     }
 
     /// The record of a volume is this: nothing that was asked for before can still change it.
@@ -326,6 +340,12 @@ impl Replicating {
         &self.ended
     }
 
+    /// The heads and replicas, for whoever looks at them.
+    #[must_use]
+    pub fn engine(&self) -> &Engine<Payload> {
+        &self.engine
+    }
+
     /// Whether nothing of stores is in progress for replicas.
     #[must_use]
     pub fn is_idle(&self) -> bool {
@@ -335,17 +355,24 @@ impl Replicating {
     // ---------------------------------------------------------------------------------------------------------------
     // Requests
 
-    /// Begins a request on a volume.
+    /// Whether the head of a volume was able to answer at some time.
+    #[must_use]
+    pub fn has_opened(&self, volume: VolumeId) -> bool {
+        self.engine.head(volume).is_some() && !self.opening.contains(&volume)
+    }
+
+    /// Begins a request on a volume, that came for its head under a take-over.
     pub fn start<D: Devices>(
         &mut self,
         request: RequestToken,
-        volume: VolumeId,
+        (volume, takeover): (VolumeId, u64),
         wanted: Wanted,
         ground: &mut Ground<'_, D>,
     ) {
         let (boot_ns, memory) = clock_and_memory(ground.devices);
         let memory = &mut FrameMemory(memory);
-        if self.engine.head(volume).is_none() {
+        let is_meant = self.engine.head(volume).is_some_and(|head| head.generation().takeover == takeover);
+        if !is_meant || self.opening.contains(&volume) {
             if let Wanted::Write { payload, .. } = wanted {
                 memory.release(payload);
             }
@@ -410,7 +437,7 @@ impl Replicating {
 
     /// The sites that heads here have something to ask of.
     #[must_use]
-    pub fn wanted(&self) -> std::collections::BTreeSet<Site> {
+    pub fn wanted(&self) -> BTreeSet<Site> {
         self.engine.wanted()
     }
 
@@ -473,10 +500,17 @@ impl Replicating {
         }
     }
 
-    /// Whether a head has a wish, or has handed over or ended, of which that report says nothing.
+    /// Heads that have given their grants back and wait for their successors.
+    #[must_use]
+    pub fn handed_over(&self) -> &BTreeMap<VolumeId, Generation> {
+        &self.handed_over
+    }
+
+    /// Whether a head has a wish, can answer for the first time, or has handed over or ended, of which that report says nothing.
     #[must_use]
     pub fn has_news(&self, reported: &Report) -> bool {
-        self.wishes != reported.wishes
+        self.has_opened
+            || self.wishes != reported.wishes
             || self.handed_over != reported.handed_over
             || self.ended != reported.ended
     }
@@ -524,7 +558,8 @@ impl Replicating {
     /// All that there is to tell. A node whose heads were last given a grant more than `silent_ns` ago is not granted to. Of heads of
     /// which nothing is in progress it is what was told before, if that is given.
     #[must_use]
-    pub fn report(&self, boot_ns: u64, silent_ns: u64, before: Option<&Report>) -> Report {
+    pub fn report(&mut self, boot_ns: u64, silent_ns: u64, before: Option<&Report>) -> Report {
+        self.has_opened = false;
         let heads = self.engine.heads().map(|(volume, head)| {
             let told = before.and_then(|before| before.heads.get(&volume)).copied();
             let told = told.filter(|told| told.generation == head.generation());
@@ -541,6 +576,7 @@ impl Replicating {
             let report = HeadReport {
                 generation: head.generation(),
                 is_serving: self.engine.is_serving(volume, boot_ns),
+                has_opened: !self.opening.contains(&volume),
                 in_sync: u8::try_from(in_sync).unwrap_or(u8::MAX),
                 copies: u8::try_from(copies).unwrap_or(u8::MAX),
                 extents_to_go: head.extents_to_go(),
@@ -565,6 +601,10 @@ impl Replicating {
     /// Time has passed.
     pub fn tick<D: Devices>(&mut self, ground: &mut Ground<'_, D>) {
         self.drive(ground, |engine, memory, boot_ns| engine.tick(memory, boot_ns));
+        let boot_ns = ground.devices.boot_ns();
+        let before = self.opening.len();
+        self.opening.retain(|volume| !self.engine.is_serving(*volume, boot_ns));
+        self.has_opened |= self.opening.len() < before;
     }
 
     /// The next message to send.
@@ -627,6 +667,7 @@ impl Replicating {
             Output::Ended(volume, generation, end) => {
                 self.wishes.remove(&volume);
                 self.handed_over.remove(&volume);
+                self.opening.remove(&volume);
                 self.ended.insert(volume, (generation, end));
                 for request in self.asked.remove(&volume).unwrap_or_default() {
                     let result = Err(StoreError::NoHead);

@@ -138,6 +138,8 @@ pub struct Request {
     pub client: ClientId,
     /// Parity of the configuration that it was admitted under; [`AT_HEAD`] once its head has it.
     pub epoch: u8,
+    /// Take-over of the head that its export was served by when it was admitted; `None` where a store is behind it. It is for no other head.
+    pub takeover: Option<u64>,
     /// The store has it.
     pub started: bool,
     /// It was made for a part of a block, and takes in neighbours while it has not started.
@@ -171,6 +173,7 @@ impl Request {
             export,
             client,
             epoch,
+            takeover: None,
             started: false,
             growing: !range.is_whole_blocks(),
             device: 0,

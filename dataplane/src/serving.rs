@@ -19,7 +19,8 @@
 //!   that overlaps it may start (I6). Answers are composed in the order in which they must leave.
 //! * Every rider gets exactly one answer, or none and is counted as dropped, or belongs to an export that is gone.
 //! * A request admitted under a configuration that is gone starts under the one in force, or not at all, and takes in no
-//!   rider of the new one.
+//!   rider of the new one. One for a head starts at that one or not at all: what was received before another one was there may be a copy
+//!   of what a third one has answered (I6).
 //! * No step allocates.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -263,7 +264,12 @@ impl Serving {
             self.take(client, &io, around.now_ns);
             return;
         }
+        let takeover = match served(around.served, key).map(|place| place.backing) {
+            Some(Backing::Head(_, takeover)) => Some(takeover),
+            Some(Backing::Layer(_)) | None => None,
+        };
         let mut request = Request::new(&io, key, client, self.epoch);
+        request.takeover = takeover;
         let range = request.range;
         if io.kind == IoKind::Write {
             let pool = around.devices.pool();
@@ -395,10 +401,11 @@ impl Serving {
         request.device = device;
         let place = served(around.served, request.export);
         let layer = match place.map(|place| place.backing) {
-            Some(Backing::Head(volume, _)) => {
-                self.ask_head(id, volume, around);
+            Some(Backing::Head(volume, takeover)) if request.takeover == Some(takeover) => {
+                self.ask_head(id, (volume, takeover), around);
                 return true;
             }
+            Some(Backing::Head(..)) => None,
             Some(Backing::Layer(layer)) => Some(layer),
             None => None,
         };
@@ -434,7 +441,7 @@ impl Serving {
     }
 
     /// Gives a request to the head of its volume.
-    fn ask_head(&mut self, id: RequestId, volume: VolumeId, around: &mut Around<'_, impl Devices>) {
+    fn ask_head(&mut self, id: RequestId, head: (VolumeId, u64), around: &mut Around<'_, impl Devices>) {
         let request = self.requests.get(id);
         let (range, token) = (request.range, RequestToken(id.0));
         let wanted = match request.kind {
@@ -453,7 +460,7 @@ impl Serving {
         };
         self.requests.to_head(id);
         let (replicating, mut ground) = self.replicating(around);
-        replicating.start(token, volume, wanted, &mut ground);
+        replicating.start(token, head, wanted, &mut ground);
     }
 
     /// The sites that heads here ask.
@@ -489,6 +496,12 @@ impl Serving {
     /// The next message of a head or replica to another site.
     pub fn next_outgoing(&mut self) -> Option<Outgoing> {
         self.replicating.next_outgoing()
+    }
+
+    /// Heads and replicas, for whoever looks at them.
+    #[must_use]
+    pub fn replicated(&self) -> &Replicating {
+        &self.replicating
     }
 
     /// Heads and replicas, and what they work with.

@@ -1,11 +1,15 @@
-//! A cluster: nodes that run the real head and replica state machines, initiators, and whatever breaks.
+//! A cluster: nodes that run the real data plane, initiators, and whatever breaks.
 //!
 //! * this file – the world of a run: its events, and what a seed makes of it.
-//! * `node` – a node's data plane: connections, grants, heads and replicas around the network.
-//! * [`store`] – the store under a replica.
+//! * `node` – a node's core: the real serving, heads, replicas and store, driven as a reactor does.
+//! * `exports` – what a node serves, frames in and answers out.
+//! * `peers` – what nodes say to each other, as on the wire.
+//! * [`disk`] – the real store on a simulated disk.
 //! * `metadata` – the volume's record and who changes it.
 //! * `moves` – partitions that go to other owners, and what the former ones give up.
-//! * `client` – an initiator's workload, and the checker that sees all of it.
+//! * [`client`] – an initiator's workload by AoE frames, and the checker that sees all of it.
+//! * `sectors` – a sector's bytes and its number.
+//! * `counters` – where cores count.
 //! * `script` – troubles in a fixed order, with the times between them drawn.
 //! * `scenarios` – plans: the general one, and one for each kind of interleaving that is known to be dangerous.
 //! * `trouble` – what breaks, and when all of it is whole again.
@@ -14,37 +18,39 @@
 //! and equal to the others.
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
 
-mod client;
+pub mod client;
+mod counters;
+pub mod disk;
+mod exports;
 mod metadata;
 mod moves;
 mod node;
+mod peers;
 pub mod scenarios;
 pub mod script;
-pub mod store;
+mod sectors;
 mod trouble;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::rc::Rc;
 
 use cluster_map::{NodeId, StoreId, VolumeId};
 use torus_replication::membership::{Owner, Partition, Record};
-use torus_replication::message::Message;
-use torus_replication::replica::WorkId;
-use torus_replication::terms::{Epoch, Extent, Generation, Member, Site};
+use torus_replication::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Site};
 
-use self::client::{Client, ClientReply, ClientRequest};
+use self::client::{Client, Kind};
+use self::disk::{StoreForm, contents};
 use self::metadata::{Metadata, Outcome, Wish};
 use self::node::Node;
 use self::script::Step;
-use self::store::Block;
+use self::sectors::{Block, SECTORS, ZEROS};
 use crate::checker::history::{History, VolumeId as HistoryVolume};
 use crate::checker::trace::Trace;
-use crate::network::{self, Endpoint, Network, Quality, SegmentId, Setup};
+use crate::network::{self, Endpoint, Network, Power, Quality, SegmentId, Setup};
 use crate::random::Random;
 use crate::schedule::Schedule;
 
-/// The segment that initiators and heads are on.
-const SEGMENT: SegmentId = SegmentId(0);
 /// How often a node's data plane looks at the time.
 const TICK_NS: u64 = 20_000_000;
 
@@ -69,10 +75,19 @@ pub struct Plan {
     pub window: usize,
     /// Blocks that an initiator uses.
     pub blocks: u64,
-    /// The streams between nodes and the segment.
+    /// Places that these are at, each around a border between two extents: where there are many, regions leave activity logs.
+    pub areas: u64,
+    /// The streams between nodes.
     pub network: Quality,
-    /// Extents that a store has room for.
-    pub extents_max: usize,
+    /// The segments that initiators are on. Copies of a write that take two ways of different length are not what a new head can put in
+    /// order: two segments are both good.
+    pub segments: Quality,
+    /// What stores are like.
+    pub store: StoreForm,
+    /// Chunks of each node's frame memory.
+    pub chunks: u32,
+    /// What initiators are like.
+    pub initiator: Kind,
     /// The switch knows no address: whatever an initiator sends comes to every node.
     pub is_flooded: bool,
     /// How long initiators go on in peace: what they write hides what has gone wrong before.
@@ -112,8 +127,14 @@ pub enum Trouble {
     SlowLink,
     /// A connection breaks, and nothing else.
     Reset,
-    /// A store fails writes.
+    /// A disk fails reads, writes or syncs, has no room, or vanishes until its process starts again.
     BadDisk,
+    /// A disk gives what was there before the last write, on one copy.
+    StaleReads,
+    /// An initiator and a node do not hear each other.
+    Segment,
+    /// A store is formatted anew while the cluster runs, as another incarnation.
+    Format,
     /// An initiator ends: what it asked for is done or not, and nobody asks again.
     Initiator,
     /// A head is asked to hand over, though nothing is wrong.
@@ -124,7 +145,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 18] = [
+    pub const ALL: [Trouble; 21] = [
         Trouble::Restart,
         Trouble::Off,
         Trouble::PowerCut,
@@ -140,6 +161,9 @@ impl Trouble {
         Trouble::SlowLink,
         Trouble::Reset,
         Trouble::BadDisk,
+        Trouble::StaleReads,
+        Trouble::Segment,
+        Trouble::Format,
         Trouble::Initiator,
         Trouble::HandOver,
         Trouble::Move,
@@ -149,9 +173,10 @@ impl Trouble {
 /// What travels.
 #[derive(Debug, Clone)]
 enum Travels {
-    Peer(Box<Message<Vec<Block>>>),
-    Client(ClientRequest),
-    Reply(ClientReply),
+    /// A frame between nodes, with its blocks.
+    Peer(Rc<[u8]>),
+    /// An Ethernet frame.
+    Frame(Rc<[u8]>),
 }
 
 /// What happens at a time.
@@ -159,8 +184,12 @@ enum Travels {
 enum Event {
     /// A data plane looks at the time.
     Tick { node: usize, life: u64 },
-    /// A store ends something.
-    Work { node: usize, life: u64, id: WorkId },
+    /// A core looks around.
+    Turn { node: usize, life: u64 },
+    /// A request of a disk ends.
+    Disk { node: usize, life: u64, number: u64 },
+    /// A core is given another configuration.
+    Configure { node: usize, life: u64 },
     /// A wish arrives at the metadata store.
     Wish(Wish),
     /// What became of it arrives at the node.
@@ -271,6 +300,8 @@ pub struct World {
     /// What happens is kept.
     is_told: bool,
     events: u64,
+    /// The node whose store was formatted anew.
+    formatted: Option<usize>,
 }
 
 /// Who finds what is wrong.
@@ -286,6 +317,10 @@ pub enum Checker {
     Record,
     /// Copies in sync differ at rest.
     Copies,
+    /// A store cannot be opened.
+    Store,
+    /// At rest not all memory has come back.
+    Memory,
     /// Not everything has come to its end.
     Rest,
 }
@@ -298,6 +333,8 @@ impl fmt::Display for Checker {
             Checker::Generations => "generations",
             Checker::Record => "record",
             Checker::Copies => "copies",
+            Checker::Store => "store",
+            Checker::Memory => "memory",
             Checker::Rest => "rest",
         })
     }
@@ -344,6 +381,7 @@ fn node_of(id: NodeId) -> usize {
     usize::try_from(u64::from_be_bytes(number) - 1).expect("a node of the run")
 }
 
+/// The store of a node, before it is formatted anew.
 fn member_of(node: usize) -> Member {
     Member { store: StoreId(node_id(node).0), incarnation: 1 }
 }
@@ -364,28 +402,45 @@ impl Plan {
     /// A run of the seed's own choice.
     #[must_use]
     pub fn drawn(random: &mut Random) -> Plan {
-        let nodes = 1 + random.index(5);
+        let nodes = if random.one_in(8) { 6 + random.index(4) } else { 1 + random.index(5) };
         let mut troubles = Trouble::ALL.to_vec();
         random.shuffle(&mut troubles);
         troubles.truncate(1 + random.index(5));
+        let copies = 1 + random.index(nodes.min(3));
+        let blocks = [8, 64, 3000][random.index(3)];
+        let is_small = copies == nodes && random.one_in(8);
         let is_good = random.coin();
+        let network = if is_good { Quality::good() } else { Quality::drawn(random) };
+        let initiator = [Kind::Hasty, Kind::Hasty, Kind::Linux(1), Kind::Linux(2)][random.index(4)];
         Plan {
             nodes,
             volumes: 1 + random.index(2),
-            copies: 1 + random.index(nodes.min(3)),
+            copies,
             spread: 1 + random.index(3),
             trouble_ns: random.range(5_000_000_000..30_000_000_000),
             pause_ns: random.range(300_000_000..5_000_000_000),
             troubles,
             window: 1 + random.index(8),
-            blocks: [8, 64, 3000][random.index(3)],
-            network: if is_good { Quality::good() } else { Quality::drawn(random) },
-            extents_max: 64,
+            blocks,
+            areas: if blocks < 1000 && random.coin() { 4 } else { 1 },
+            segments: if initiator.paths() == 1 { network.clone() } else { Quality::good() },
+            network,
+            // A full one only where all have the same.
+            store: StoreForm::drawn(random, is_small),
+            // Few, so that requests wait for memory and are dropped for want of it.
+            chunks: if random.one_in(4) { 160 } else { 1024 },
+            initiator,
             // Copies of a write that take two ways of different length are not what a head can put in order.
             is_flooded: is_good && random.coin(),
             linger_ns: if random.coin() { 2_000_000_000 } else { 50_000_000 },
             script: Vec::new(),
         }
+    }
+
+    /// Whether stores may have no room for what initiators write.
+    fn may_be_full(&self) -> bool {
+        let extents = self.volumes as u64 * self.areas * (2 + self.blocks / u64::from(EXTENT_BLOCKS));
+        u64::from(self.store.form.slots) < extents
     }
 
     /// Whether that may break in it.
@@ -410,6 +465,7 @@ pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<(Coverag
     let mut world = World::new(plan.clone(), random.clone(), false);
     if world.run().is_err() {
         // Once more, and what happens is kept.
+        drop(world);
         let mut world = World::new(plan, random, true);
         let differ = || Wrong::new(Checker::Rest, "two runs of one seed differ".into());
         let Wrong { checker, what } = world.run().err().unwrap_or_else(differ);
@@ -423,9 +479,13 @@ pub fn run(seed: u64, plan: impl FnOnce(&mut Random) -> Plan) -> Result<(Coverag
 impl World {
     fn new(plan: Plan, random: Random, is_told: bool) -> World {
         let endpoints = plan.nodes + plan.volumes;
-        let mut network = Network::new(Setup::new(endpoints, 1), random.named("network", 0));
+        let paths = plan.initiator.paths();
+        let mut network = Network::new(Setup::new(endpoints, paths), random.named("network", 0));
         network.set_stream_quality(plan.network.clone());
-        network.set_segment_quality(SEGMENT, plan.network.clone());
+        for segment in (0..paths).map(SegmentId) {
+            network.set_segment_quality(segment, plan.segments.clone());
+            network.set_flooding(segment, plan.is_flooded);
+        }
         let mut schedule = Schedule::new();
         let nodes =
             (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
@@ -499,6 +559,7 @@ impl World {
             cast: Vec::new(),
             is_told,
             events: 0,
+            formatted: None,
             plan,
         };
         for node in 0..world.nodes.len() {
@@ -545,13 +606,17 @@ impl World {
             }
             if self.is_peace && next_ns > peace_ns + self.plan.linger_ns {
                 for client in &mut self.clients {
-                    client.stop();
+                    client.stop(next_ns);
                 }
-                if self.is_at_rest() {
-                    return self.compare_copies().and_then(|()| self.read_copies());
+                if self.is_at_rest() && self.nodes.iter().all(Node::has_all_memory) {
+                    return self.look_at_copies();
                 }
             }
             if next_ns > limit_ns || self.steps > STEPS_MAX {
+                if self.is_at_rest() {
+                    let what = format!("memory does not come back: {}", self.what_is_open());
+                    return Err(Wrong::new(Checker::Memory, what));
+                }
                 let what = format!("it does not come to rest: {}", self.what_is_open());
                 return Err(Wrong::new(Checker::Rest, what));
             }
@@ -574,9 +639,17 @@ impl World {
         let Some((_, event)) = self.schedule.pop() else { return Ok(()) };
         match event {
             Event::Tick { node, life } => self.tick(node, life),
-            Event::Work { node, life, id } => self.work_ended(node, life, id),
+            Event::Turn { node, life } => self.turn(node, life),
+            Event::Disk { node, life, number } => self.disk_ends(node, life, number),
+            Event::Configure { node, life } => self.configure(node, life),
             Event::Wish(wish) => self.wish(wish),
-            Event::Outcome { node, volume, life, outcome } => self.outcome(node, volume, life, outcome),
+            Event::Outcome { node, volume, life, outcome } => {
+                if self.network.is_paused(Endpoint(node)) {
+                    self.schedule.after(TICK_NS, Event::Outcome { node, volume, life, outcome });
+                } else {
+                    self.outcome(node, volume, life, outcome);
+                }
+            }
             Event::Watch { node } => self.watch(node),
             Event::Client { client } => self.client_turn(client),
             Event::Break => self.break_something(),
@@ -589,8 +662,15 @@ impl World {
     fn network_event(&mut self, event: network::Event<Travels>) -> Result<(), Wrong> {
         let at = event.at().0;
         if at >= self.plan.nodes {
-            if let network::Event::Frame { payload: Travels::Reply(reply), .. } = event {
-                return self.client_reply(at - self.plan.nodes, reply);
+            if let network::Event::Frame {
+                segment,
+                source,
+                destination,
+                payload: Travels::Frame(bytes),
+                ..
+            } = event
+            {
+                return self.client_frame(at - self.plan.nodes, segment, source, destination, &bytes);
             }
             return Ok(());
         }
@@ -600,13 +680,19 @@ impl World {
 
     fn is_at_rest(&self) -> bool {
         self.clients.iter().all(Client::is_idle)
-            && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty())
+            && (0..self.plan.volumes).all(|volume| self.is_whole(volume))
             && self.metadata.has_moved_all()
-            && self.nodes.iter().all(Node::is_quiet)
+            && self.nodes.iter().all(|node| node.is_quiet() && node.is_idle())
             && (0..self.plan.volumes).all(|volume| {
                 let head = self.metadata.record(volume).head;
                 head.is_some_and(|head| self.nodes[node_of(head)].serves(volume, self.now_ns()))
             })
+    }
+
+    /// Whether all copies of a volume are in sync, but for those on stores that were formatted since.
+    fn is_whole(&self, volume: usize) -> bool {
+        let mut stale = self.metadata.record(volume).stale.keys();
+        stale.all(|member| self.formatted.is_some_and(|node| member_of(node) == *member))
     }
 
     fn what_is_open(&self) -> String {
@@ -623,26 +709,35 @@ impl World {
         text
     }
 
-    /// At rest, what a copy holds is what a read would be given.
-    fn read_copies(&mut self) -> Result<(), Wrong> {
+    /// At rest all copies of a volume are the same, and what they hold is what a read would be given.
+    fn look_at_copies(&mut self) -> Result<(), Wrong> {
+        let mut held = Vec::new();
+        for node in 0..self.plan.nodes {
+            self.leave_disk(node, Power::NoProcess);
+            let stored = &mut self.nodes[node].stored;
+            let media = stored.media.take().unwrap_or_default();
+            let found = contents(&stored.layout, media);
+            held.push(found.map_err(|error| Wrong::new(Checker::Store, format!("node {node}: {error}")))?);
+        }
+        self.compare_copies(&held).and_then(|()| self.read_copies(&held))
+    }
+
+    fn read_copies(&mut self, held: &[Contents]) -> Result<(), Wrong> {
         let now_ns = self.now_ns();
         for volume in 0..self.plan.volumes {
             let partitions = self.metadata.record(volume).partitions.clone();
-            let stores: Vec<_> = partitions
-                .iter()
-                .map(|partition| {
-                    self.nodes[node_of(partition.owners[0].site.node)].store.visible(volume_id(volume))
-                })
-                .collect();
             for block in self.clients[volume].blocks() {
                 let extent = Extent::of_block(block);
-                let at = (extent, (block - extent.first_block()) as u16);
-                let content = match stores[extent.0 as usize % stores.len()].get(&at) {
-                    None => store::ZEROS,
+                let owners = &partitions[extent.0 as usize % partitions.len()].owners;
+                let mut nodes = owners.iter().map(|owner| node_of(owner.site.node));
+                let Some(node) = nodes.find(|node| Some(*node) != self.formatted) else { continue };
+                let at = (volume, (extent, (block - extent.first_block()) as u16));
+                let content = match held[node].get(&at) {
+                    None => ZEROS,
                     Some(Some(content)) => *content,
                     Some(None) => continue,
                 };
-                for (lba, value) in (block * store::SECTORS as u64..).zip(content) {
+                for (lba, value) in (block * SECTORS as u64..).zip(content) {
                     let seen = self.history.observe(now_ns, HistoryVolume(volume as u64), lba, value);
                     seen.map_err(|violation| Wrong::new(Checker::Copies, violation.to_string()))?;
                 }
@@ -651,19 +746,19 @@ impl World {
         Ok(())
     }
 
-    /// In peace all copies of a volume are the same.
-    fn compare_copies(&self) -> Result<(), Wrong> {
+    fn compare_copies(&self, held: &[Contents]) -> Result<(), Wrong> {
         for volume in 0..self.plan.volumes {
-            let id = volume_id(volume);
             let partitions = &self.metadata.record(volume).partitions;
-            let all: Vec<_> = self.nodes.iter().map(|node| node.store.visible(id)).collect();
             for (at, partition) in partitions.iter().enumerate() {
                 let mut first = None;
                 for owner in &partition.owners {
                     let node = node_of(owner.site.node);
-                    let mine = all[node]
-                        .iter()
-                        .filter(|((extent, _), _)| extent.0 as usize % partitions.len() == at);
+                    if Some(node) == self.formatted {
+                        continue;
+                    }
+                    let mine = held[node].iter().filter(|((of, (extent, _)), _)| {
+                        *of == volume && extent.0 as usize % partitions.len() == at
+                    });
                     let mine: Vec<_> = mine.collect();
                     // What has rotted since it was compared last is found when it is read.
                     let has_damage = mine.iter().any(|(_, content)| content.is_none());
@@ -683,3 +778,6 @@ impl World {
         Ok(())
     }
 }
+
+/// What a store holds, by volume and place; `None` where it is damaged.
+type Contents = BTreeMap<(usize, disk::Place), Option<Block>>;

@@ -428,6 +428,8 @@ pub struct Network<M> {
     setup: Setup,
     streams: Quality,
     segments: Vec<Quality>,
+    /// By segment: its switch learns nothing.
+    is_flooding: Vec<bool>,
     random: Random,
     schedule: Schedule<Due<M>>,
     machines: Vec<Machine<M>>,
@@ -458,6 +460,7 @@ impl<M: Clone> Network<M> {
         Self {
             streams: Quality::good(),
             segments: vec![Quality::good(); segments],
+            is_flooding: vec![false; segments],
             random,
             schedule: Schedule::new(),
             machines: vec![machine; count],
@@ -486,6 +489,11 @@ impl<M: Clone> Network<M> {
     /// How well a segment works from now on.
     pub fn set_segment_quality(&mut self, segment: SegmentId, quality: Quality) {
         self.segments[segment.0] = quality;
+    }
+
+    /// Has the switch of a segment learn nothing: every frame goes everywhere.
+    pub fn set_flooding(&mut self, segment: SegmentId, is_flooding: bool) {
+        self.is_flooding[segment.0] = is_flooding;
     }
 
     /// When [`Self::pop`] has something to do next.
@@ -591,10 +599,17 @@ impl<M: Clone> Network<M> {
             return;
         }
         self.counters.frames += 1;
+        // Half of what is lost is lost on its way to the switch, which then does not learn where the sender is.
+        if self.random.chance_ppm(self.segments[segment.0].loss_ppm / 2) {
+            self.counters.frames_lost += 1;
+            return;
+        }
         if self.learned.len() >= LEARNED_STATIONS {
             self.learned.clear();
         }
-        self.learned.insert((segment, source), from);
+        if !self.is_flooding[segment.0] {
+            self.learned.insert((segment, source), from);
+        }
         match self.learned.get(&(segment, destination)).copied() {
             Some(to) if to == from => {}
             Some(to) => self.send_frame(now_ns, from, to, segment, source, destination, payload),
@@ -619,7 +634,7 @@ impl<M: Clone> Network<M> {
     ) {
         let quality = &self.segments[segment.0];
         let random = &mut self.random;
-        let (loss, twice) = (random.chance_ppm(quality.loss_ppm), random.chance_ppm(quality.twice_ppm));
+        let (loss, twice) = (random.chance_ppm(quality.loss_ppm / 2), random.chance_ppm(quality.twice_ppm));
         if loss {
             self.counters.frames_lost += 1;
             return;

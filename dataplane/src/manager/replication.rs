@@ -1,8 +1,9 @@
 //! Heads and replicas, as the manager sees them: which ones cores are to have, and what is told of them.
 //!
 //! * A core is ordered to be a head once for each generation, and to be none when the desired state names it no more.
-//! * An export of a head is served when its core says that the head is there, and is taken back when it has ended: a core that takes
-//!   the export on empties its receive rings first, so that nothing is served that was sent before there was that head (I6).
+//! * An export of a head is served when its core says that the head has opened its generation everywhere, and is taken back when it has
+//!   ended: a core that takes the export on empties its receive rings first, so that nothing is served that was sent while another head
+//!   could answer (I6), and nothing is sent from the export's MAC before there were grants.
 //! * What a former data plane wished for, and of which it is not known what became, is wished for again, and its head begins with
 //!   both outcomes in mind, until the record has moved on (I5).
 
@@ -170,12 +171,13 @@ impl Replication {
         vec![share; self.reports.len()]
     }
 
-    /// Under which take-over a core has the head of a volume that the desired state wants now; `None` while there is none, or none any
-    /// more.
+    /// Under which take-over a core has the head of a volume that the desired state wants now, once that has been able to answer; `None`
+    /// before, and when there is none any more.
     pub(super) fn served_takeover(&self, volume: VolumeId) -> Option<u64> {
         let ordered = self.heads.get(&volume)?;
         let report = self.reports.get(usize::from(ordered.core))?.heads.get(&volume)?;
-        (report.generation == ordered.generation).then_some(ordered.generation.takeover)
+        let is_served = report.generation == ordered.generation && report.has_opened;
+        is_served.then_some(ordered.generation.takeover)
     }
 
     /// Whether a core has a head of the volume, or was ordered to and has not said yet that it has ended.

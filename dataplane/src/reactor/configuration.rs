@@ -60,6 +60,11 @@ impl Reactor {
         self.settling = true;
         if let Some(discovery) = &mut self.discovery {
             discovery.announce(&self.config.announce);
+            let is_head = |key: &u32| {
+                matches!(served(&self.config, *key).map(|served| served.backing), Some(Backing::Head(..)))
+            };
+            let heads = self.config.announce.iter().copied().filter(is_head);
+            discovery.announce_heads(heads, self.now_ns);
         }
         true
     }

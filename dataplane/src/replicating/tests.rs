@@ -370,10 +370,16 @@ impl Cluster {
     }
 
     fn start(&mut self, core: usize, wanted: Wanted) -> u32 {
+        self.start_under(core, self.record.takeover, wanted)
+    }
+
+    /// Begins a request that came for the head under that take-over.
+    fn start_under(&mut self, core: usize, takeover: u64, wanted: Wanted) -> u32 {
         let token = self.next_token;
         self.next_token += 1;
         let request = RequestToken(token);
-        self.cores[core].with(|replicating, ground| replicating.start(request, VOLUME, wanted, ground));
+        let head = (VOLUME, takeover);
+        self.cores[core].with(|replicating, ground| replicating.start(request, head, wanted, ground));
         self.work();
         token
     }
@@ -516,10 +522,10 @@ fn members_come_back_no_faster_than_they_may_and_requests_go_on() {
         cluster.run(0, &mut random, 5);
         assert!(!cluster.record.stale.is_empty(), "that would be faster than it may be");
     }
-    let head = |cluster: &Cluster| cluster.cores[0].replicating.report(0, 0, None).heads[&VOLUME];
-    assert!(head(&cluster).extents_to_go > 0);
+    let head = |cluster: &mut Cluster| cluster.cores[0].replicating.report(0, 0, None).heads[&VOLUME];
+    assert!(head(&mut cluster).extents_to_go > 0);
     cluster.pass(1000 * MS);
-    assert!(cluster.record.stale.is_empty() && head(&cluster).extents_to_go == 0);
+    assert!(cluster.record.stale.is_empty() && head(&mut cluster).extents_to_go == 0);
     cluster.check(0);
     // As fast as can be.
     cluster.set_cut(2, true);
@@ -549,9 +555,8 @@ fn a_head_that_hands_over_is_followed_at_once_and_one_that_waits_in_vain_goes_on
         cluster.cores[core].with(|replicating, ground| replicating.record(VOLUME, record, ground));
         cluster.work();
     };
-    let has_left = |cluster: &Cluster, core: usize| {
-        cluster.cores[core].replicating.report(0, 0, None).handed_over.contains_key(&VOLUME)
-    };
+    let has_left =
+        |cluster: &Cluster, core: usize| cluster.cores[core].replicating.handed_over().contains_key(&VOLUME);
     wish(&mut cluster, 0);
     assert!(has_left(&cluster, 0), "nothing is in progress");
     let waits = cluster.start(0, Wanted::Read(BLOCKS.start..BLOCKS.start + 1));
@@ -683,4 +688,25 @@ fn a_partition_goes_to_another_store_and_the_former_owner_gives_it_up() {
     cluster.run(0, &mut random, 50);
     cluster.check(0);
     assert!(cluster.cores[1].held().is_empty(), "nothing comes back");
+}
+
+#[test]
+fn a_head_takes_no_request_before_it_has_opened_and_none_that_came_for_another() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xabba));
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.run(0, &mut random, 10);
+    cluster.take_over(1);
+    let read = || Wanted::Read(BLOCKS.start..BLOCKS.start + 1);
+    // The former one may answer still what is sent to both.
+    assert!(!cluster.cores[1].replicating.has_opened(VOLUME));
+    let early = cluster.start(1, read());
+    assert_eq!(cluster.take_answer(1, early).map(|answer| answer.0), Some(Err(StoreError::NoHead)));
+    cluster.pass(2500 * MS);
+    assert!(cluster.cores[1].replicating.has_opened(VOLUME));
+    let takeover = cluster.record.takeover;
+    for (takeover, result) in [(takeover - 1, Err(StoreError::NoHead)), (takeover, Ok(()))] {
+        let token = cluster.start_under(1, takeover, read());
+        assert_eq!(cluster.take_answer(1, token).map(|answer| answer.0), Some(result));
+    }
 }

@@ -6,6 +6,7 @@
 //! * [`recovery`] – opening a shard.
 //! * [`shared`] – what cores and the manager share.
 //! * [`catalog`] – which volumes there are; [`opening`] – all of it on a real device; [`fresh`] – an empty one without any.
+//! * `simulated` – a disk and a store on it for simulations, which the program does not have.
 //! * this file – the shards of one core, behind [`super::Store`].
 //!
 //! A volume belongs to one shard, so that its requests meet in one journal, and a shard to one core. Extent slots are common
@@ -25,6 +26,8 @@ pub mod shard;
 pub mod shared;
 #[cfg(test)]
 mod sim;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulated;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -326,6 +326,6 @@ impl World {
         }
         self.note(|| format!("node {node} becomes head of volume {volume}, generation {generation}"));
         let membership = Membership::new(volume_id(volume), record, None);
-        self.begin_head(node, volume, generation, membership);
+        self.begin_head(node, generation, membership);
     }
 }

@@ -60,6 +60,10 @@ impl Moves {
 impl World {
     /// Gives a node one more partition of a volume, if there is one that it does not own.
     pub(super) fn begin_move(&mut self, volume: usize, node: usize) {
+        // A store that was formatted anew is no member, and nobody makes it one here.
+        if self.formatted.is_some() {
+            return;
+        }
         let to = member_of(node);
         let mut record = self.metadata.record(volume).clone();
         let moves = &mut self.metadata.moves;
@@ -95,7 +99,9 @@ impl World {
         let left = self.metadata.moves.left.iter().filter(|left| left.member == own);
         let left: Vec<(usize, Share)> = left.map(|left| (left.volume, left.share)).collect();
         for (volume, share) in left {
-            self.retire(node, volume_id(volume), share);
+            if self.retire(node, volume_id(volume), share) {
+                self.retired(volume, own, share);
+            }
         }
     }
 
@@ -137,7 +143,7 @@ impl World {
     }
 
     /// A store has given up what it did not own any more.
-    pub(super) fn retired(&mut self, volume: usize, member: Member, share: Share) {
+    fn retired(&mut self, volume: usize, member: Member, share: Share) {
         self.note(|| format!("volume {volume}: nothing is left of {share:?} on {member:?}"));
         let is_it = |left: &Left| (left.volume, left.member, left.share) == (volume, member, share);
         self.metadata.moves.left.retain(|left| !is_it(left));

@@ -1,5 +1,7 @@
 //! Plans. [`Plan::drawn`] is anything at all; the others here bring about what chance alone seldom does.
 
+use super::client::Kind;
+use super::disk::StoreForm;
 use super::script::Step;
 use super::{Plan, Trouble};
 use crate::network::{Power, Quality};
@@ -29,11 +31,13 @@ pub enum Scenario {
     HandOver,
     /// Partitions go to other owners while heads, and those who own them, come and go.
     Move,
+    /// Frames of initiators and heads are lost or come twice while heads move.
+    Frames,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Scenario; 9] = [
+    pub const ALL: [Scenario; 10] = [
         Scenario::Any,
         Scenario::Fence,
         Scenario::Return,
@@ -43,6 +47,7 @@ impl Scenario {
         Scenario::Power,
         Scenario::HandOver,
         Scenario::Move,
+        Scenario::Frames,
     ];
 
     /// One of its runs.
@@ -58,6 +63,7 @@ impl Scenario {
             Scenario::Power => power(random),
             Scenario::HandOver => hand_over(random),
             Scenario::Move => moves(random),
+            Scenario::Frames => frames(random),
         }
     }
 }
@@ -76,8 +82,12 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         troubles: Vec::new(),
         window: 2 + random.index(7),
         blocks: [4, 8, 64][random.index(3)],
+        areas: if random.coin() { 4 } else { 1 },
         network: Quality::good(),
-        extents_max: 64,
+        segments: Quality::good(),
+        store: StoreForm::drawn(random, false),
+        chunks: 1024,
+        initiator: if random.one_in(4) { Kind::Linux(1 + random.index(2)) } else { Kind::Hasty },
         is_flooded: random.coin(),
         linger_ns: if random.one_in(4) { 2_000 * MS } else { 20 * MS },
         script,
@@ -159,12 +169,17 @@ fn return_of_a_member(random: &mut Random) -> Plan {
             script.extend([Step::Rest(false), Step::Cast]);
             continue;
         }
-        match random.index(3) {
-            0 => script.extend([Step::Kill(1, power_off(random)), wait(random, 1_100, 2_600)]),
-            1 => script.extend([Step::Part(0, 1), wait(random, 1_100, 2_600)]),
+        script.push(match random.index(3) {
+            0 => Step::Kill(1, power_off(random)),
+            1 => Step::Part(0, 1),
             // What it is asked reaches it, and nobody learns of it.
-            _ => script.extend([Step::Cut(1, 0), wait(random, 1_100, 2_600)]),
+            _ => Step::Cut(1, 0),
+        });
+        if random.coin() {
+            // What it has missed when it is called stale is not written again, and leaves the activity logs.
+            script.extend([wait(random, 5, 60), Step::Narrow(true)]);
         }
+        script.push(wait(random, 1_100, 2_600));
         if random.coin() {
             script.push(Step::Abandon);
         }
@@ -190,10 +205,12 @@ fn return_of_a_member(random: &mut Random) -> Plan {
             script.push(wait(random, 5, 600));
         }
         script.extend([Step::SlowDisk(1, 0), Step::BadDisk(1, 0), wait(random, 100, 1_500), Step::Cast]);
+        script.push(Step::Narrow(false));
     }
     let copies = 2 + random.index(2);
     let plan = scripted(random, 3, copies, script);
-    Plan { blocks: [4, 64, 2_000][random.index(3)], ..plan }
+    let blocks = [4, 64, 2_000][random.index(3)];
+    Plan { blocks, areas: if blocks < 1_000 { plan.areas } else { 1 }, ..plan }
 }
 
 /// Parts: 0 the head, 1 the member whose state is in doubt, 2 another.
@@ -396,4 +413,22 @@ fn moves(random: &mut Random) -> Plan {
     }
     let plan = scripted(random, nodes, copies, script);
     Plan { spread: 1 + random.index(3), blocks: [4, 64, 4_000][random.index(3)], ..plan }
+}
+
+/// Parts: 0 the head.
+fn frames(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    for _ in 0..1 + random.index(3) {
+        match random.index(3) {
+            0 => script.push(Step::TakeOver(1)),
+            1 => script.push(Step::TakeOver(2)),
+            _ => script.extend([Step::Kill(0, power_off(random)), wait(random, 1_300, 2_600), Step::Boot(0)]),
+        }
+        script.extend([wait(random, 1_000, 3_000), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    let plan = scripted(random, 3, copies, script);
+    let mut ppm = |most: u64| u32::try_from(random.below(most)).expect("below a million");
+    let segments = Quality { loss_ppm: ppm(300_000), twice_ppm: ppm(300_000), ..Quality::good() };
+    Plan { segments, is_flooded: false, ..plan }
 }

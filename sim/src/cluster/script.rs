@@ -65,6 +65,8 @@ pub enum Step {
     Rest(bool),
     /// Initiators only read, or write again.
     OnlyRead(bool),
+    /// Initiators use the last of their places only, or all of them.
+    Narrow(bool),
 }
 
 impl Step {
@@ -158,22 +160,23 @@ impl World {
                 self.metadata.away_from.insert(node(part));
             }
             Step::AnswersLost(percent) => self.metadata.lost_percent = percent,
-            Step::SlowDisk(part, by_ns) => self.nodes[node(part)].slow_ns = by_ns,
-            Step::BadDisk(part, percent) => self.nodes[node(part)].store.bad_percent = percent,
+            Step::SlowDisk(part, by_ns) => self.nodes[node(part)].stored.slow_ns = by_ns,
+            Step::BadDisk(part, percent) => {
+                self.nodes[node(part)].stored.faults.write = 100_u64.checked_div(percent).unwrap_or(0);
+            }
             Step::Abandon => {
                 for volume in 0..self.plan.volumes {
                     self.abandon(volume);
                 }
             }
             Step::Rest(is_resting) => {
-                for client in &mut self.clients {
-                    client.is_resting = is_resting;
-                }
+                self.use_clients(|client, now_ns| client.set_resting(now_ns, is_resting));
+            }
+            Step::Narrow(is_narrow) => {
+                self.use_clients(|client, now_ns| client.set_narrow(now_ns, is_narrow));
             }
             Step::OnlyRead(is_reading) => {
-                for client in &mut self.clients {
-                    client.is_reading = is_reading;
-                }
+                self.use_clients(|client, now_ns| client.set_reading(now_ns, is_reading));
             }
         }
     }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{Event, Trouble, World};
-use crate::network::{Endpoint, Media, Power};
+use torus_dataplane::store::extent::simulated::Faults;
+
+use crate::network::{Endpoint, Media, Power, Quality, SegmentId};
 use crate::random::Random;
 
 /// What is broken now.
@@ -117,7 +119,7 @@ impl World {
                 vec![]
             }
             Trouble::SlowDisk => {
-                self.nodes[node].slow_ns = self.troubles.random.magnitude(1_000_000..6_000_000_000);
+                self.nodes[node].stored.slow_ns = self.troubles.random.magnitude(1_000_000..6_000_000_000);
                 vec![node]
             }
             Trouble::SlowLink => {
@@ -138,14 +140,40 @@ impl World {
                 return;
             }
             Trouble::BadDisk => {
-                self.nodes[node].store.bad_percent = self.troubles.random.range(5..60);
+                let rate = self.troubles.random.range(2..40);
+                let faults = &mut self.nodes[node].stored.faults;
+                match self.troubles.random.index(5) {
+                    0 => faults.read = rate,
+                    1 => faults.write = rate,
+                    2 => faults.sync = rate,
+                    3 => faults.no_space = rate,
+                    _ => faults.gone = rate * 10,
+                }
                 vec![node]
+            }
+            Trouble::StaleReads => {
+                // On one copy only, as with rot.
+                if node > 0 || self.plan.copies == 1 {
+                    return;
+                }
+                self.nodes[node].stored.faults.stale = self.troubles.random.range(2..40);
+                vec![node]
+            }
+            Trouble::Segment => {
+                let volume = self.troubles.random.index(self.plan.volumes);
+                let (at, initiator) = ([Endpoint(node)], [self.clients[volume].endpoint]);
+                let segment = SegmentId(self.troubles.random.index(self.plan.initiator.paths()));
+                self.network.partition(now_ns, &at, &initiator, Media::segment(segment));
+                vec![]
+            }
+            Trouble::Format => {
+                self.format(node);
+                return;
             }
             Trouble::Rot => {
                 // On one copy only: with all of them rotten a block is lost, and rightly so.
                 if node == 0 && self.plan.copies > 1 {
-                    let mut random = self.troubles.random.split();
-                    self.nodes[node].store.rot(&mut random);
+                    self.rot(node);
                 }
                 return;
             }
@@ -180,7 +208,9 @@ impl World {
                     self.network.resume(now_ns, Endpoint(node));
                 }
             }
-            Trouble::Partition | Trouble::OneWay | Trouble::Flap => self.network.heal(now_ns),
+            Trouble::Partition | Trouble::OneWay | Trouble::Flap | Trouble::Segment => {
+                self.network.heal(now_ns);
+            }
             Trouble::NoMetadata => {
                 self.metadata.is_away = false;
                 self.metadata.away_from.clear();
@@ -188,15 +218,16 @@ impl World {
             Trouble::Unknown => self.metadata.lost_percent = 0,
             Trouble::SlowDisk => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
-                    self.nodes[node].slow_ns = 0;
+                    self.nodes[node].stored.slow_ns = 0;
                 }
             }
-            Trouble::BadDisk => {
+            Trouble::BadDisk | Trouble::StaleReads => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
-                    self.nodes[node].store.bad_percent = 0;
+                    self.repair_disk(node);
                 }
             }
             Trouble::Restart
+            | Trouble::Format
             | Trouble::TakeOver
             | Trouble::HandOver
             | Trouble::Move
@@ -207,31 +238,54 @@ impl World {
         }
     }
 
+    /// A store is formatted anew. Once, where everything is whole, nothing moves and there are two more copies: what a disk takes with it is nobody's fault.
+    fn format(&mut self, node: usize) {
+        let is_whole = self.coverage.moves == 0
+            && (0..self.plan.volumes).all(|volume| self.metadata.record(volume).stale.is_empty());
+        if self.formatted.is_none() && is_whole && self.plan.copies > 2 && self.nodes[node].is_up() {
+            self.formatted = Some(node);
+            self.kill(node, Power::NoProcess);
+            self.nodes[node].stored.format();
+            self.boot(node);
+        }
+    }
+
+    /// A node's disk works again. A store that has failed takes writes when it is opened again.
+    fn repair_disk(&mut self, node: usize) {
+        self.nodes[node].stored.faults = Faults::default();
+        if self.nodes[node].has_failed_store() {
+            self.kill(node, Power::NoProcess);
+            self.boot(node);
+        }
+    }
+
     /// Everything is whole from now on.
     pub(super) fn make_peace(&mut self) {
         self.is_peace = true;
-        for client in &mut self.clients {
-            client.is_reading = false;
-            client.is_resting = false;
-        }
+        self.use_clients(|client, now_ns| {
+            client.set_reading(now_ns, false);
+            client.set_resting(now_ns, false);
+        });
         let numbers: Vec<u64> = self.troubles.active.keys().copied().collect();
         for number in numbers {
             self.mend(number);
         }
         let now_ns = self.now_ns();
         self.network.heal(now_ns);
-        self.network.set_stream_quality(crate::network::Quality::good());
-        self.network.set_segment_quality(super::SEGMENT, crate::network::Quality::good());
+        self.network.set_stream_quality(Quality::good());
+        for segment in (0..self.plan.initiator.paths()).map(SegmentId) {
+            self.network.set_segment_quality(segment, Quality::good());
+        }
         self.metadata.is_away = false;
         self.metadata.away_from.clear();
         self.metadata.lost_percent = 0;
         for node in 0..self.plan.nodes {
-            self.nodes[node].slow_ns = 0;
-            self.nodes[node].store.bad_percent = 0;
+            self.nodes[node].stored.slow_ns = 0;
             self.network.resume(now_ns, Endpoint(node));
             if !self.nodes[node].is_up() {
                 self.boot(node);
             }
+            self.repair_disk(node);
         }
         self.note(|| "peace".into());
     }

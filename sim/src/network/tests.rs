@@ -163,7 +163,7 @@ fn a_cut_is_one_way_and_of_one_medium() {
     lab.frame(A, B, SegmentId(1), 2);
     lab.frame(B, A, WIRE, 3);
     let events = lab.run(SECOND);
-    assert_eq!(frames(&events, B, WIRE), []);
+    assert_eq!(frames(&events, B, WIRE), [0_u64; 0]);
     assert_eq!((frames(&events, B, SegmentId(1)), frames(&events, A, WIRE)), (vec![2], vec![3]));
     lab.net.mend(lab.now_ns, &[A], &[B], Media::ALL);
     lab.frame(A, B, WIRE, 4);
@@ -176,7 +176,7 @@ fn a_frame_under_way_is_lost_when_its_link_is_cut() {
     let mut lab = Lab::new(1);
     lab.frame(A, B, WIRE, 1);
     lab.net.partition(lab.now_ns, &[A], &[B], Media::ALL);
-    assert_eq!(frames(&lab.run(SECOND), B, WIRE), []);
+    assert_eq!(frames(&lab.run(SECOND), B, WIRE), [0_u64; 0]);
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn no_queue_grows_without_bound() {
     lab.net.pause(B);
     for number in 0..2000 {
         lab.frame(A, B, WIRE, number);
-        assert_eq!(frames(&lab.run(100_000), B, WIRE), []);
+        assert_eq!(frames(&lab.run(100_000), B, WIRE), [0_u64; 0]);
     }
     lab.net.resume(lab.now_ns, B);
     assert_eq!(frames(&lab.run(1), B, WIRE), (0..1024).collect::<Vec<u64>>());
@@ -347,7 +347,7 @@ fn a_paused_process_finds_in_order_what_came_and_a_killed_one_leaves_nothing_to_
     lab.net.set_power(lab.now_ns, B, Power::NoProcess);
     lab.net.set_power(lab.now_ns, B, Power::Up);
     assert!(!lab.net.is_paused(B));
-    assert_eq!(frames(&lab.run(SECOND), B, WIRE), []);
+    assert_eq!(frames(&lab.run(SECOND), B, WIRE), [0_u64; 0]);
     // Not even where it was resumed in between.
     lab.net.pause(B);
     lab.frame(A, B, WIRE, 7);
@@ -355,7 +355,7 @@ fn a_paused_process_finds_in_order_what_came_and_a_killed_one_leaves_nothing_to_
     lab.net.resume(lab.now_ns, B);
     lab.net.set_power(lab.now_ns, B, Power::NoProcess);
     lab.net.set_power(lab.now_ns, B, Power::Up);
-    assert_eq!(frames(&lab.run(SECOND), B, WIRE), []);
+    assert_eq!(frames(&lab.run(SECOND), B, WIRE), [0_u64; 0]);
 }
 
 #[test]
@@ -382,7 +382,7 @@ fn a_slow_link_is_slow_for_its_time() {
     let mut lab = Lab::new(1);
     lab.net.slow(lab.now_ns, &[A], &[B], SECOND, 2 * SECOND);
     lab.frame(A, B, WIRE, 1);
-    assert_eq!(frames(&lab.run(SECOND * 9 / 10), B, WIRE), []);
+    assert_eq!(frames(&lab.run(SECOND * 9 / 10), B, WIRE), [0_u64; 0]);
     assert_eq!(frames(&lab.run(2 * SECOND), B, WIRE), [1]);
     lab.frame(A, B, WIRE, 2);
     assert_eq!(frames(&lab.run(SECOND / 10), B, WIRE), [2]);

@@ -3,13 +3,12 @@
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
 
 mod damage;
-mod disk;
 mod model;
 mod world;
 
-use self::disk::{Faults, Rng};
 use self::world::{Coverage, Lab, Plan, World};
 use super::format::JOURNAL_BLOCKS_MIN;
+use super::simulated::{Faults, Rng};
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))

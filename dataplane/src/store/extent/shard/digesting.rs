@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
+use torus_replication::mutants::{self, Mutant};
 use torus_uring::{Blocks, IoError};
 
 use super::reading::Source;
@@ -212,7 +213,8 @@ impl Shard {
                     for (chunk, &recorded_sum) in blocks.iter().zip(sums) {
                         let bytes = region.bytes(chunk);
                         let found_sum = Sum::of(bytes);
-                        self.digests.found.push(if found_sum == recorded_sum {
+                        let is_taken_for_good = extent.suspect && mutants::is(Mutant::SuspectGood);
+                        self.digests.found.push(if found_sum == recorded_sum || is_taken_for_good {
                             BlockDigest::Data(block_hash(bytes))
                         } else if extent.suspect {
                             let found = block_hash(bytes);

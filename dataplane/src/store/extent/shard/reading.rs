@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use af_xdp::region::{Chunk, Pool};
+use torus_replication::mutants::{self, Mutant};
 use torus_uring::{Blocks, IoError};
 
 use super::{Op, ReadPart, Shard, What, kind};
@@ -221,7 +222,7 @@ impl Shard {
         let sums = &extent.sums[usize::from(part.first_block)..];
         let bad =
             blocks.iter().zip(sums).filter(|(chunk, sum)| Sum::of(region.bytes(chunk)) != **sum).count();
-        if bad == 0 {
+        if bad == 0 || extent.suspect && mutants::is(Mutant::SuspectGood) {
             return Ok(());
         }
         Counters::add(&self.shared.counters.checksum_errors, bad as u64);

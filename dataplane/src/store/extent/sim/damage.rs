@@ -11,9 +11,9 @@ use crate::store::extent::format::{
 };
 use crate::store::extent::recovery::{self, RecoveryError};
 
-use super::disk::{Media, Rng, Still};
 use super::model::Model;
 use super::world::{Lab, Plan, World, open};
+use crate::store::extent::simulated::{Media, Rng, Still};
 
 /// A store at rest.
 struct Rested {

@@ -10,7 +10,7 @@ use crate::store::extent::extents::{Extent, FoldMap, HeldExtent};
 use crate::store::extent::format::{EXTENT_BLOCKS, ReplicaState};
 use crate::store::extent::shard::block_hash;
 
-use super::disk::SECTOR;
+use crate::store::extent::simulated::SECTOR;
 
 /// Sectors of a block.
 pub(super) const SECTORS: usize = BLOCK_BYTES / SECTOR;

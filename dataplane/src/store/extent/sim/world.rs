@@ -9,17 +9,17 @@ use af_xdp::region::{Pool, Region, RegionConfig};
 use torus_uring::Blocks;
 
 use crate::store::extent::extents::{FoldMap, FreeSlot};
-use crate::store::extent::format::{
-    EPOCHS_MAX, EXTENT_BLOCKS, Epochs, ReplicaState, Segment, Shape, Sum, Superblock,
-};
-use crate::store::extent::recovery::{self, Image, Medium, RecoveryError};
+use crate::store::extent::format::{EPOCHS_MAX, EXTENT_BLOCKS, Epochs, ReplicaState, Sum, Superblock};
+use crate::store::extent::recovery::{self, Image, RecoveryError};
 use crate::store::extent::shard::{
-    BlockDigest, Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, ShardConfig, WriteTerms,
+    BlockDigest, Copies, SHARD_MASK, SHARD_SHIFT, ScrubTask, Shard, WriteTerms,
 };
 use crate::store::extent::shared::{ShardEvent, Shared};
+use crate::store::extent::simulated::{
+    Faults, Form, Media, Rng, SECTOR, SimDisk, Still, make_shards, read_shards,
+};
 use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, StoreError, release_blocks};
 
-use super::disk::{Faults, Media, Rng, SECTOR, SimDisk, Still};
 use super::model::{Held, Kept, Key, Model, Presences, SECTORS, Values, fill, values_of};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -132,32 +132,8 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn layout(&self) -> Superblock {
-        use cluster_map::{ClusterId, NodeId, StoreId};
-        let (cluster, node, store) = (ClusterId([1; 16]), NodeId([2; 16]), StoreId([3; 16]));
-        let mut layout = Superblock::new(cluster, node, store, [7; 16], 64 << 20, Shape::default()).unwrap();
-        layout.shards = self.shards;
-        layout.journal_blocks = self.journal_blocks;
-        // Room for one of the largest states and a few small ones.
-        layout.state_blocks = 1;
-        layout.checkpoint_blocks = 3;
-        layout.active_max = self.active_max;
-        layout.open_count = 1;
-        let pages_offset = layout.checkpoint_offset(self.shards, 0);
-        let data_offset = pages_offset + u64::from(self.slots) * 2 * BLOCK;
-        layout.segments[0] = Segment { pages_offset, data_offset, slots: self.slots };
-        layout.device_bytes = data_offset + u64::from(self.slots) * EXTENT_BYTES;
-        layout
-    }
-
-    pub(super) fn formatted(&self, layout: &Superblock) -> Media {
-        let mut media = Media::default();
-        media.atomic = self.atomic;
-        let layout = Arc::new(layout.clone());
-        for shard in 0..layout.shards {
-            media
-                .put(layout.checkpoint_offset(shard, 0) / BLOCK, &recovery::first_checkpoint(&layout, shard));
-        }
-        media
+        let Plan { shards, slots, journal_blocks, active_max, .. } = *self;
+        Form { shards, slots, journal_blocks, active_max }.layout(cluster_map::StoreId([3; 16])).unwrap()
     }
 }
 
@@ -240,20 +216,10 @@ pub(super) fn open(
 ) -> Result<Result<Opened, RecoveryError<Infallible>>, String> {
     lab.coverage.recoveries += 1;
     let still = Still(RefCell::new(media));
-    let mut images = Vec::new();
-    for shard in 0..layout.shards {
-        match recovery::read(layout, shard, &still) {
-            Ok(image) => images.push(image),
-            Err(error) => return Ok(Err(error)),
-        }
-    }
-    // As raising the open count does.
-    let Ok(()) = still.sync();
-    for (shard, image) in (0..).zip(&mut images) {
-        if let Err(error) = recovery::place(layout, shard, &still, image) {
-            return Ok(Err(error));
-        }
-    }
+    let images = match read_shards(layout, &still) {
+        Ok(images) => images,
+        Err(error) => return Ok(Err(error)),
+    };
     if let Some(rng) = ghost {
         let mut media = still.0.borrow().clone();
         media.cut(rng);
@@ -401,7 +367,7 @@ impl World {
     /// A fresh store.
     pub(super) fn fresh(plan: &Plan, seed: u64, lab: &mut Lab) -> World {
         let layout = plan.layout();
-        let media = plan.formatted(&layout);
+        let media = Media::formatted(&layout, plan.atomic);
         let opened = open(&layout, media, &Model::default(), &|_| false, lab, None).unwrap().unwrap();
         World::on(plan, layout, opened, Model::default(), Rng::new(seed), 0, false, lab)
     }
@@ -441,16 +407,7 @@ impl World {
         let layout = Arc::new(layout);
         let mut disk = SimDisk::new(opened.media, lab.pools.take(plan.chunks));
         disk.faults = plan.faults;
-        let shards = (0..).zip(opened.images).map(|(shard, image)| {
-            let config = ShardConfig {
-                layout: Arc::clone(&layout),
-                shard,
-                atomic_blocks: plan.atomic,
-                flushes_batches: plan.flushes,
-                shared: Arc::clone(&shared),
-            };
-            Shard::new(config, image.recovered)
-        });
+        let shards = make_shards(&layout, &shared, opened.images, plan.atomic, plan.flushes);
         let mut shards: Vec<Shard> = shards.collect();
         if plan.scrub {
             let run = 1 + rng.below(3);

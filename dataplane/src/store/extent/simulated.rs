@@ -1,4 +1,5 @@
-//! A simulated disk: sparse, in memory, with a write-back cache, that tears and reorders what is not durable.
+//! A simulated disk: sparse, in memory, with a write-back cache, that tears and reorders what is not durable; and a store on it,
+//! formatted and opened as on a real one. For the simulations of the store and of whole clusters: the program has none of it.
 //!
 //! Invariants of the model:
 //! * A write ended as [`Durable::AtEnd`] is durable; one ended as [`Durable::AtSync`] is after a sync that was begun later.
@@ -6,17 +7,23 @@
 //! * When a process is killed its requests in flight all land, and what was cached stays so.
 //! * Two writes in flight never overlap: a real device would take them in either order, so a store must not send them.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
 use af_xdp::region::Pool;
+use cluster_map::{ClusterId, NodeId, StoreId};
 use torus_uring::{Blocks, IoError};
 
-use crate::store::extent::extents::FoldMap;
-use crate::store::extent::recovery::Medium;
-use crate::store::{BLOCK_BYTES, Disk, Durable};
+use super::extents::{FoldMap, FreeSlot};
+use super::format::{Segment, Shape, Superblock};
+use super::recovery::{self, Image, Medium, RecoveryError};
+use super::shard::{Shard, ShardConfig};
+use super::shared::Shared;
+use crate::store::{BLOCK_BYTES, Disk, Durable, EXTENT_BYTES};
 
 /// Errors of the operating system that are injected.
 const EIO: i32 = 5;
@@ -28,21 +35,25 @@ const KIND_SHIFT: u32 = 44;
 const JOURNAL: u64 = 1;
 const PLACE: u64 = 3;
 /// Bytes of a sector.
-pub(super) const SECTOR: usize = 512;
+pub const SECTOR: usize = 512;
 
 /// A block's content.
-pub(super) type Data = Arc<[u8; BLOCK_BYTES]>;
+pub type Data = Arc<[u8; BLOCK_BYTES]>;
 
 /// Numbers by a seed (splitmix64).
 #[derive(Debug, Clone)]
-pub(super) struct Rng(u64);
+pub struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Rng {
+    /// Those of that seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Rng {
         Rng(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x9e37_79b9_7f4a_7c15)
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    /// The next one.
+    #[expect(clippy::should_implement_trait, reason = "there is always another one")]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -50,33 +61,37 @@ impl Rng {
         z ^ z >> 31
     }
 
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    /// Below that, or 0.
+    pub fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 
     /// Of any size below so many bits.
-    pub(super) fn up_to_bits(&mut self, bits: u64) -> u64 {
+    pub fn up_to_bits(&mut self, bits: u64) -> u64 {
         let bits = self.below(bits);
         self.below(1 << bits)
     }
 
-    pub(super) fn one_in(&mut self, count: u64) -> bool {
+    /// Whether this is the one in so many.
+    pub fn one_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }
 
-    pub(super) fn index(&mut self, len: usize) -> usize {
+    /// A position in that many.
+    pub fn index(&mut self, len: usize) -> usize {
         self.below(len as u64) as usize
     }
 }
 
 /// What is on the device and in its cache.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Media {
+pub struct Media {
     durable: FoldMap<u64, Data>,
     /// Ended writes that no sync has covered, in order, by block.
     cached: BTreeMap<u64, Vec<(u64, Data)>>,
     sequence: u64,
-    pub(super) atomic: bool,
+    /// A block is written whole or not at all.
+    pub atomic: bool,
 }
 
 /// How a power cut leaves what was not durable.
@@ -89,7 +104,20 @@ struct Style {
 }
 
 impl Media {
-    pub(super) fn visible(&self, block: u64) -> Option<&Data> {
+    /// As a format leaves it.
+    #[must_use]
+    pub fn formatted(layout: &Superblock, atomic: bool) -> Media {
+        let mut media = Media { atomic, ..Media::default() };
+        for shard in 0..layout.shards {
+            let first = layout.checkpoint_offset(shard, 0) / BLOCK_BYTES as u64;
+            media.put(first, &recovery::first_checkpoint(layout, shard));
+        }
+        media
+    }
+
+    /// What a read of a block finds; `None` where nothing was ever written.
+    #[must_use]
+    pub fn visible(&self, block: u64) -> Option<&Data> {
         self.cached
             .get(&block)
             .and_then(|list| list.last())
@@ -120,12 +148,12 @@ impl Media {
     }
 
     /// Everything is durable now.
-    pub(super) fn settle(&mut self) {
+    pub fn settle(&mut self) {
         self.end_sync(u64::MAX);
     }
 
     /// The power fails.
-    pub(super) fn cut(&mut self, rng: &mut Rng) {
+    pub fn cut(&mut self, rng: &mut Rng) {
         let style = Style { land: rng.below(9), tear: if self.atomic { 0 } else { rng.below(5) } };
         for (block, list) in std::mem::take(&mut self.cached) {
             let versions = list.len();
@@ -150,8 +178,8 @@ impl Media {
         }
     }
 
-    /// Changes a block behind everybody's back.
-    pub(super) fn rot(&mut self, block: u64, byte: usize) -> bool {
+    /// Changes a block behind everybody's back; whether there was one.
+    pub fn rot(&mut self, block: u64, byte: usize) -> bool {
         let Some(data) = self.visible(block) else { return false };
         let mut content = **data;
         content[byte] ^= 0x10;
@@ -161,14 +189,15 @@ impl Media {
     }
 
     /// Puts content somewhere, durably.
-    pub(super) fn put(&mut self, block: u64, bytes: &[u8]) {
+    pub fn put(&mut self, block: u64, bytes: &[u8]) {
         for (block, bytes) in (block..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
-            self.end_write(block, Arc::new(bytes.try_into().unwrap()), Durable::AtEnd);
+            self.end_write(block, Arc::new(bytes.try_into().expect("a whole block")), Durable::AtEnd);
         }
     }
 
     /// Blocks that have something, from a block on, below another one; in order.
-    pub(super) fn written(&self, range: std::ops::Range<u64>) -> Vec<u64> {
+    #[must_use]
+    pub fn written(&self, range: std::ops::Range<u64>) -> Vec<u64> {
         let mut blocks: Vec<u64> =
             self.durable.keys().chain(self.cached.keys()).copied().filter(|at| range.contains(at)).collect();
         blocks.sort_unstable();
@@ -179,7 +208,7 @@ impl Media {
 
 /// A disk as recovery sees it.
 #[derive(Debug)]
-pub(super) struct Still(pub(super) RefCell<Media>);
+pub struct Still(pub RefCell<Media>);
 
 impl Medium for Still {
     type Error = Infallible;
@@ -198,7 +227,7 @@ impl Medium for Still {
     fn write_at(&self, offset_bytes: u64, bytes: &[u8]) -> Result<(), Infallible> {
         let mut media = self.0.borrow_mut();
         for (block, bytes) in (offset_bytes / BLOCK_BYTES as u64..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
-            media.end_write(block, Arc::new(bytes.try_into().unwrap()), Durable::AtSync);
+            media.end_write(block, Arc::new(bytes.try_into().expect("a whole block")), Durable::AtSync);
         }
         Ok(())
     }
@@ -211,16 +240,23 @@ impl Medium for Still {
 
 /// How often something goes wrong: once in so many requests of its kind; 0 for never.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Faults {
-    pub(super) read: u64,
-    pub(super) write: u64,
-    pub(super) sync: u64,
-    pub(super) no_space: u64,
-    pub(super) stale: u64,
-    pub(super) lost: u64,
-    pub(super) rot: u64,
+pub struct Faults {
+    /// A read fails.
+    pub read: u64,
+    /// A write fails, and has written a part.
+    pub write: u64,
+    /// A sync fails, and what it could not write is forgotten.
+    pub sync: u64,
+    /// There is no room for a write to an extent.
+    pub no_space: u64,
+    /// A read gives what was there before the last write.
+    pub stale: u64,
+    /// A write ends well and has written nothing.
+    pub lost: u64,
+    /// A block changes before it is read.
+    pub rot: u64,
     /// The device vanishes, and everything fails from then on.
-    pub(super) gone: u64,
+    pub gone: u64,
 }
 
 #[derive(Debug)]
@@ -232,6 +268,7 @@ enum Kind {
 
 #[derive(Debug)]
 struct Request {
+    number: u64,
     token: u64,
     block: u64,
     blocks: Blocks,
@@ -240,25 +277,35 @@ struct Request {
 
 /// The disk of running shards.
 #[derive(Debug)]
-pub(super) struct SimDisk {
-    pub(super) media: Media,
-    pub(super) pool: Pool,
+pub struct SimDisk {
+    /// What is on it.
+    pub media: Media,
+    /// The frame memory of its core.
+    pub pool: Pool,
     requests: Vec<Request>,
+    begun: u64,
     /// Grows with each request begun or ended.
-    pub(super) events: u64,
-    pub(super) faults: Faults,
+    pub events: u64,
+    /// What goes wrong.
+    pub faults: Faults,
     /// Faults that were injected.
-    pub(super) injected: u64,
+    pub injected: u64,
     is_gone: bool,
     previous: FoldMap<u64, Option<Data>>,
 }
 
+/// A request that has ended: its token, its memory and how.
+pub type Ended = (u64, Blocks, Result<(), IoError>);
+
 impl SimDisk {
-    pub(super) fn new(media: Media, pool: Pool) -> SimDisk {
+    /// A disk that works.
+    #[must_use]
+    pub fn new(media: Media, pool: Pool) -> SimDisk {
         SimDisk {
             media,
             pool,
             requests: Vec::new(),
+            begun: 0,
             events: 0,
             faults: Faults::default(),
             injected: 0,
@@ -267,12 +314,27 @@ impl SimDisk {
         }
     }
 
-    pub(super) fn in_flight(&self) -> usize {
+    /// Requests that have not ended.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
         self.requests.len()
     }
 
+    /// How many requests were begun so far: they are numbered in that order, from 0.
+    #[must_use]
+    pub fn begun(&self) -> u64 {
+        self.begun
+    }
+
+    /// Whether it has vanished.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.is_gone
+    }
+
     /// What a crash at this moment leaves, whose pieces are chosen by the seed: of the power, or of the process.
-    pub(super) fn crash(&self, power: bool, rng: &mut Rng) -> Media {
+    #[must_use]
+    pub fn crash(&self, power: bool, rng: &mut Rng) -> Media {
         let mut media = self.media.clone();
         for request in &self.requests {
             if let Kind::Write { data, until } = &request.kind {
@@ -289,7 +351,8 @@ impl SimDisk {
     }
 
     /// Gives the chunks of all requests back, and the pool and what is on the disk.
-    pub(super) fn dissolve(mut self) -> (Pool, Media) {
+    #[must_use]
+    pub fn dissolve(mut self) -> (Pool, Media) {
         for request in self.requests {
             crate::store::release_blocks(&mut self.pool, request.blocks);
         }
@@ -301,17 +364,27 @@ impl SimDisk {
     }
 
     /// Ends one of the requests.
-    pub(super) fn end_any(&mut self, rng: &mut Rng) -> Option<(u64, Blocks, Result<(), IoError>)> {
+    pub fn end_any(&mut self, rng: &mut Rng) -> Option<Ended> {
         if self.requests.is_empty() {
             return None;
         }
         let at = rng.index(self.requests.len());
+        Some(self.end_at(at, rng))
+    }
+
+    /// Ends the request of that number, if it has not ended.
+    pub fn end(&mut self, number: u64, rng: &mut Rng) -> Option<Ended> {
+        let at = self.requests.iter().position(|request| request.number == number)?;
+        Some(self.end_at(at, rng))
+    }
+
+    fn end_at(&mut self, at: usize, rng: &mut Rng) -> Ended {
         let mut request = self.requests.swap_remove(at);
         self.events += 1;
         if self.is_gone || Self::fails(self.faults.gone, rng) {
             self.is_gone = true;
             self.injected += 1;
-            return Some((request.token, request.blocks, Err(IoError::Errno(ENODEV))));
+            return (request.token, request.blocks, Err(IoError::Errno(ENODEV)));
         }
         let result = match request.kind {
             Kind::Read => self.end_read(request.block, &mut request.blocks, rng),
@@ -328,7 +401,7 @@ impl SimDisk {
                 }
             }
         };
-        Some((request.token, request.blocks, result))
+        (request.token, request.blocks, result)
     }
 
     fn end_read(&mut self, first: u64, blocks: &mut Blocks, rng: &mut Rng) -> Result<(), IoError> {
@@ -400,7 +473,9 @@ impl SimDisk {
     fn begin(&mut self, offset_bytes: u64, blocks: Blocks, kind: Kind, token: u64) {
         assert!(offset_bytes.is_multiple_of(BLOCK_BYTES as u64));
         self.events += 1;
-        self.requests.push(Request { token, block: offset_bytes / BLOCK_BYTES as u64, blocks, kind });
+        let (number, block) = (self.begun, offset_bytes / BLOCK_BYTES as u64);
+        self.begun += 1;
+        self.requests.push(Request { number, token, block, blocks, kind });
     }
 }
 
@@ -422,7 +497,10 @@ impl Disk for SimDisk {
             }
         }
         let region = Arc::clone(self.pool.region());
-        let data = blocks.iter().map(|chunk| Arc::new(region.bytes(chunk).try_into().unwrap())).collect();
+        let data = blocks
+            .iter()
+            .map(|chunk| Arc::new(region.bytes(chunk).try_into().expect("a chunk is a block")))
+            .collect();
         self.begin(offset_bytes, blocks, Kind::Write { data, until }, token);
     }
 
@@ -434,4 +512,102 @@ impl Disk for SimDisk {
     fn pool(&mut self) -> &mut Pool {
         &mut self.pool
     }
+}
+
+/// What a simulated store looks like: small, so that journals go round, checkpoints come and stores are full.
+#[derive(Debug, Clone, Copy)]
+pub struct Form {
+    /// Shards.
+    pub shards: u16,
+    /// Extents that it has room for.
+    pub slots: u32,
+    /// Blocks of each journal.
+    pub journal_blocks: u32,
+    /// Regions in the activity log of a shard.
+    pub active_max: u32,
+}
+
+impl Form {
+    /// Where everything is on such a store.
+    #[must_use]
+    pub fn layout(&self, store: StoreId) -> Option<Superblock> {
+        let (cluster, node) = (ClusterId([1; 16]), NodeId([2; 16]));
+        let mut layout = Superblock::new(cluster, node, store, [7; 16], 64 << 20, Shape::default())?;
+        layout.shards = self.shards;
+        layout.journal_blocks = self.journal_blocks;
+        // Room for one of the largest states and a few small ones.
+        layout.state_blocks = 1;
+        layout.checkpoint_blocks = 3;
+        layout.active_max = self.active_max;
+        layout.open_count = 1;
+        let pages_offset = layout.checkpoint_offset(self.shards, 0);
+        let data_offset = pages_offset + u64::from(self.slots) * 2 * BLOCK_BYTES as u64;
+        layout.segments[0] = Segment { pages_offset, data_offset, slots: self.slots };
+        layout.device_bytes = data_offset + u64::from(self.slots) * EXTENT_BYTES;
+        Some(layout)
+    }
+}
+
+/// Reads all shards and puts everything in place, as opening a store does.
+///
+/// # Errors
+/// [`RecoveryError`]: the store is damaged.
+pub fn read_shards(layout: &Superblock, still: &Still) -> Result<Vec<Image>, RecoveryError<Infallible>> {
+    let images = (0..layout.shards).map(|shard| recovery::read(layout, shard, still));
+    let mut images: Vec<Image> = images.collect::<Result<_, _>>()?;
+    // As raising the open count does.
+    let Ok(()) = still.sync();
+    for (shard, image) in (0..).zip(&mut images) {
+        recovery::place(layout, shard, still, image)?;
+    }
+    Ok(images)
+}
+
+/// The shards of an open store.
+pub fn make_shards(
+    layout: &Arc<Superblock>,
+    shared: &Arc<Shared>,
+    images: Vec<Image>,
+    atomic_blocks: bool,
+    flushes_batches: bool,
+) -> impl Iterator<Item = Shard> {
+    (0..).zip(images).map(move |(shard, image)| {
+        let (layout, shared) = (Arc::clone(layout), Arc::clone(shared));
+        Shard::new(ShardConfig { layout, shard, atomic_blocks, flushes_batches, shared }, image.recovered)
+    })
+}
+
+/// An open store on a simulated disk.
+#[derive(Debug)]
+pub struct OpenStore {
+    /// What its shards share; all slots that no extent has are free in it, and there are no more.
+    pub shared: Arc<Shared>,
+    /// The shards, by number.
+    pub shards: Vec<Shard>,
+    /// What is on the disk, all of it durable.
+    pub media: Media,
+}
+
+/// Opens a store that was formatted, or that a crash has left; its open count is raised.
+///
+/// # Errors
+/// [`RecoveryError`]: the store is damaged.
+pub fn open(
+    layout: &mut Superblock,
+    media: Media,
+    flushes_batches: bool,
+) -> Result<OpenStore, RecoveryError<Infallible>> {
+    let still = Still(RefCell::new(media));
+    let images = read_shards(layout, &still)?;
+    let mut media = still.0.into_inner();
+    media.settle();
+    layout.open_count += 1;
+    let free = recovery::free_slots(layout, images.iter())
+        .ok_or(RecoveryError::Contradiction { shard: 0, what: "a slot has two owners" })?;
+    let shared = Arc::new(Shared::new(layout.slots(), layout.shards));
+    free.into_iter().for_each(|slot| shared.add_free(FreeSlot::new(slot)));
+    shared.set_no_more(true);
+    let opened = Arc::new(layout.clone());
+    let shards = make_shards(&opened, &shared, images, media.atomic, flushes_batches).collect();
+    Ok(OpenStore { shared, shards, media })
 }
