@@ -552,7 +552,8 @@ impl Replicating {
     /// How long a look at the time can wait after the last one.
     #[must_use]
     pub fn tick_ns(&self) -> u64 {
-        self.engine.tick_ns()
+        // That a head can answer is found out by a look at the time.
+        if self.opening.is_empty() { self.engine.tick_ns() } else { TICK_NS }
     }
 
     /// All that there is to tell. A node whose heads were last given a grant more than `silent_ns` ago is not granted to. Of heads of
@@ -562,7 +563,9 @@ impl Replicating {
         self.has_opened = false;
         let heads = self.engine.heads().map(|(volume, head)| {
             let told = before.and_then(|before| before.heads.get(&volume)).copied();
-            let told = told.filter(|told| told.generation == head.generation());
+            // What was told before it could answer is to be told anew.
+            let told = told
+                .filter(|told| told.generation == head.generation() && told.is_serving && told.has_opened);
             if let Some(told) = told.filter(|_| self.engine.is_resting(volume)) {
                 return (volume, told);
             }
