@@ -846,6 +846,8 @@ async fn every_route_is_in_the_document_and_answers() {
         "DELETE /v1/nodes/{name}/stores",
         "DELETE /v1/stores/{id}/scrub",
         "DELETE /v1/volumes/{name}",
+        "GET /v1/config",
+        "GET /v1/config/{name}",
         "GET /v1/exports",
         "GET /v1/exports/{volume}",
         "GET /v1/exports/{volume}/clients",
@@ -871,10 +873,12 @@ async fn every_route_is_in_the_document_and_answers() {
         "POST /v1/nodes/{name}/stores",
         "POST /v1/stores/{id}/scrub",
         "POST /v1/volumes",
+        "PUT /v1/config/{name}",
         "PUT /v1/exports/{volume}/config-string",
         "PUT /v1/exports/{volume}/masks",
         "PUT /v1/exports/{volume}/policy",
         "PUT /v1/exports/{volume}/reservation",
+        "PUT /v1/volumes/{name}/head",
     ];
     assert_eq!(documented, expected);
     for schema in ["Volume", "Export", "Node", "ErrorBody"] {

@@ -330,7 +330,9 @@ impl<B> Head<B> {
     pub(crate) fn is_resting(&self) -> bool {
         let rests = |member: &Member| {
             self.peers.get(member).is_none_or(|peer| {
-                peer.is_resting() && !(peer.is_open() && self.membership.is_behind_somewhere(*member))
+                let is_missing = !peer.was_opened && self.membership.is_needed_somewhere(*member);
+                let is_to_learn = peer.is_open() && self.membership.is_behind_somewhere(*member);
+                peer.is_resting() && !is_missing && !is_to_learn
             })
         };
         self.is_quiet()

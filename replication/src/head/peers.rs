@@ -413,8 +413,12 @@ impl<B> Head<B> {
         }
     }
 
-    /// Whether something waits that a partition of this member has a part in.
+    /// Whether something waits that a partition of this member has a part in. Everything does before it has opened: until then nobody is
+    /// told that there is a head, so that nothing is asked of it.
     fn is_wanted(&self, member: Member) -> bool {
+        if self.peers.get(&member).is_some_and(|peer| !peer.was_opened) {
+            return true;
+        }
         let owns = |extent: Extent| self.membership.owns(member, extent);
         self.is_leaving()
             || self.ops.values().any(|op| super::extents(&op.range).any(owns))
