@@ -42,6 +42,8 @@ pub enum Mutant {
     RestartWithoutQuarantine,
     /// Grants cover a volume of which a higher generation has been asked for.
     RenewAfterOpen,
+    /// What grants cover no longer is forgotten once the higher generation is open.
+    PassedForgotten,
     /// A grant counts from when it came.
     GrantFromReply,
     /// No grant is needed.
@@ -86,7 +88,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 38] = [
+    pub const ALL: [Mutant; 39] = [
         Mutant::MarkRaised,
         Mutant::RetireWithoutFence,
         Mutant::OwnerCompleteAtOnce,
@@ -108,6 +110,7 @@ impl Mutant {
         Mutant::FenceSkipped,
         Mutant::RestartWithoutQuarantine,
         Mutant::RenewAfterOpen,
+        Mutant::PassedForgotten,
         Mutant::GrantFromReply,
         Mutant::NoGrant,
         Mutant::GrantsUncheckedAtReply,

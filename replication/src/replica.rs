@@ -4,7 +4,8 @@
 //! * Nothing is done for a generation but the one that is open. A higher one is opened when every grant that was given to the head of
 //!   the open one has run out or was handed back, when the process has been up for as long as a grant lasts (it may have given one that
 //!   it has forgotten), when everything that was admitted has ended on the device, and when it is durable that it is open.
-//! * From the moment a higher generation is asked for, nothing of the open one is admitted and no grant covers the volume.
+//! * From the moment a higher generation is asked for, nothing of the open one is admitted and no grant covers the volume: every site for
+//!   which a lower one was opened is told with the next grant that it gets, however late it asked and whatever has been opened since.
 //! * A restarted data plane of the same take-over needs no wait: that it runs proves that the one before is gone.
 //! * Of a generation whose head has given its grants back nothing is done, unless that head opens it again.
 //! * A new head numbers its writes above every stable mark: what was said to be everywhere is never said of a write of its own.
@@ -201,8 +202,10 @@ pub struct Replicas<B> {
     volumes: BTreeMap<(Member, VolumeId), Volume<B>>,
     /// Those with an opening, of all volumes: so that looking at the time costs what there is to wait for.
     opening: BTreeSet<(Member, VolumeId)>,
-    /// Those of which a higher generation than the open one has been asked for: no grant covers them.
-    passed: BTreeSet<(Member, VolumeId)>,
+    /// What each site opened last of a replica, by the connection that it has: its grants cover that.
+    covered: BTreeMap<(Member, VolumeId), BTreeMap<Site, Generation>>,
+    /// What they cover no longer, with the generation that was asked for since: its next grant says so.
+    passed: BTreeMap<Site, BTreeMap<VolumeId, Generation>>,
     /// When each site was given its last grant.
     granted_ns: BTreeMap<Site, u64>,
     running: BTreeMap<WorkId, (Member, VolumeId, What)>,
@@ -220,7 +223,8 @@ impl<B> Replicas<B> {
             members: BTreeSet::new(),
             volumes: BTreeMap::new(),
             opening: BTreeSet::new(),
-            passed: BTreeSet::new(),
+            covered: BTreeMap::new(),
+            passed: BTreeMap::new(),
             granted_ns: BTreeMap::new(),
             running: BTreeMap::new(),
             next_work: 0,
@@ -240,15 +244,23 @@ impl<B> Replicas<B> {
     pub fn drop_replica(&mut self, member: Member, volume: VolumeId) {
         self.volumes.remove(&(member, volume));
         self.opening.remove(&(member, volume));
-        self.passed.remove(&(member, volume));
+        self.covered.remove(&(member, volume));
     }
 
-    /// A store is closed. What it is doing still ends as it does.
+    /// A store is closed. What it is doing still ends as it does. It may be opened again: what was opened for whom stays known.
     pub fn remove_store(&mut self, member: Member) {
         self.members.remove(&member);
         self.volumes.retain(|(of, _), _| *of != member);
         self.opening.retain(|(of, _)| *of != member);
-        self.passed.retain(|(of, _)| *of != member);
+    }
+
+    /// The connection of a site is gone: its heads count no grant for what they have not opened by another one.
+    pub fn disconnected(&mut self, site: Site) {
+        self.passed.remove(&site);
+        self.covered.retain(|_, sites| {
+            sites.remove(&site);
+            !sites.is_empty()
+        });
     }
 
     /// What is to be done next, if anything.
@@ -278,11 +290,8 @@ impl<B> Replicas<B> {
     /// A site of heads wants a grant.
     pub fn grant(&mut self, from: Site, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
-        let passed = self.passed.iter().filter_map(|key| Some((key.1, self.volumes.get(key)?)));
-        let excluded = passed
-            .filter(|(_, volume)| volume.durable.head == from.node && !mutants::is(Mutant::RenewAfterOpen))
-            .map(|(id, volume)| (id, volume.seen))
-            .collect();
+        let passed = self.passed.remove(&from).unwrap_or_default();
+        let excluded = if mutants::is(Mutant::RenewAfterOpen) { Vec::new() } else { passed.into_iter().collect() };
         self.granted_ns.insert(from, now_ns);
         self.outputs.push_back(Output::Grant(from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
@@ -471,19 +480,36 @@ impl<B> Replicas<B> {
         if generation == volume.durable.generation {
             // Grants that are given from now on count again.
             volume.is_handed_back &= mutants::is(Mutant::HandedBackForGood);
-            self.start(key, Work::Survey, What::Open(from, request.id, generation));
+            self.survey(key, from, request.id, generation);
             return;
         }
         if generation > volume.seen {
             volume.seen = generation;
-            self.passed.insert(key);
             let dropped = std::mem::take(&mut volume.waiting);
+            self.pass(key, generation);
             for (from, request) in dropped {
                 self.refuse(from, request, Refusal::Replaced(generation));
             }
         }
         let wanted = Wanted { generation, from, id: request.id, revision };
         self.begin_opening(key, wanted);
+    }
+
+    /// A generation is open for a site: the store tells what it has, and grants cover it until a higher one is asked for.
+    fn survey(&mut self, key: (Member, VolumeId), from: Site, id: u64, generation: Generation) {
+        let seen = self.volumes.get(&key).map_or(generation, |volume| volume.seen);
+        self.covered.entry(key).or_default().insert(from, generation);
+        self.pass(key, seen);
+        self.start(key, Work::Survey, What::Open(from, id, generation));
+    }
+
+    /// No grant covers a generation below this one any more.
+    fn pass(&mut self, key: (Member, VolumeId), seen: Generation) {
+        let Some(sites) = self.covered.get_mut(&key) else { return };
+        for (site, _) in sites.extract_if(.., |_, generation| *generation < seen) {
+            let below = self.passed.entry(site).or_default().entry(key.1).or_insert(seen);
+            *below = seen.max(*below);
+        }
     }
 
     fn begin_opening(&mut self, key: (Member, VolumeId), wanted: Wanted) {
@@ -547,10 +573,10 @@ impl<B> Replicas<B> {
             volume.durable.head = from.node;
             volume.durable.revision = revision.max(volume.durable.revision);
             volume.is_handed_back = false;
-            if volume.seen == generation {
-                self.passed.remove(&key);
+            if mutants::is(Mutant::PassedForgotten) {
+                self.passed.values_mut().for_each(|volumes| drop(volumes.remove(&key.1)));
             }
-            self.start(key, Work::Survey, What::Open(from, id, generation));
+            self.survey(key, from, id, generation);
         } else {
             self.answer(from, key.0, key.1, generation, id, Reply::Failed(Fault::Device));
         }
@@ -560,7 +586,7 @@ impl<B> Replicas<B> {
         match later {
             // Asked for again by another connection. Made durable once more it would keep requests waiting that are admitted already.
             Some(later) if is_open(&later) => {
-                self.start(key, Work::Survey, What::Open(later.from, later.id, later.generation));
+                self.survey(key, later.from, later.id, later.generation);
             }
             Some(later) => self.begin_opening(key, later),
             None => {}

@@ -380,6 +380,7 @@ impl<B> Engine<B> {
 
     /// The connection of a site to here is gone.
     pub fn closed(&mut self, site: Site, memory: &mut impl Memory<Blocks = B>) {
+        self.replicas.disconnected(site);
         let incoming = self.peers.get_mut(&site).and_then(|peer| peer.incoming.take());
         for message in incoming.into_iter().flat_map(|incoming| incoming.held) {
             release(message, memory);

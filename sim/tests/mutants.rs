@@ -39,6 +39,7 @@ fn scenario(mutant: Mutant) -> Scenario {
         Mutant::FenceSkipped
         | Mutant::RestartWithoutQuarantine
         | Mutant::RenewAfterOpen
+        | Mutant::PassedForgotten
         | Mutant::GrantFromReply
         | Mutant::NoGrant
         | Mutant::GrantsUncheckedAtReply
