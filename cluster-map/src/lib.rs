@@ -29,6 +29,7 @@ mod map;
 mod observed;
 mod record;
 mod replication;
+pub mod ring;
 #[cfg(not(loom))]
 mod shared;
 mod slot;
