@@ -11,6 +11,7 @@ use crate::ceiling::disk::Engine;
 use crate::initiator::Behaviour;
 use crate::load::{Check, Load};
 use crate::measure::now_ns;
+use crate::ring::{Change, KindName, Zones, partition_bits};
 use crate::store::Mode;
 use crate::units::{bytes, duration_ns};
 use crate::verify::Oracle;
@@ -39,7 +40,17 @@ Examples:
   torus-bench ceiling link --pair --mtu 9000 --window 32 --repeat 3
   torus-bench ceiling disk --file /var/tmp/f --size 1GiB --depth 32 --write --dsync
   torus-bench store --path /var/tmp/store --size 4GiB --mode both
-  torus-bench store-open --path /dev/shm/store";
+  torus-bench store-open --path /dev/shm/store
+  torus-bench ring --nodes 1000 --zones 10 --change add=1 --change remove=1";
+
+const RING_EXAMPLES: &str = "\
+Examples:
+  torus-bench ring --nodes 1000 --zones 10 --change add=1 --change remove=1 --change return
+  torus-bench ring --nodes 20 --zones 1,3,16 --copies 2                 # a zone of one node, one of three, one of sixteen
+  torus-bench ring --nodes 12 --stores-per-node 4 --capacity 4TiB,4TiB,8TiB,16TiB --change remove=1
+  torus-bench ring --nodes 40 --zones 4 --change remove-zone=2 --change return --partition-bytes 4GiB
+  torus-bench ring --kind ketama --nodes 100 --change add=1             # as the original Torus did it
+  torus-bench ring --nodes 10000 --partitions 1048576 --json";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -52,6 +63,11 @@ pub(crate) enum Command {
     Store(StoreArgs),
     /// Measures how long opening a store of one TiB takes, and its memory: metadata only, on a sparse file in memory.
     StoreOpen(StoreOpenArgs),
+    /// Computes rings, and prints how even they are, what moves from one to the next, and how long computing took.
+    ///
+    /// Exit code 1: a change of members moved more than 1.05 times the minimum of the balanced ring.
+    #[command(after_help = RING_EXAMPLES)]
+    Ring(Box<RingArgs>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -336,6 +352,47 @@ pub(crate) struct StoreOpenArgs {
     /// Sparse file to make, on tmpfs: it takes about 1.1 GiB of memory, and is removed at the end.
     #[arg(long, value_name = "FILE")]
     pub(crate) path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RingArgs {
+    /// How owners are chosen.
+    #[arg(long, value_enum, default_value = "balanced")]
+    pub(crate) kind: KindName,
+    /// Nodes of the first ring.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) nodes: u32,
+    /// Stores of each node.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) stores_per_node: u32,
+    /// Capacities of the stores, one after the other and then from the beginning again.
+    #[arg(long, value_name = "BYTES[,...]", value_parser = bytes, value_delimiter = ',', default_value = "1TiB")]
+    pub(crate) capacity: Vec<u64>,
+    /// Zones: how many, of the same size, or how many nodes are in each. 0: every node is one by itself.
+    #[arg(long, value_name = "N | N,N,...", default_value = "0")]
+    pub(crate) zones: Zones,
+    /// Copies of each partition, on different nodes.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) copies: u8,
+    /// Partitions, a power of two.
+    #[arg(long, value_name = "N", value_parser = partition_bits, default_value = "65536")]
+    pub(crate) partitions: u8,
+    /// Points of an average store on the circle of ketama [default: 160].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) points: Option<u16>,
+    /// Bytes in one copy of a partition, to say how much data moves.
+    #[arg(long, value_parser = bytes, default_value = "1GiB")]
+    pub(crate) partition_bytes: u64,
+    /// What happens next, each after the one before: add=N and remove=N nodes, remove-zone=N (from 0), return (of those that went
+    /// last), copies=N.
+    #[arg(long, value_name = "CHANGE")]
+    pub(crate) change: Vec<Change>,
+    /// Compute each ring this often and print the median time.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repeat: u32,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -8,6 +8,7 @@
 //! | [`load`], [`station`] | the initiator on a real link |
 //! | [`ceiling`] | what link and disk reach alone |
 //! | [`store`] | what the extent store reaches beside the bare disk, and how it opens |
+//! | [`ring`] | how even rings are, and what moves between them |
 //! | [`report`], [`measure`] | what came out, and what it cost |
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ mod initiator;
 mod load;
 mod measure;
 mod report;
+mod ring;
 mod station;
 mod store;
 mod units;
@@ -70,6 +72,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Ceiling(Ceiling::Disk(args)) => ceiling_disk(args).map(|()| true),
         Command::Store(args) => measure_store(args),
         Command::StoreOpen(args) => store::opening::run(&args.path, args.json),
+        Command::Ring(args) => ring::run(args),
     }
 }
 

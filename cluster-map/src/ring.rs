@@ -13,6 +13,8 @@
 #![forbid(unsafe_code)]
 
 mod balanced;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod hash;
 mod plan;
 mod record;

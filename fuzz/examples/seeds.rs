@@ -23,6 +23,9 @@ fn main() -> io::Result<()> {
     for (name, bytes) in cluster_map::fuzzing::seeds() {
         write("map", name, &bytes)?;
     }
+    for (name, bytes) in cluster_map::ring::fuzzing::seeds() {
+        write("ring", name, &bytes)?;
+    }
     for (name, bytes) in torus_dataplane::store::extent::fuzzing::seeds() {
         write("store", name, &bytes)?;
     }

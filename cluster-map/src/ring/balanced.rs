@@ -20,6 +20,8 @@ const COPY: i64 = 1 << 20;
 const UNREACHED: i64 = i64::MAX / 2;
 /// Stores tried for a copy before the search has to find one.
 const TRIES: usize = 16;
+/// Ways that the search keeps of those that are equal, for a store where ways end: the first one is often gone when others went it.
+const WAYS: usize = 64;
 /// How often, on average, a copy is exchanged for another one when all are dealt anew.
 const EXCHANGES: usize = 8;
 /// Where the sequences of numbers begin: any number would do.
@@ -171,6 +173,8 @@ enum Came {
 struct Reached {
     costs: Vec<i64>,
     came: Vec<Came>,
+    /// Other ways at the same cost, for the stores below their shares.
+    others: Vec<Vec<Came>>,
 }
 
 impl<'a> Flow<'a> {
@@ -345,25 +349,38 @@ impl<'a> Flow<'a> {
             && self.entries.iter().zip(self.shares).all(|(entries, share)| entries.len() == *share as usize)
     }
 
-    /// Goes the way to `end` as often as it is there at the same cost; whether it was.
+    /// Goes the ways to `end` as often as they are there at the same cost; whether one was.
     fn go(&mut self, reached: &Reached, end: u16) -> bool {
+        let last_steps = [reached.came[usize::from(end)]]
+            .into_iter()
+            .chain(reached.others[usize::from(end)].iter().copied());
+        let mut went = false;
+        for last in last_steps {
+            let mut steps = self.way(reached, end, last);
+            while self.len(end) < self.share(end) && self.go_once(&mut steps) {
+                went = true;
+            }
+        }
+        went
+    }
+
+    /// The steps to `end`, the last of them given.
+    fn way(&self, reached: &Reached, end: u16, last: Came) -> Vec<Step> {
         let cost_of = |store: u16| reached.costs[usize::from(store)];
         let mut steps: Vec<Step> = Vec::new();
-        let mut to = end;
-        while let Came::By { from, entry } = reached.came[usize::from(to)] {
+        let (mut came, mut to) = (last, end);
+        while let Came::By { from, entry } = came {
             let cost = cost_of(to) - from.map_or(0, cost_of) - 1;
             steps.push(Step { from, to, cost, entry, looked_at: 0 });
             match from {
-                Some(store) if steps.len() <= self.entries.len() => to = store,
+                Some(store) if steps.len() <= self.entries.len() => {
+                    (came, to) = (reached.came[usize::from(store)], store)
+                }
                 _ => break,
             }
         }
         steps.reverse();
-        let mut went = false;
-        while self.len(end) < self.share(end) && self.go_once(&mut steps) {
-            went = true;
-        }
-        went
+        steps
     }
 
     /// Every step once, or none.
@@ -414,7 +431,11 @@ impl<'a> Flow<'a> {
         let stores = self.entries.len();
         let mut search = Search {
             flow: self,
-            reached: Reached { costs: vec![UNREACHED; stores], came: vec![Came::Beginning; stores] },
+            reached: Reached {
+                costs: vec![UNREACHED; stores],
+                came: vec![Came::Beginning; stores],
+                others: vec![Vec::new(); stores],
+            },
             queue: VecDeque::new(),
             is_queued: vec![false; stores],
             left: Vec::new(),
@@ -463,6 +484,7 @@ impl Search<'_> {
         let index = usize::from(store);
         self.reached.costs[index] = cost;
         self.reached.came[index] = came;
+        self.reached.others[index].clear();
         if !std::mem::replace(&mut self.is_queued[index], true) {
             self.queue.push_back(store);
         }
@@ -503,12 +525,13 @@ impl Search<'_> {
         }
     }
 
-    /// Lists the stores whose ways cost more, but for one.
+    /// Lists the stores whose ways cost more, but for one; and of those below their shares the ones whose ways cost the same.
     fn list_dearer_than(&mut self, cost: i64, but: Option<u16>) {
         self.left.clear();
         self.zones.clear();
         for store in &self.flow.topology.takers {
-            if self.reached.costs[usize::from(*store)] <= cost || Some(*store) == but {
+            let costs = self.reached.costs[usize::from(*store)];
+            if (costs <= cost && !(costs == cost && self.may_have_another(*store))) || Some(*store) == but {
                 continue;
             }
             let zone = self.flow.topology.zone_of[usize::from(*store)];
@@ -518,6 +541,10 @@ impl Search<'_> {
             }
             self.left.push(*store);
         }
+    }
+
+    fn may_have_another(&self, store: u16) -> bool {
+        self.flow.len(store) < self.flow.share(store) && self.reached.others[usize::from(store)].len() < WAYS
     }
 
     /// Reaches all listed stores that an entry can go to.
@@ -536,7 +563,12 @@ impl Search<'_> {
             while at < first + len {
                 let store = self.left[at];
                 if flow.topology.fits(row, slot, store) {
-                    self.reach(store, cost, Came::By { from, entry });
+                    let came = Came::By { from, entry };
+                    if self.reached.costs[usize::from(store)] == cost {
+                        self.reached.others[usize::from(store)].push(came);
+                    } else {
+                        self.reach(store, cost, came);
+                    }
                     len -= 1;
                     self.left.swap(at, first + len);
                 } else {

@@ -437,7 +437,8 @@ fn put_len8(out: &mut Vec<u8>, len: usize) {
     out.push(u8::try_from(len).unwrap_or(u8::MAX));
 }
 
-fn seal(mut out: Vec<u8>) -> Vec<u8> {
+/// Appends the checksum.
+pub(super) fn seal(mut out: Vec<u8>) -> Vec<u8> {
     let sum = crc32c::crc32c(&out);
     out.extend(sum.to_le_bytes());
     out
