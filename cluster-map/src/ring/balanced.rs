@@ -374,7 +374,7 @@ impl<'a> Flow<'a> {
             steps.push(Step { from, to, cost, entry, looked_at: 0 });
             match from {
                 Some(store) if steps.len() <= self.entries.len() => {
-                    (came, to) = (reached.came[usize::from(store)], store)
+                    (came, to) = (reached.came[usize::from(store)], store);
                 }
                 _ => break,
             }

@@ -314,6 +314,18 @@ impl Segment {
         }
     }
 
+    /// The segments of twice as many partitions, from all of those that are, in order: each partition becomes two that are where it
+    /// is, and on the same way.
+    #[must_use]
+    pub fn split(all: &[Segment]) -> Vec<Segment> {
+        let both = |partition: &PartitionRecord| [partition.clone(), partition.clone()];
+        let partitions: Vec<PartitionRecord> =
+            all.iter().flat_map(|one| &one.partitions).flat_map(both).collect();
+        let ring_epoch = all.first().map_or(0, |segment| segment.ring_epoch);
+        let segments = (0..u16::MAX).zip(partitions.chunks(SEGMENT_PARTITIONS as usize));
+        segments.map(|(number, some)| Segment { ring_epoch, number, partitions: some.to_vec() }).collect()
+    }
+
     /// The bytes to keep.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -654,6 +666,24 @@ mod tests {
     }
 
     #[test]
+    fn partitions_are_split_where_they_are() {
+        let ring = balanced(&members(20), 3, 9, None);
+        for bits in 10..13 {
+            let mut segments = Segment::all_of(&ring);
+            for _ in 9..bits {
+                segments = Segment::split(&segments);
+            }
+            let finer = balanced(&members(20), 3, bits, Some(&ring));
+            let record = RingRecord { rules: finer.rules(), ..RingRecord::first(&ring) };
+            let split = ring_of(&record, &segments).unwrap();
+            for partition in 0..finer.rules().partitions() {
+                assert_eq!(split.stores(partition), ring.stores(partition >> (bits - 9)));
+            }
+            assert_eq!(Plan::between(&ring, &split, |_| 1).moves, []);
+        }
+    }
+
+    #[test]
     fn a_partition_moves_in_two_steps_of_an_epoch_each() {
         let [a, b, c, d] = [1, 2, 3, 4].map(store);
         let mut partition = PartitionRecord::settled(vec![a, b]);
@@ -680,7 +710,8 @@ mod tests {
 
     #[test]
     fn the_largest_records_fit_into_etcd() {
-        let zone = |number: u32| format!("{:0>width$}", number % MAX_ZONES as u32, width = MAX_ZONE_BYTES);
+        let zones = u32::try_from(MAX_ZONES).unwrap();
+        let zone = |number: u32| format!("{:0>width$}", number % zones, width = MAX_ZONE_BYTES);
         let count = u32::try_from(MAX_MEMBERS).unwrap();
         let members: Vec<Member> = (0..count).map(|number| member(number, &zone(number), 1)).collect();
         let ring =

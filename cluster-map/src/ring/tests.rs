@@ -266,6 +266,28 @@ proptest! {
         }
     }
 
+    /// Where zones leave room, a node that comes or goes moves no more than 1.05 times the theoretical minimum.
+    #[test]
+    fn a_node_that_comes_or_goes_moves_little(
+        capacities in prop::collection::vec(1..8u64, 8..60),
+        zones in prop_oneof![Just(0u32), 6..9u32],
+        copies in 1..=3u8,
+        which: Index,
+        capacity in 1..8u64,
+    ) {
+        let zone = |number: u32| if zones == 0 { String::new() } else { format!("z{}", number % zones) };
+        let members: Vec<Member> =
+            (0..).zip(&capacities).map(|(number, tib)| member(number, &zone(number), tib * TIB)).collect();
+        let ring = balanced(&members, copies, 11, None);
+        let grown = ring.change(vec![member(100, &zone(100), capacity * TIB)], &[]).unwrap();
+        let shrunk = ring.change(Vec::new(), &[members[which.index(members.len())].store]).unwrap();
+        for next in [grown, shrunk] {
+            assert_sound(&next);
+            let plan = plan(&ring, &next);
+            prop_assert!(moved_little(&plan), "{} moved, at least {}", plan.copies(), plan.least_moves);
+        }
+    }
+
     /// Any kind gives the same ring for the same members in any order.
     #[test]
     fn the_order_of_members_means_nothing(
