@@ -10,7 +10,7 @@ use cluster_map::{NodeId, StoreId};
 use serde::Serialize;
 
 use crate::cli::RingArgs;
-use crate::measure::now_ns;
+use crate::measure::{now_ns, thread_cpu_ns};
 use crate::units::human_bytes;
 
 /// What may move for each copy that must when members come and go, of the balanced ring.
@@ -128,8 +128,9 @@ struct Report {
 struct RingReport {
     change: String,
     stores: usize,
-    /// Median time to compute it.
+    /// Median time to compute it, and CPU time of that: on a machine with other load only the latter means something.
     compute_ms: f64,
+    compute_cpu_ms: f64,
     /// Copies on a store.
     copies_min: u32,
     copies_mean: f64,
@@ -276,20 +277,20 @@ fn measure(args: &RingArgs) -> anyhow::Result<Report> {
     };
     let mut rules = Rules { kind, copies: args.copies, partition_bits: args.partitions };
     let mut cluster = Cluster::new(args)?;
-    let (mut ring, compute_ms) = timed(args, rules, &cluster.members, None)?;
-    let mut rings = vec![describe("first".into(), &ring, compute_ms, None)];
+    let (mut ring, took) = timed(args, rules, &cluster.members, None)?;
+    let mut rings = vec![describe("first".into(), &ring, took, None)];
     let mut ok = true;
     for change in &args.change {
         cluster.change(*change)?;
         if let Change::Copies(copies) = change {
             rules.copies = *copies;
         }
-        let (next, compute_ms) =
+        let (next, took) =
             timed(args, rules, &cluster.members, Some(&ring)).with_context(|| format!("after {change}"))?;
         let moved = moved(&Plan::between(&ring, &next, |_| args.partition_bytes), &next);
         let is_membership = !matches!(change, Change::Copies(_));
         ok &= args.kind != KindName::Balanced || !is_membership || moved.over_least <= MOVED_OVER_LEAST;
-        rings.push(describe(change.to_string(), &next, compute_ms, Some(moved)));
+        rings.push(describe(change.to_string(), &next, took, Some(moved)));
         ring = next;
     }
     Ok(Report {
@@ -305,29 +306,40 @@ fn measure(args: &RingArgs) -> anyhow::Result<Report> {
     })
 }
 
-/// The ring, and the median time in milliseconds that it takes.
+/// What computing took, in milliseconds.
+#[derive(Debug, Clone, Copy)]
+struct Took {
+    wall_ms: f64,
+    cpu_ms: f64,
+}
+
+/// The ring, and the medians of what it took.
 fn timed(
     args: &RingArgs,
     rules: Rules,
     members: &[Member],
     before: Option<&Ring>,
-) -> Result<(Ring, f64), RingError> {
+) -> Result<(Ring, Took), RingError> {
     let once = || {
         let members = members.to_vec();
-        let start_ns = now_ns();
+        let (start_ns, cpu_start_ns) = (now_ns(), thread_cpu_ns());
         let ring = Ring::compute(rules, members, before)?;
-        Ok::<_, RingError>((ring, (now_ns() - start_ns) as f64 / 1e6))
+        let took = [now_ns() - start_ns, thread_cpu_ns() - cpu_start_ns];
+        Ok::<_, RingError>((ring, took))
     };
-    let (ring, first_ms) = once()?;
-    let mut times_ms = vec![first_ms];
+    let (ring, first) = once()?;
+    let mut took = vec![first];
     for _ in 1..args.repeat {
-        times_ms.push(once()?.1);
+        took.push(once()?.1);
     }
-    times_ms.sort_by(f64::total_cmp);
-    Ok((ring, times_ms[times_ms.len() / 2]))
+    let mut median_ms = |of: usize| {
+        took.sort_by_key(|took| took[of]);
+        took[took.len() / 2][of] as f64 / 1e6
+    };
+    Ok((ring, Took { wall_ms: median_ms(0), cpu_ms: median_ms(1) }))
 }
 
-fn describe(change: String, ring: &Ring, compute_ms: f64, moved: Option<Moved>) -> RingReport {
+fn describe(change: String, ring: &Ring, took: Took, moved: Option<Moved>) -> RingReport {
     let counts = ring.counts();
     let sum: u64 = counts.iter().map(|count| u64::from(*count)).sum();
     let capacity: f64 = ring.members().iter().map(|member| member.capacity_bytes as f64).sum();
@@ -342,7 +354,8 @@ fn describe(change: String, ring: &Ring, compute_ms: f64, moved: Option<Moved>) 
     RingReport {
         change,
         stores: counts.len(),
-        compute_ms,
+        compute_ms: took.wall_ms,
+        compute_cpu_ms: took.cpu_ms,
         copies_min: counts.iter().copied().min().unwrap_or(0),
         copies_mean: sum as f64 / counts.len() as f64,
         copies_max: counts.iter().copied().max().unwrap_or(0),
@@ -378,10 +391,11 @@ fn table(report: &Report) -> String {
     );
     let _ = writeln!(
         out,
-        "{:<14} {:>6} {:>10}  {:>23} {:>9} {:>7}  {:>7} {:>7} {:>6} {:>7} {:>10}",
+        "{:<14} {:>6} {:>8} {:>8} {:>20} {:>9} {:>7}  {:>7} {:>7} {:>7} {:>7} {:>9}",
         "change",
         "stores",
-        "compute",
+        "ms",
+        "CPU ms",
         "copies min/mean/max",
         "full/mean",
         "in zone",
@@ -394,10 +408,11 @@ fn table(report: &Report) -> String {
     for ring in &report.rings {
         let _ = write!(
             out,
-            "{:<14} {:>6} {:>7.1} ms  {:>23} {:>9.4} {:>7}",
+            "{:<14} {:>6} {:>8.1} {:>8.1} {:>20} {:>9.4} {:>7}",
             ring.change,
             ring.stores,
             ring.compute_ms,
+            ring.compute_cpu_ms,
             format!("{}/{:.1}/{}", ring.copies_min, ring.copies_mean, ring.copies_max),
             ring.fullest_over_mean,
             ring.partitions_twice_in_a_zone,
@@ -405,7 +420,7 @@ fn table(report: &Report) -> String {
         if let Some(moved) = &ring.moved {
             let _ = write!(
                 out,
-                "  {:>7} {:>7} {:>6.3} {:>6.2}% {:>10}",
+                "  {:>7} {:>7} {:>7.3} {:>6.2}% {:>9}",
                 moved.copies,
                 moved.copies_least,
                 moved.over_least,

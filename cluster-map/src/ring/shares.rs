@@ -144,6 +144,9 @@ impl Part {
 
 /// Deals a total in proportion to the weights, to each at most what it can take; together they can take it all.
 fn deal(total: u32, parts: &[Part]) -> Vec<u32> {
+    if parts.len() == 1 {
+        return vec![total];
+    }
     let sum = |level: u128| parts.iter().map(|part| part.share(level)).sum::<u128>();
     let (mut low, mut high) = (0, LEVEL_MAX);
     while high - low > 1 {

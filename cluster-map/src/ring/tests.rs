@@ -266,20 +266,24 @@ proptest! {
         }
     }
 
-    /// Where zones leave room, a node that comes or goes moves no more than 1.05 times the theoretical minimum.
+    /// Where nodes and zones leave room, a node that comes or goes moves no more than 1.05 times the theoretical minimum, which knows of no
+    /// limits.
     #[test]
     fn a_node_that_comes_or_goes_moves_little(
-        capacities in prop::collection::vec(1..8u64, 8..60),
+        capacities in prop::collection::vec(1..5u64, 12..60),
         zones in prop_oneof![Just(0u32), 6..9u32],
         copies in 1..=3u8,
         which: Index,
-        capacity in 1..8u64,
+        capacity in 1..5u64,
     ) {
         let zone = |number: u32| if zones == 0 { String::new() } else { format!("z{}", number % zones) };
+        let capacity_of = |tib: u64| if zones == 0 { tib * TIB } else { TIB };
+        let count = if zones == 0 { capacities.len() } else { capacities.len() / zones as usize * zones as usize };
+        let capacities = capacities.iter().take(count).map(|tib| capacity_of(*tib));
         let members: Vec<Member> =
-            (0..).zip(&capacities).map(|(number, tib)| member(number, &zone(number), tib * TIB)).collect();
+            (0..).zip(capacities).map(|(number, capacity)| member(number, &zone(number), capacity)).collect();
         let ring = balanced(&members, copies, 11, None);
-        let grown = ring.change(vec![member(100, &zone(100), capacity * TIB)], &[]).unwrap();
+        let grown = ring.change(vec![member(100, &zone(100), capacity_of(capacity))], &[]).unwrap();
         let shrunk = ring.change(Vec::new(), &[members[which.index(members.len())].store]).unwrap();
         for next in [grown, shrunk] {
             assert_sound(&next);
