@@ -249,7 +249,7 @@ impl Ring {
         Ok(Ring { rules, members, owners })
     }
 
-    /// The ring after members have come and gone, under the same rules, and what has to move for it.
+    /// The ring after members have come and gone, under the same rules; [`Plan::between`] says what has to move for it.
     ///
     /// # Errors
     /// As [`compute`](Self::compute), and where a store is added that is a member or removed that is none.
