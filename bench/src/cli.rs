@@ -41,6 +41,7 @@ Examples:
   torus-bench ceiling disk --file /var/tmp/f --size 1GiB --depth 32 --write --dsync
   torus-bench store --path /var/tmp/store --size 4GiB --mode both
   torus-bench store-open --path /dev/shm/store
+  torus-bench stages --bounds bench/instructions.json
   torus-bench ring --nodes 1000 --zones 10 --change add=1 --change remove=1";
 
 const RING_EXAMPLES: &str = "\
@@ -68,6 +69,8 @@ pub(crate) enum Command {
     /// Exit code 1: a change of members moved more than 1.05 times the minimum of the balanced ring.
     #[command(after_help = RING_EXAMPLES)]
     Ring(Box<RingArgs>),
+    /// Counts the instructions of a request's stages with valgrind, and holds them against bounds.
+    Stages(StagesArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -396,6 +399,19 @@ pub(crate) struct RingArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StagesArgs {
+    /// JSON with a bound for each stage, as --json prints the counts: exit code 1 if a count is more than 3 % above its own.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) bounds: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What valgrind runs: the requests, and nothing else.
+    #[arg(long, hide = true, num_args = 2, value_names = ["KIND", "BATCHES"])]
+    pub(crate) run: Vec<String>,
 }
 
 impl DiskArgs {

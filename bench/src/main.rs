@@ -9,6 +9,7 @@
 //! | [`ceiling`] | what link and disk reach alone |
 //! | [`store`] | what the extent store reaches beside the bare disk, and how it opens |
 //! | [`ring`] | how even rings are, and what moves between them |
+//! | [`stages`] | how many instructions a request takes, and where |
 //! | [`report`], [`measure`] | what came out, and what it cost |
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ mod load;
 mod measure;
 mod report;
 mod ring;
+mod stages;
 mod station;
 mod store;
 mod units;
@@ -73,6 +75,10 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Store(args) => measure_store(args),
         Command::StoreOpen(args) => store::opening::run(&args.path, args.json),
         Command::Ring(args) => ring::run(args),
+        Command::Stages(args) => match args.run.as_slice() {
+            [kind, batches] => stages::serve(kind, batches).map(|()| true),
+            _ => stages::run(args.bounds.as_deref(), args.json),
+        },
     }
 }
 
