@@ -9,30 +9,32 @@
 //! `cargo bench -p torus-bench --bench exports`
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
-use std::collections::VecDeque;
+#[path = "../src/null_device.rs"]
+mod null_device;
+
 use std::hint::black_box;
 use std::process::{Command, ExitCode};
 
 use af_xdp::region::{Pool, Region, RegionConfig};
-use aoe_xdp::link::{RxFrame, Segment, Segments};
+use aoe_xdp::link::RxFrame;
 use aoe_xdp::target::{
     Action, AoePolicy, Export, ExportTable, Ingress, ON_ALL_INTERFACES, Route, respond, route,
 };
-use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, command};
+use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{ClusterId, ControlMap, CoreStats, DataMap, Geometry, NodeId};
 use rustix::time::{ClockId, clock_gettime};
 use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::{Backing, Served};
 use torus_dataplane::fairness::Limits;
 use torus_dataplane::replicating::Replicating;
-use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
+use torus_dataplane::serving::{Around, Arrival, Serving};
+use torus_dataplane::store::EXTENT_BYTES;
 use torus_dataplane::store::extent::format::Shape;
 use torus_dataplane::store::extent::fresh::FreshStore;
 use torus_dataplane::store::extent::shard::Object;
-use torus_dataplane::store::{Disk, Durable, EXTENT_BYTES};
 use torus_replication::terms::Site;
-use torus_uring::Blocks;
-use zerocopy::IntoBytes;
+
+use null_device::{BYTE, NullDevices, request_frame};
 
 const MANY: u32 = 10_000;
 const LIMITS: Limits = Limits { requests: 1024, clients: 1024, device_depth: 128 };
@@ -40,55 +42,10 @@ const LIMITS: Limits = Limits { requests: 1024, clients: 1024, device_depth: 128
 const BATCH: u64 = 32;
 const BATCHES: u32 = 2_000;
 const ROUNDS: usize = 31;
-/// What every byte is that was written.
-const BYTE: u8 = 1;
 /// Batches of the two counted runs; their difference leaves the start out.
 const COUNTED: [u32; 2] = [100, 1_100];
 const INGRESS: Ingress =
     Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: 0, sectors_max: 16, sectors_told: 16 };
-
-/// Ends everything at once, and gives the one byte that was written everywhere.
-struct NullDevices {
-    pool: Pool,
-    ended: VecDeque<(u64, Blocks)>,
-}
-
-struct NullDisk<'d>(&'d mut NullDevices);
-
-impl Devices for &mut NullDevices {
-    fn pool(&mut self) -> &mut Pool {
-        &mut self.pool
-    }
-
-    fn device(&mut self, _store: usize) -> impl Disk {
-        NullDisk(self)
-    }
-
-    fn boot_ns(&self) -> u64 {
-        0
-    }
-}
-
-impl Disk for NullDisk<'_> {
-    fn read(&mut self, _offset_bytes: u64, mut blocks: Blocks, token: u64) {
-        for index in 0..blocks.len() {
-            self.0.pool.bytes_mut(blocks.get_mut(index)).fill(BYTE);
-        }
-        self.0.ended.push_back((token, blocks));
-    }
-
-    fn write(&mut self, _offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
-        self.0.ended.push_back((token, blocks));
-    }
-
-    fn sync(&mut self, token: u64) {
-        self.0.ended.push_back((token, Blocks::new()));
-    }
-
-    fn pool(&mut self) -> &mut Pool {
-        &mut self.0.pool
-    }
-}
 
 fn export(key: u32) -> Export {
     let [_, _, high, low] = key.to_be_bytes();
@@ -105,26 +62,6 @@ fn export(key: u32) -> Export {
         reserved_for: Vec::new(),
         allow: AoePolicy::default(),
     }
-}
-
-/// A frame that asks for one block; for a write with its data.
-fn frame(senders: &mut Pool, export: &Export, lba: u64, write: bool) -> RxFrame {
-    let client = Mac([0x02, 0, 0, 0, 0xc1, 1]);
-    let header = Header::request(export.mac, client, export.address, command::ATA, 1);
-    let head = AtaHead { header, arg: AtaArg::read_write_ext(lba, 8, write) };
-    let mut bytes = head.as_bytes().to_vec();
-    if write {
-        bytes.resize(bytes.len() + 4096, BYTE);
-    }
-    bytes.resize(bytes.len().max(FRAME_LEN_MIN), 0);
-    let mut segments = Segments::new();
-    for part in bytes.chunks(4096) {
-        let mut chunk = senders.take_chunk().unwrap();
-        senders.bytes_mut(&mut chunk)[..part.len()].copy_from_slice(part);
-        let len = u16::try_from(part.len()).unwrap();
-        segments.push(Segment { chunk, offset: 0, len }).unwrap();
-    }
-    RxFrame::new(segments)
 }
 
 /// A core that serves a number of exports, and the frames of a batch of reads of one of them.
@@ -163,11 +100,11 @@ impl Core {
         };
         let mut senders = region.pool(1).unwrap();
         let read = export(exports / 2);
-        let frames = (0..BATCH).map(|n| frame(&mut senders, &read, 8 * n, false));
+        let frames = (0..BATCH).map(|n| request_frame(&mut senders, &read, 8 * n, 8, None).unwrap());
         let frames = frames.collect();
         let mut core = Core {
             serving,
-            devices: NullDevices { pool: region.pool(0).unwrap(), ended: VecDeque::with_capacity(1024) },
+            devices: NullDevices::new(region.pool(0).unwrap()),
             senders,
             table: ExportTable::new((0..exports).map(export).collect()).unwrap(),
             served: (0..exports).map(served).collect(),
@@ -187,7 +124,7 @@ impl Core {
 
     /// Writes a block, so that the export has an extent, and the block something to read.
     fn write(&mut self, export: &Export, lba: u64) {
-        let write = frame(&mut self.senders, export, lba, true);
+        let write = request_frame(&mut self.senders, export, lba, 8, Some(BYTE)).unwrap();
         let reads = std::mem::replace(&mut self.frames, vec![write]);
         self.run(1);
         for segment in std::mem::replace(&mut self.frames, reads).into_iter().flat_map(RxFrame::into_segments)
@@ -218,8 +155,8 @@ impl Core {
                         }
                     }
                 } else if serving.start_next(&mut around) {
-                } else if let Some((token, blocks)) = around.devices.ended.pop_front() {
-                    serving.disk_ended(0, token, blocks, Ok(()), &mut around);
+                } else if let Some(ended) = around.devices.next_ended() {
+                    serving.disk_ended(0, ended.token, ended.blocks, Ok(()), &mut around);
                 } else if serving.turn_stores(&mut around) {
                 } else {
                     break;

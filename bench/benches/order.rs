@@ -9,29 +9,30 @@
 //! `cargo bench -p torus-bench --bench order`
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
-use std::collections::VecDeque;
+#[path = "../src/null_device.rs"]
+mod null_device;
+
 use std::hint::black_box;
 use std::process::ExitCode;
 
 use af_xdp::region::{Pool, Region, RegionConfig};
-use aoe_xdp::link::{RxFrame, Segment, Segments};
+use aoe_xdp::link::RxFrame;
 use aoe_xdp::order::{Access, RangeOrder, RequestId};
 use aoe_xdp::target::{Action, AoePolicy, Export, Ingress, Io, ON_ALL_INTERFACES, respond};
-use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, command};
+use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{ClusterId, ControlMap, CoreStats, DataMap, Geometry, NodeId};
 use rustix::time::{ClockId, clock_gettime};
 use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::{Backing, Served};
 use torus_dataplane::fairness::Limits;
 use torus_dataplane::replicating::Replicating;
-use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
+use torus_dataplane::serving::{Around, Arrival, Serving};
 use torus_dataplane::store::extent::format::Shape;
 use torus_dataplane::store::extent::fresh::FreshStore;
 use torus_dataplane::store::extent::shard::Object;
-use torus_dataplane::store::{Disk, Durable};
 use torus_replication::terms::Site;
-use torus_uring::Blocks;
-use zerocopy::IntoBytes;
+
+use null_device::{BYTE, NullDevices, request_frame};
 
 const REQUESTS_MAX: u32 = 1024;
 const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: REQUESTS_MAX, device_depth: 128 };
@@ -39,60 +40,11 @@ const LIMITS: Limits = Limits { requests: REQUESTS_MAX, clients: REQUESTS_MAX, d
 const BATCH: usize = 32;
 const BATCHES: usize = 4_000;
 const ROUNDS: usize = 15;
-/// What every byte of the volume is.
-const BYTE: u8 = 1;
 const VOLUME_SECTORS: u64 = 1 << 17;
 /// Room for the volume and the store's tables.
 const DEVICE_BYTES: u64 = 128 << 20;
 const ADDRESS: Address = Address { shelf: 1, slot: 1 };
 const EXPORT_MAC: Mac = Mac([0x02, 0, 0, 0, 0, 0x10]);
-
-/// Ends everything at once, when it is asked.
-struct NullDevices {
-    pool: Pool,
-    ended: VecDeque<(u64, Blocks)>,
-    requests: u64,
-}
-
-struct NullDisk<'d>(&'d mut NullDevices);
-
-impl Devices for &mut NullDevices {
-    fn pool(&mut self) -> &mut Pool {
-        &mut self.pool
-    }
-
-    fn device(&mut self, _store: usize) -> impl Disk {
-        NullDisk(self)
-    }
-
-    fn boot_ns(&self) -> u64 {
-        0
-    }
-}
-
-impl Disk for NullDisk<'_> {
-    fn read(&mut self, _offset_bytes: u64, mut blocks: Blocks, token: u64) {
-        self.0.requests += 1;
-        for index in 0..blocks.len() {
-            self.0.pool.bytes_mut(blocks.get_mut(index)).fill(BYTE);
-        }
-        self.0.ended.push_back((token, blocks));
-    }
-
-    fn write(&mut self, _offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
-        self.0.requests += 1;
-        self.0.ended.push_back((token, blocks));
-    }
-
-    fn sync(&mut self, token: u64) {
-        self.0.requests += 1;
-        self.0.ended.push_back((token, Blocks::new()));
-    }
-
-    fn pool(&mut self) -> &mut Pool {
-        &mut self.0.pool
-    }
-}
 
 /// A core without links and disks.
 struct Core {
@@ -121,11 +73,7 @@ impl Core {
         serving.open_store(0, store.shards.into_iter());
         let mut core = Core {
             serving,
-            devices: NullDevices {
-                pool: region.pool(0).unwrap(),
-                ended: VecDeque::with_capacity(8 * REQUESTS_MAX as usize),
-                requests: 0,
-            },
+            devices: NullDevices::new(region.pool(0).unwrap()),
             senders: region.pool(1).unwrap(),
             served: vec![Some(Served {
                 store: 0,
@@ -161,19 +109,8 @@ impl Core {
 
     /// A request as it is after the target has looked at its frame.
     fn request(&mut self, lba: u64, sectors: u8, write: bool, byte: u8) -> (Io, RxFrame) {
-        let client = Mac([0x02, 0, 0, 0, 0xc1, 1]);
-        let header = Header::request(self.export.mac, client, ADDRESS, command::ATA, 1);
-        let arg = AtaArg::read_write_ext(lba, sectors, write);
-        let mut bytes = AtaHead { header, arg }.as_bytes().to_vec();
-        bytes.resize(bytes.len() + usize::from(sectors) * if write { 512 } else { 0 }, byte);
-        bytes.resize(bytes.len().max(FRAME_LEN_MIN), 0);
-        let mut segments = Segments::new();
-        for part in bytes.chunks(4096) {
-            let mut chunk = self.senders.take_chunk().unwrap();
-            self.senders.bytes_mut(&mut chunk)[..part.len()].copy_from_slice(part);
-            segments.push(Segment { chunk, offset: 0, len: u16::try_from(part.len()).unwrap() }).unwrap();
-        }
-        let frame = RxFrame::new(segments);
+        let data = write.then_some(byte);
+        let frame = request_frame(&mut self.senders, &self.export, lba, sectors, data).unwrap();
         let ingress = Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: 0, sectors_max: 16, sectors_told: 16 };
         match respond(&self.export, &ingress, frame.head(self.senders.region()), frame.len()) {
             Action::Io(io) => (io, frame),
@@ -196,8 +133,8 @@ impl Core {
                     }
                 }
             } else if serving.start_next(&mut around) {
-            } else if let Some((token, blocks)) = around.devices.ended.pop_front() {
-                serving.disk_ended(0, token, blocks, Ok(()), &mut around);
+            } else if let Some(ended) = around.devices.next_ended() {
+                serving.disk_ended(0, ended.token, ended.blocks, Ok(()), &mut around);
             } else if serving.turn_stores(&mut around) {
             } else {
                 return;

@@ -9,7 +9,7 @@
 //! | [`ceiling`] | what link and disk reach alone |
 //! | [`store`] | what the extent store reaches beside the bare disk, and how it opens |
 //! | [`ring`] | how even rings are, and what moves between them |
-//! | [`stages`] | how many instructions a request takes, and where |
+//! | [`stages`], [`null_device`] | how many instructions a request takes, and where |
 //! | [`report`], [`measure`] | what came out, and what it cost |
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,7 @@ mod cli;
 mod initiator;
 mod load;
 mod measure;
+mod null_device;
 mod report;
 mod ring;
 mod stages;

@@ -574,7 +574,9 @@ impl<B> Replicas<B> {
             volume.durable.revision = revision.max(volume.durable.revision);
             volume.is_handed_back = false;
             if mutants::is(Mutant::PassedForgotten) {
-                self.passed.values_mut().for_each(|volumes| drop(volumes.remove(&key.1)));
+                for volumes in self.passed.values_mut() {
+                    volumes.remove(&key.1);
+                }
             }
             self.survey(key, from, id, generation);
         } else {

@@ -3,29 +3,28 @@
 //! Each stage of a request is a function of its own that the compiler may not take apart, so that what is spent below it can be
 //! told by its name. Frames of a batch ask for blocks that do not adjoin, in the way that random load does.
 
-use std::collections::VecDeque;
 use std::hint::black_box;
 
 use af_xdp::region::{Pool, Region, RegionConfig};
 use anyhow::{Context, bail, ensure};
-use aoe_xdp::link::{RxFrame, Segment, Segments};
+use aoe_xdp::link::RxFrame;
 use aoe_xdp::target::{
     Action, AoePolicy, Export, ExportTable, Ingress, Io, ON_ALL_INTERFACES, Route, respond, route,
 };
-use aoe_xdp::wire::{Address, AtaArg, AtaHead, FRAME_LEN_MIN, Header, Mac, command};
+use aoe_xdp::wire::{Address, Mac};
 use cluster_map::{ClusterId, ControlMap, CoreStats, DataMap, Geometry, NodeId};
 use torus_dataplane::clients::Clients;
 use torus_dataplane::exchange::{Backing, Served};
 use torus_dataplane::fairness::Limits;
 use torus_dataplane::replicating::Replicating;
-use torus_dataplane::serving::{Around, Arrival, Devices, Serving};
+use torus_dataplane::serving::{Around, Arrival, Serving};
+use torus_dataplane::store::BLOCK_BYTES;
 use torus_dataplane::store::extent::format::{EXTENT_BLOCKS, Shape};
 use torus_dataplane::store::extent::fresh::FreshStore;
 use torus_dataplane::store::extent::shard::Object;
-use torus_dataplane::store::{BLOCK_BYTES, Disk, Durable};
 use torus_replication::terms::Site;
-use torus_uring::Blocks;
-use zerocopy::IntoBytes;
+
+use crate::null_device::{BYTE, Ended, NullDevices, request_frame};
 
 /// Requests of a batch: a window of 32.
 pub(super) const BATCH: u32 = 32;
@@ -36,69 +35,8 @@ const STRIDE_BLOCKS: u32 = 347;
 const LIMITS: Limits = Limits { requests: 1024, clients: 64, device_depth: 128 };
 const SECTORS_PER_BLOCK: u64 = BLOCK_BYTES as u64 / 512;
 const DEVICE_BYTES: u64 = 128 << 20;
-/// What every byte is that was written.
-const BYTE: u8 = 1;
 const INGRESS: Ingress =
     Ingress { mac: Mac([2, 0, 0, 0, 0, 9]), ordinal: 0, sectors_max: 16, sectors_told: 16 };
-
-/// Ends everything at once, and keeps nothing.
-struct NullDevices {
-    pool: Pool,
-    ended: VecDeque<Ended>,
-}
-
-struct Ended {
-    token: u64,
-    blocks: Blocks,
-    is_read: bool,
-}
-
-impl NullDevices {
-    /// The next disk request that has ended. What the disk itself does is no stage's work, so it is done here.
-    fn next_ended(&mut self) -> Option<Ended> {
-        let mut ended = self.ended.pop_front()?;
-        if ended.is_read {
-            for index in 0..ended.blocks.len() {
-                self.pool.bytes_mut(ended.blocks.get_mut(index)).fill(BYTE);
-            }
-        }
-        Some(ended)
-    }
-}
-
-struct NullDisk<'d>(&'d mut NullDevices);
-
-impl Devices for &mut NullDevices {
-    fn pool(&mut self) -> &mut Pool {
-        &mut self.pool
-    }
-
-    fn device(&mut self, _store: usize) -> impl Disk {
-        NullDisk(self)
-    }
-
-    fn boot_ns(&self) -> u64 {
-        0
-    }
-}
-
-impl Disk for NullDisk<'_> {
-    fn read(&mut self, _offset_bytes: u64, blocks: Blocks, token: u64) {
-        self.0.ended.push_back(Ended { token, blocks, is_read: true });
-    }
-
-    fn write(&mut self, _offset_bytes: u64, blocks: Blocks, _until: Durable, token: u64) {
-        self.0.ended.push_back(Ended { token, blocks, is_read: false });
-    }
-
-    fn sync(&mut self, token: u64) {
-        self.0.ended.push_back(Ended { token, blocks: Blocks::new(), is_read: false });
-    }
-
-    fn pool(&mut self) -> &mut Pool {
-        &mut self.0.pool
-    }
-}
 
 /// Finds the export of a frame and decides what it asks.
 #[inline(never)]
@@ -187,7 +125,7 @@ impl Core {
         let backing = Backing::Layer(Object { shard: 0, number: 0 });
         let mut core = Core {
             serving,
-            devices: NullDevices { pool: region.pool(0)?, ended: VecDeque::with_capacity(1024) },
+            devices: NullDevices::new(region.pool(0)?),
             senders: region.pool(1)?,
             table,
             served: vec![Some(Served { store: 0, backing, owner: 0 })],
@@ -210,11 +148,13 @@ impl Core {
     }
 
     fn frames(&mut self, export: &Export, kind: Kind) -> anyhow::Result<Vec<Vec<RxFrame>>> {
-        let block = |request: u32| u64::from(request * STRIDE_BLOCKS % EXTENT_BLOCKS);
+        let write = (kind == Kind::Write).then_some(BYTE);
+        let mut frame = |request: u32| {
+            let block = u64::from(request * STRIDE_BLOCKS % EXTENT_BLOCKS);
+            request_frame(&mut self.senders, export, block * SECTORS_PER_BLOCK, 8, write)
+        };
         let batch = |batch: u32| batch * BATCH..(batch + 1) * BATCH;
-        (0..BATCHES)
-            .map(|number| batch(number).map(|at| frame(&mut self.senders, export, block(at), kind)).collect())
-            .collect()
+        (0..BATCHES).map(|number| batch(number).map(&mut frame).collect()).collect()
     }
 
     /// Serves so many batches.
@@ -263,25 +203,4 @@ fn export() -> Export {
         reserved_for: Vec::new(),
         allow: AoePolicy::default(),
     }
-}
-
-/// A frame that asks for one block; for a write with its data.
-fn frame(senders: &mut Pool, export: &Export, block: u64, kind: Kind) -> anyhow::Result<RxFrame> {
-    let client = Mac([0x02, 0, 0, 0, 0xc1, 1]);
-    let header = Header::request(export.mac, client, export.address, command::ATA, 1);
-    let arg = AtaArg::read_write_ext(block * SECTORS_PER_BLOCK, 8, kind == Kind::Write);
-    let head = AtaHead { header, arg };
-    let mut bytes = head.as_bytes().to_vec();
-    if kind == Kind::Write {
-        bytes.resize(bytes.len() + BLOCK_BYTES, BYTE);
-    }
-    bytes.resize(bytes.len().max(FRAME_LEN_MIN), 0);
-    let mut segments = Segments::new();
-    for part in bytes.chunks(BLOCK_BYTES) {
-        let mut chunk = senders.take_chunk().context("no frame memory is left")?;
-        senders.bytes_mut(&mut chunk)[..part.len()].copy_from_slice(part);
-        let segment = Segment { chunk, offset: 0, len: u16::try_from(part.len())? };
-        ensure!(segments.push(segment).is_ok(), "a frame has too many segments");
-    }
-    Ok(RxFrame::new(segments))
 }
