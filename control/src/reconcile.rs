@@ -198,7 +198,7 @@ fn wished_changes(view: &View, node: NodeId, published: &Desired, observed: &Obs
         if !by_its_head || volume.record.state == VolumeState::Purging {
             return None;
         }
-        let after = heads.record.changed(&wish.eject, &wish.join)?;
+        let after = heads.record.changed(&wish.eject, &wish.join)?.following(&heads.record, heads.revision);
         Some((keys::heads(wish.volume), heads.revision, encode(&after)))
     });
     let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);

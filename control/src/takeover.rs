@@ -238,6 +238,7 @@ pub fn batches(view: &View, node: NodeId, due: &[VolumeId]) -> Vec<Batch> {
     for volume in due {
         let Some(Entry { record, revision }) = view.heads.get(volume) else { continue };
         let Some(after) = record.taken_over(node) else { continue };
+        let after = after.following(record, *revision);
         let is_forced = is_to_be_fenced(view, *volume, record);
         let vetoers = if is_forced { BTreeSet::new() } else { vetoers(record, node) };
         let one =

@@ -802,7 +802,7 @@ fn durable_of(state: &ReplicaState) -> Durable {
     Durable {
         generation: Generation { takeover: state.takeover, start: state.start },
         head: state.head,
-        revision: state.revision,
+        edition: state.revision,
         epochs: epochs.collect(),
     }
 }
@@ -814,7 +814,7 @@ fn state_of(durable: &Durable) -> Option<ReplicaState> {
         takeover: durable.generation.takeover,
         start: durable.generation.start,
         head: durable.head,
-        revision: durable.revision,
+        revision: durable.edition,
         epochs: Epochs::new(epochs.collect())?,
     })
 }

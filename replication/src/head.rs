@@ -7,7 +7,8 @@
 //! * `leaving` – it hands over to another head that is wished for.
 //!
 //! Invariants (I1, I5 to I9):
-//! * A request is begun, and answered, only while grants of every needed owner of its extents cover the volume.
+//! * A request is begun, and answered, only while grants of every needed owner of its extents cover the volume, and when each of them keeps
+//!   durably that the record says so since this edition (I14): whoever is in sync can tell a record of the past.
 //! * A write is answered well only when every needed owner has it durably; it holds its blocks until everybody it was sent to, learners
 //!   included, has answered or left. Nothing else touches a block meanwhile.
 //! * A member leaves only by the volume's record. Its mark is below every write that it may miss.
@@ -229,6 +230,8 @@ pub struct Head<B> {
     /// When an idle head last said what is stable.
     stable_told: Version,
     leaving: Leaving,
+    /// Since which edition the record has had these members, in sync as they are.
+    members_since: u64,
     outputs: VecDeque<Output<B>>,
     end: Option<End>,
 }
@@ -240,6 +243,7 @@ impl<B> Head<B> {
         let mut head = Head {
             node,
             generation,
+            members_since: membership.record().edition,
             membership,
             peers: BTreeMap::new(),
             ops: BTreeMap::new(),
@@ -298,10 +302,11 @@ impl<B> Head<B> {
             && needed.all(|owner| self.is_granted_by(owner, grants, now_ns))
     }
 
-    /// Whether an owner has the generation open, and a grant of its node covers that.
+    /// Whether an owner has the generation open, by a record that has the members of the present one, and a grant of its node covers that.
     fn is_granted_by(&self, owner: &Owner, grants: &Grants, now_ns: u64) -> bool {
-        let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
-        opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
+        let Some(peer) = self.peers.get(&owner.member) else { return false };
+        let has_record = peer.has_record_of(self.members_since) || mutants::is(Mutant::RecordNotKept);
+        has_record && peer.opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
     }
 
     /// Extents that are being made equal, or are to be, on copies that are in sync and on those that are being brought up to date.
@@ -586,6 +591,9 @@ impl<B> Head<B> {
             return;
         }
         let before = self.membership.record().clone();
+        if (&record.partitions, &record.stale) != (&before.partitions, &before.stale) {
+            self.members_since = record.edition;
+        }
         self.membership.settle(record);
         self.follow_record(&before, memory);
         self.advance(grants, memory);
@@ -1032,7 +1040,7 @@ impl<B> Head<B> {
         memory: &mut impl Memory<Blocks = B>,
     ) -> Option<(Ask<B>, Option<Extent>)> {
         let (ask, extent) = match purport {
-            Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
+            Purport::Open => return Some((Ask::Open { edition: self.membership.record().edition }, None)),
             Purport::List { from, .. } => return Some((Ask::List { from }, None)),
             Purport::Stable => return Some((Ask::Stable, None)),
             Purport::Close => return Some((Ask::Close, None)),
@@ -1105,7 +1113,11 @@ impl<B> Head<B> {
         let (partition, epoch) = extent.map_or((0, Epoch(0)), |extent| self.membership.epoch(extent));
         let stable = self.stable();
         let (volume, generation) = (self.membership.volume, self.generation);
-        let Some(peer) = self.peers.get(&member) else { return };
+        let edition = self.membership.record().edition;
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        if purport == Purport::Open {
+            peer.told_edition = edition;
+        }
         let request = Request { to: member, volume, generation, partition, epoch, id, stable, ask };
         self.outputs.push_back(Output::Send(peer.site, request));
     }

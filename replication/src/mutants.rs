@@ -44,6 +44,8 @@ pub enum Mutant {
     RenewAfterOpen,
     /// What grants cover no longer is forgotten once the higher generation is open.
     PassedForgotten,
+    /// A head does not wait until those in sync keep a record that changes who is.
+    RecordNotKept,
     /// A grant counts from when it came.
     GrantFromReply,
     /// No grant is needed.
@@ -88,7 +90,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 39] = [
+    pub const ALL: [Mutant; 40] = [
         Mutant::MarkRaised,
         Mutant::RetireWithoutFence,
         Mutant::OwnerCompleteAtOnce,
@@ -111,6 +113,7 @@ impl Mutant {
         Mutant::RestartWithoutQuarantine,
         Mutant::RenewAfterOpen,
         Mutant::PassedForgotten,
+        Mutant::RecordNotKept,
         Mutant::GrantFromReply,
         Mutant::NoGrant,
         Mutant::GrantsUncheckedAtReply,

@@ -514,6 +514,7 @@ impl World {
                 stale: BTreeMap::new(),
                 min_copies: 0,
                 is_moving: false,
+                edition: 1,
             };
             records.push(record);
         }

@@ -103,7 +103,7 @@ impl Metadata {
 
     pub(super) fn replace(&mut self, volume: usize, mut record: Record) -> Record {
         self.revision += 1;
-        record.revision = self.revision;
+        (record.revision, record.edition) = (self.revision, record.edition + 1);
         self.records[volume] = record.clone();
         record
     }
