@@ -232,6 +232,8 @@ pub struct Head<B> {
     leaving: Leaving,
     /// Since which edition the record has had these members, in sync as they are.
     members_since: u64,
+    /// It has been able to answer.
+    has_served: bool,
     outputs: VecDeque<Output<B>>,
     end: Option<End>,
 }
@@ -261,6 +263,7 @@ impl<B> Head<B> {
             survey_at_ns: 0,
             stable_told: Version(0),
             leaving: Leaving::No { until_ns: 0 },
+            has_served: false,
             outputs: VecDeque::new(),
             end: None,
         };
@@ -329,18 +332,18 @@ impl<B> Head<B> {
         self.ops.is_empty() && self.jobs.is_empty() && self.unequal.is_empty() && self.repairs.is_empty()
     }
 
-    /// Whether time and grants mean nothing to it: everybody that it reaches is open, nothing is asked or to be made equal, and all have
+    /// Whether time and grants mean nothing to it: it has been able to answer, everybody that it reaches is open, nothing is asked or to be made equal, and all have
     /// been told that everything is stable.
     #[must_use]
     pub(crate) fn is_resting(&self) -> bool {
         let rests = |member: &Member| {
             self.peers.get(member).is_none_or(|peer| {
-                let is_missing = !peer.was_opened && self.membership.is_needed_somewhere(*member);
                 let is_to_learn = peer.is_open() && self.membership.is_behind_somewhere(*member);
-                peer.is_resting() && !is_missing && !is_to_learn
+                peer.is_resting() && !is_to_learn
             })
         };
         self.is_quiet()
+            && self.has_served
             && self.retry_at_ns == u64::MAX
             && !self.is_leaving()
             && !self.membership.record().is_moving
@@ -566,6 +569,7 @@ impl<B> Head<B> {
         if self.has_left() && !mutants::is(Mutant::HandedBackEarly) {
             return;
         }
+        self.has_served = self.has_served || self.is_serving(grants, now_ns);
         self.eject_the_silent(grants);
         if now_ns >= self.survey_at_ns {
             self.survey_at_ns = now_ns + RETRY_NS;

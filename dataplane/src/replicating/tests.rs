@@ -199,6 +199,8 @@ struct Cluster {
     record: Record,
     /// Which cores are cut off from the others.
     cut: [bool; 3],
+    /// Whose grants get lost.
+    ungranting: Option<usize>,
     /// On the way, in order.
     travelling: VecDeque<Travelling>,
     next_token: u32,
@@ -222,6 +224,7 @@ impl Cluster {
             cores: (0..3).map(Core::new).collect(),
             record,
             cut: [false; 3],
+            ungranting: None,
             travelling: VecDeque::new(),
             next_token: 0,
             model: HashMap::new(),
@@ -337,6 +340,9 @@ impl Cluster {
     fn deliver(&mut self, from: usize, to: usize, is_question: bool, head: &[u8], bytes: &[u8]) {
         let (header, body) = head.split_first_chunk::<HEADER_BYTES>().unwrap();
         let frame = Header::decode(header).unwrap().decode_body(body).unwrap();
+        if matches!(frame, Frame::GrantAnswer(_)) && self.ungranting == Some(from) {
+            return;
+        }
         let pool = &mut self.cores[to].devices.pool;
         let mut blocks = take_blocks(pool, bytes.len() / BLOCK_BYTES).unwrap();
         for (at, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
@@ -627,6 +633,21 @@ fn another_head_takes_over_when_the_grants_have_run_out() {
     assert_eq!(gone, Some(Err(StoreError::NoHead)), "its head has ended");
     assert!(cluster.cores[0].replicating.ended().contains_key(&VOLUME));
     cluster.assert_equal_copies();
+}
+
+#[test]
+fn who_is_gone_after_it_has_opened_is_left_out_though_nothing_is_asked() {
+    let mut cluster = Cluster::new();
+    cluster.ungranting = Some(2);
+    cluster.take_over(0);
+    cluster.pass(100 * MS);
+    let is_serving =
+        |cluster: &Cluster| cluster.cores[0].replicating.is_serving(VOLUME, cluster.cores[0].devices.boot_ns);
+    assert!(!is_serving(&cluster), "one has opened and granted nothing");
+    cluster.set_cut(2, true);
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.record.stale.keys().copied().collect::<Vec<_>>(), [member(2)]);
+    assert!(is_serving(&cluster));
 }
 
 #[test]

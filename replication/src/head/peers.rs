@@ -441,10 +441,10 @@ impl<B> Head<B> {
         }
     }
 
-    /// Whether something waits that a partition of this member has a part in. Everything does before it has opened: until then nobody is
-    /// told that there is a head, so that nothing is asked of it.
+    /// Whether something waits that a partition of this member has a part in. Everything does before it could answer for the first time:
+    /// until then nobody is told that there is a head, so that nothing is asked of it.
     fn is_wanted(&self, member: Member) -> bool {
-        if self.peers.get(&member).is_some_and(|peer| !peer.was_opened) {
+        if !self.has_served {
             return true;
         }
         let owns = |extent: Extent| self.membership.owns(member, extent);
