@@ -305,6 +305,12 @@ impl<B> Head<B> {
             && needed.all(|owner| self.is_granted_by(owner, grants, now_ns))
     }
 
+    /// Whether it has been able to answer at some time.
+    #[must_use]
+    pub fn has_served(&self) -> bool {
+        self.has_served
+    }
+
     /// Whether an owner has the generation open, by a record that has the members of the present one, and a grant of its node covers that.
     fn is_granted_by(&self, owner: &Owner, grants: &Grants, now_ns: u64) -> bool {
         let Some(peer) = self.peers.get(&owner.member) else { return false };

@@ -651,6 +651,20 @@ fn who_is_gone_after_it_has_opened_is_left_out_though_nothing_is_asked() {
 }
 
 #[test]
+fn a_head_that_could_answer_for_a_moment_is_told_of() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xface));
+    cluster.take_over(0);
+    cluster.work();
+    cluster.set_cut(2, true);
+    cluster.pass(100 * MS);
+    assert!(cluster.cores[0].replicating.has_opened(VOLUME));
+    let waits = cluster.write(0, &mut random);
+    assert!(cluster.take_answer(0, waits).is_none());
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+}
+
+#[test]
 fn a_restarted_replica_knows_what_it_has_opened() {
     let (mut cluster, mut random) = (Cluster::new(), Random(0xf00d));
     cluster.take_over(0);
