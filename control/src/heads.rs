@@ -439,6 +439,7 @@ mod tests {
         let of_head = Record {
             partitions: partitions.collect(),
             revision: desired.revision,
+            edition: desired.edition,
             takeover: desired.takeover,
             head: Some(record.head),
             stale: desired.stale.iter().map(|s| (member(s.member), Version(s.mark))).collect(),

@@ -773,6 +773,36 @@ async fn a_vigil_waits_for_those_before_and_for_heads_that_were_just_named() {
     assert_eq!(look, at(2 * PATIENCE));
 }
 
+/// What replicas tell a record of the past by (I14).
+#[tokio::test]
+async fn every_change_of_a_record_counts_and_one_from_before_counts_from_its_revision() {
+    let meta = replicated().await;
+    let edition = |seen: &View| (heads(seen).edition, desired(seen, heads(seen).head.0[0]).heads[0].edition);
+    let first = view(&meta).await;
+    assert_eq!(edition(&first), (1, 1));
+    for txn in changes_for(&first, 1, wish(&first, &[(3, 5)], &[])) {
+        meta.txn(txn).await.unwrap();
+    }
+    assert_eq!(edition(&view(&meta).await), (2, 2), "an ejection");
+    move_to(&meta, "n2").await.unwrap();
+    assert_eq!(edition(&view(&meta).await), (3, 3), "a wish for another head");
+    follow_moves(&meta, &mut Moves::default(), 1, true, 0).await;
+    let moved = view(&meta).await;
+    assert_eq!((heads(&moved).head, edition(&moved)), (node_id(2), (4, 4)));
+    // A record of before changes were counted.
+    let former = HeadsRecord { edition: 0, ..heads(&moved).clone() };
+    let mut value: serde_json::Value = serde_json::from_slice(&encode(&former)).unwrap();
+    value.as_object_mut().unwrap().remove("edition").unwrap();
+    meta.txn(Txn::new().put(keys::heads(volume_id(1)), value.to_string().into_bytes())).await.unwrap();
+    let former = view(&meta).await;
+    let revision = former.heads[&volume_id(1)].revision.0.unsigned_abs();
+    assert_eq!(edition(&former), (0, revision));
+    for batch in takeover::batches(&former, node_id(1), &[volume_id(1)]) {
+        takeover::commit(&meta, &batch).await.unwrap();
+    }
+    assert_eq!(edition(&view(&meta).await), (revision + 1, revision + 1));
+}
+
 #[tokio::test]
 async fn a_silent_head_is_replaced_once_and_the_new_one_serves() {
     let meta = replicated().await;

@@ -314,8 +314,8 @@ impl<B> Head<B> {
     /// Whether an owner has the generation open, by a record that has the members of the present one, and a grant of its node covers that.
     fn is_granted_by(&self, owner: &Owner, grants: &Grants, now_ns: u64) -> bool {
         let Some(peer) = self.peers.get(&owner.member) else { return false };
-        let has_record = peer.has_record_of(self.members_since) || mutants::is(Mutant::RecordNotKept);
-        has_record && peer.opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
+        peer.has_record_of(self.members_since)
+            && peer.opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
     }
 
     /// Extents that are being made equal, or are to be, on copies that are in sync and on those that are being brought up to date.

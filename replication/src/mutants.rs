@@ -44,8 +44,6 @@ pub enum Mutant {
     RenewAfterOpen,
     /// What grants cover no longer is forgotten once the higher generation is open.
     PassedForgotten,
-    /// A head does not wait until those in sync keep a record that changes who is.
-    RecordNotKept,
     /// A grant counts from when it came.
     GrantFromReply,
     /// No grant is needed.
@@ -90,7 +88,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 40] = [
+    pub const ALL: [Mutant; 39] = [
         Mutant::MarkRaised,
         Mutant::RetireWithoutFence,
         Mutant::OwnerCompleteAtOnce,
@@ -113,7 +111,6 @@ impl Mutant {
         Mutant::RestartWithoutQuarantine,
         Mutant::RenewAfterOpen,
         Mutant::PassedForgotten,
-        Mutant::RecordNotKept,
         Mutant::GrantFromReply,
         Mutant::NoGrant,
         Mutant::GrantsUncheckedAtReply,
