@@ -65,6 +65,7 @@ fn plan(rng: &mut Rng) -> Plan {
         replicated: 0,
         chunks: [32, 96, 600][rng.index(3)],
         longest: [3, 8, 40][rng.index(3)],
+        longs: 24,
         objects: 1 + rng.below(4) as u32,
         extents: 1 + rng.below(3) as u32,
         steps: 100 + rng.below(200) as u32,
