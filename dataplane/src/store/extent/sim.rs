@@ -235,6 +235,48 @@ fn slots_that_change_hands_survive_every_crash() {
     ]);
 }
 
+/// Streams, mostly: runs that go beside the journal, in extents with two slots and back to one, in stores that are full of them.
+#[test]
+fn runs_beside_the_journal_survive_every_crash() {
+    let lab = explore("runs_beside_the_journal_survive_every_crash", 30_000, |rng| {
+        let plan = plan(rng);
+        let (objects, extents) = (1 + rng.below(2) as u32, 1 + rng.below(2) as u32);
+        // Some extents are written in place at times; where most are, whole ones go too.
+        let replicated = [0, 0, 0, 1, 4][rng.index(5)];
+        Plan {
+            shards: 1 + rng.below(2) as u16,
+            objects,
+            extents,
+            // From too few for all extents to enough for two each.
+            slots: objects * extents + 1 + rng.below(u64::from(2 + objects * extents)) as u32,
+            chunks: [60, 96, 600][rng.index(3)],
+            longest: [6, 12, 24][rng.index(3)],
+            longs: 1 + rng.below(3),
+            concurrent: 1 + rng.index(10),
+            replicated,
+            atomic: rng.one_in(2),
+            unmaps: if replicated > 1 { 8 } else { [0, 12, 24][rng.index(3)] },
+            persists: 60,
+            ..plan
+        }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("blocks beside the journal", lab.coverage.redirected, 3500),
+        ("blocks to a second slot", lab.coverage.redirected_to_twins, 1200),
+        ("slots that became vacant", lab.coverage.vacated, 150),
+        ("blocks moved to the other slot", lab.coverage.moved_blocks, 700),
+        ("blocks without data moved", lab.coverage.moved_states, 20),
+        ("blocks not moved since something else was done", lab.coverage.blocks_not_moved, 20),
+        ("moves that failed", lab.coverage.failed_moves, 1),
+        ("extents with two slots found after a crash", lab.coverage.twins_after_crash, 4000),
+        ("ones in the activity log", lab.coverage.active_twins_after_crash, 100),
+        ("torn tails", lab.coverage.torn_tails, 1000),
+        ("full stores", lab.coverage.no_space, 5),
+        ("checkpoints", lab.coverage.checkpoints, 500),
+    ]);
+}
+
 #[test]
 fn long_writes_and_scarce_memory_survive_every_crash() {
     let lab = explore("long_writes_and_scarce_memory_survive_every_crash", 8000, |rng| {
