@@ -96,6 +96,12 @@ impl Half {
         self.sums.iter().all(|sum| *sum == Sum::ABSENT)
     }
 
+    /// How many blocks lie in it.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.sums.iter().filter(|sum| **sum != Sum::ABSENT).count()
+    }
+
     /// Whether it is the extent's, and is going to be.
     #[must_use]
     pub fn stays(&self) -> bool {
@@ -114,6 +120,8 @@ pub struct Extent {
     pub halves: [Option<Half>; 2],
     /// The highest version written; changed by [`Extents::wrote`].
     pub version: u64,
+    /// The batch that gave it its first slot; 0 where a checkpoint has it.
+    pub begun_lsn: u64,
     /// Its layer's place among the layers.
     layer: u32,
     /// What it knows differs from the sum pages that the last durable checkpoint names.
@@ -304,7 +312,10 @@ impl Extents {
     pub fn take_half(&mut self, id: ExtentId, at: u8) -> Half {
         let extent = self.get_mut(id);
         let half = extent.halves[usize::from(at)].take().expect("a slot of the extent");
-        assert!(half.reads_in_flight == 0 && half.writes_in_flight == 0, "a slot goes after its last request");
+        assert!(
+            half.reads_in_flight == 0 && half.writes_in_flight == 0,
+            "a slot goes after its last request"
+        );
         assert!(half.ended || extent.ended, "a slot goes when that is durable");
         if extent.ended && extent.halves.iter().all(Option::is_none) {
             self.places[id.0 as usize] = None;
@@ -437,9 +448,8 @@ impl Extent {
     /// If it has none.
     #[must_use]
     pub fn home(&self) -> u8 {
-        let position = |wanted: fn(&Half) -> bool| {
-            self.halves.iter().position(|half| half.as_ref().is_some_and(wanted))
-        };
+        let position =
+            |wanted: fn(&Half) -> bool| self.halves.iter().position(|half| half.as_ref().is_some_and(wanted));
         let at = position(Half::stays).or_else(|| position(|_| true)).expect("an extent has a slot");
         u8::from(at == 1)
     }
@@ -532,6 +542,7 @@ impl Extent {
             number,
             halves: [Some(Half::new(free, lsn)), None],
             version: 0,
+            begun_lsn: lsn,
             layer: 0,
             dirty: false,
             active: false,

@@ -1035,18 +1035,20 @@ impl Record {
         let (first, second) = (raw.first.get(), raw.second.get());
         let blocks = u16::try_from(EXTENT_BLOCKS).expect("1024");
         match (raw.kind, raw.flags) {
-            (kind::SET, 0 | IN_JOURNAL | FRESH_PLACE) if block < blocks && Sum(first).is_data() => Ok(Record::Set {
-                slot,
-                block,
-                sum: Sum(first),
-                before: Sum(second),
-                version: raw.version.get(),
-                data: match raw.flags {
-                    IN_JOURNAL => DataAt::Journal,
-                    FRESH_PLACE => DataAt::FreshPlace,
-                    _ => DataAt::Place,
-                },
-            }),
+            (kind::SET, 0 | IN_JOURNAL | FRESH_PLACE) if block < blocks && Sum(first).is_data() => {
+                Ok(Record::Set {
+                    slot,
+                    block,
+                    sum: Sum(first),
+                    before: Sum(second),
+                    version: raw.version.get(),
+                    data: match raw.flags {
+                        IN_JOURNAL => DataAt::Journal,
+                        FRESH_PLACE => DataAt::FreshPlace,
+                        _ => DataAt::Place,
+                    },
+                })
+            }
             (kind::ALLOCATE, 0) => Ok(Record::Allocate { slot, object: first, extent: second }),
             (kind::FREE, 0 | GOES_ON) => Ok(Record::Free {
                 slot,

@@ -19,8 +19,8 @@ use cluster_map::{ClusterId, NodeId, StoreId, VolumeId};
 use super::catalog::Catalog;
 use super::extents::{Extent, Half, fresh_page};
 use super::format::{
-    BLOCK, BatchHeader, COUNT_END, CheckpointHeader, DataAt, DEVICE_BYTES_MIN, ENTRY_BYTES, EXTENT_BLOCKS, Entry,
-    Epochs, JournalName, LayerState, RECORD_BYTES, RECORDS_MAX, Record, ReplicaState, Segment, Shape,
+    BLOCK, BatchHeader, COUNT_END, CheckpointHeader, DEVICE_BYTES_MIN, DataAt, ENTRY_BYTES, EXTENT_BLOCKS,
+    Entry, Epochs, JournalName, LayerState, RECORD_BYTES, RECORDS_MAX, Record, ReplicaState, Segment, Shape,
     ShardName, Sum, Superblock, decode_batch, decode_page, encode_batch, encode_page,
 };
 use super::recovery::{self, Findings, Image, Medium, RecoveryError};
@@ -394,7 +394,8 @@ fn record(layout: &Superblock, input: &mut Input<'_>) -> (Record, Option<u8>) {
             (Record::Allocate { slot, object, extent }, None)
         }
         4 => {
-            let (object, extent, goes_on) = (input.below(4).into(), input.below(4).into(), what >> 3 & 1 == 1);
+            let (object, extent, goes_on) =
+                (input.below(4).into(), input.below(4).into(), what >> 3 & 1 == 1);
             (Record::Free { slot, object, extent, goes_on, version: input.byte().into() }, None)
         }
         5 => {
@@ -443,7 +444,8 @@ fn write_batch(media: &Media<'_>, shard: u16, writer: &mut Writer, input: &mut I
     let (records, data): (Vec<Record>, Vec<Option<u8>>) =
         std::iter::from_fn(|| (!input.0.is_empty()).then(|| record(layout, input))).take(count).unzip();
     for (record, content) in records.iter().zip(&data) {
-        let (&Record::Set { slot, block, data: DataAt::FreshPlace, .. }, Some(content)) = (record, content) else {
+        let (&Record::Set { slot, block, data: DataAt::FreshPlace, .. }, Some(content)) = (record, content)
+        else {
             continue;
         };
         if slot < layout.slots() && !has(twist::TORN) {
@@ -1000,7 +1002,10 @@ mod tests {
         for (name, bytes) in seeds() {
             let reached = store(&bytes);
             let refused = match name {
-                "device-gap" | "device-contradiction" | "device-beyond" | "device-hollow-data"
+                "device-gap"
+                | "device-contradiction"
+                | "device-beyond"
+                | "device-hollow-data"
                 | "device-twice" => 1,
                 "device-strange-batches" => 2,
                 _ => 0,

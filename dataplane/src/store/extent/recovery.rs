@@ -17,8 +17,9 @@ use std::collections::BTreeMap;
 
 use super::extents::{Extent, ExtentId, Extents, FoldMap, FreeSlot, Half};
 use super::format::{
-    BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, DataAt, ENTRY_BYTES, EXTENT_BLOCKS, Entry, FormatError,
-    JournalName, LayerState, RECORD_BYTES, Record, ShardName, Sum, Superblock, decode_batch, decode_page,
+    BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, DataAt, ENTRY_BYTES, EXTENT_BLOCKS, Entry,
+    FormatError, JournalName, LayerState, RECORD_BYTES, Record, ShardName, Sum, Superblock, decode_batch,
+    decode_page,
 };
 use super::shard::{JournalState, Recovered, ScrubProgress};
 use crate::device::AlignedBuffer;
@@ -445,10 +446,12 @@ impl<'m, M: Medium> Reader<'m, M> {
             }
         }
         fresh.sort_unstable_by_key(|(slot, block, _)| (*slot, *block));
-        let mut buffer = AlignedBuffer::new(if fresh.is_empty() { 0 } else { WINDOW_BLOCKS as usize * BLOCK_BYTES });
+        let mut buffer =
+            AlignedBuffer::new(if fresh.is_empty() { 0 } else { WINDOW_BLOCKS as usize * BLOCK_BYTES });
         let mut rest = fresh.as_slice();
         while let Some(&(slot, first, _)) = rest.first() {
-            let is_next = |(next, (other, block, _)): &(u16, &(u32, u16, Sum))| *other == slot && block == next;
+            let is_next =
+                |(next, (other, block, _)): &(u16, &(u32, u16, Sum))| *other == slot && block == next;
             let len = (first..).zip(rest).take(WINDOW_BLOCKS as usize).take_while(is_next).count();
             let (run, behind) = rest.split_at(len);
             rest = behind;
@@ -495,8 +498,8 @@ impl<'m, M: Medium> Reader<'m, M> {
         let mut by_slot: FoldMap<u32, (ExtentId, u8)> = FoldMap::default();
         let mut unreadable: Vec<(ExtentId, u8)> = Vec::new();
         let mut lost_blocks = 0;
-        let kept = table.entries.into_iter().filter(|entry| !hands.has(entry.slot));
-        let kept: Vec<Entry> = kept.collect();
+        let (left, kept): (Vec<Entry>, Vec<Entry>) =
+            table.entries.into_iter().partition(|entry| hands.has(entry.slot));
         let pages = self.read_pages(&kept)?;
         for (entry, page) in kept.iter().zip(pages) {
             let is_whole = page.is_some();
@@ -538,6 +541,15 @@ impl<'m, M: Medium> Reader<'m, M> {
             };
             extents.get_mut(id).dirty = true;
             by_slot.insert(*slot, (id, at));
+        }
+        // What is said of an extent as a whole is true of it in its other slot too.
+        for entry in left.iter().filter(|entry| hands.lives((entry.object, entry.extent))) {
+            let Some(id) = extents.find(entry.object, entry.extent) else { continue };
+            let extent = extents.wrote(id, entry.version);
+            extent.active |= entry.active;
+            if extent.live().all(|(_, half)| hands.has(half.slot)) {
+                extent.hollow = entry.hollow;
+            }
         }
 
         for state in table.states {
@@ -772,6 +784,11 @@ impl Hands {
         self.changes.contains_key(&slot)
     }
 
+    /// Whether an extent does not end any more.
+    fn lives(&self, key: Key) -> bool {
+        self.ends.get(&key).is_none_or(|ends| *ends == 0)
+    }
+
     /// Whom the next record concerns.
     fn pass(&mut self, record: &Record) -> Holder {
         let Some(slot) = record.slot() else { return Holder::Gone };
@@ -794,8 +811,7 @@ impl Hands {
             return Holder::Last;
         }
         let holder = self.holders.get(&slot).copied().flatten();
-        let goes_on = |key: &Key| self.ends.get(key).is_none_or(|ends| *ends == 0);
-        holder.filter(goes_on).map_or(Holder::Gone, Holder::Former)
+        holder.filter(|key| self.lives(*key)).map_or(Holder::Gone, Holder::Former)
     }
 }
 

@@ -578,8 +578,11 @@ impl Shard {
         }
         // What waits for a slot or for memory looks again soon: others give them back.
         let gathers = !self.ready.is_empty() || self.has_gathered();
-        let goes_on =
-            gathers || self.releases_are_due() || self.twins_are_due() || !self.unsent.is_empty() || self.checkpoint.is_in_progress();
+        let goes_on = gathers
+            || self.releases_are_due()
+            || self.twins_are_due()
+            || !self.unsent.is_empty()
+            || self.checkpoint.is_in_progress();
         let stands = self.in_flight == 0 && goes_on;
         let waits = stands || !self.starved.is_empty();
         let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);

@@ -109,8 +109,6 @@ pub(super) struct Batch {
     pub(super) journaled: usize,
     /// How many of those follow the block before them.
     pub(super) neighbours: usize,
-    /// Some data were redirected: see [`super::twins`].
-    pub(super) redirects: bool,
     /// Device writes that have not ended.
     parts_in_flight: u32,
     /// Its parts are durable after a sync, which has not ended.
@@ -136,7 +134,6 @@ impl Batch {
             log_is_full: false,
             journaled: 0,
             neighbours: 0,
-            redirects: false,
             parts_in_flight: 0,
             unsynced: false,
             synced_placed_lsn: 0,
@@ -190,39 +187,27 @@ impl Batch {
                 Applied::Set { extent, block, chunk: Some(_), .. } => Some((*extent, *block)),
                 _ => None,
             };
-            let follows = before.is_some_and(|(extent, block): (ExtentId, u16)| place == Some((extent, block + 1)));
+            let follows =
+                before.is_some_and(|(extent, block): (ExtentId, u16)| place == Some((extent, block + 1)));
             self.neighbours += usize::from(follows);
             before = place;
         }
         assert!(self.packing.units() <= RECORDS_MAX, "what is redirected leaves room");
     }
 
-    /// Whether data of an extent were redirected.
-    pub(super) fn redirects_in(&self, id: ExtentId) -> bool {
-        self.redirects && self.redirected(id).next().is_some()
-    }
-
-    /// Whether a block was redirected to that one of its extent's slots.
-    pub(super) fn redirects_to(&self, id: ExtentId, block: u16, half: u8) -> bool {
-        self.redirects && self.redirected(id).any(|place| place == (half, block))
-    }
-
-    /// Slots and blocks of an extent that data were redirected to.
-    fn redirected(&self, id: ExtentId) -> impl Iterator<Item = (u8, u16)> {
-        let all = self.records.iter().zip(&self.applied);
-        all.filter_map(move |(record, applied)| match (record, applied) {
-            (Record::Set { data: DataAt::FreshPlace, .. }, Applied::Set { extent, half, block, .. })
-                if *extent == id =>
-            {
-                Some((*half, *block))
-            }
+    /// Extents that data were redirected in.
+    fn redirected(&self) -> impl Iterator<Item = ExtentId> {
+        self.records.iter().zip(&self.applied).filter_map(|(record, applied)| match (record, applied) {
+            (Record::Set { data: DataAt::FreshPlace, .. }, Applied::Set { extent, .. }) => Some(*extent),
             _ => None,
         })
     }
 
     /// Whether a slot is given to an extent.
     pub(super) fn gives(&self, id: ExtentId) -> bool {
-        self.applied.iter().any(|applied| matches!(applied, Applied::Allocated { extent, .. } if *extent == id))
+        self.applied
+            .iter()
+            .any(|applied| matches!(applied, Applied::Allocated { extent, .. } if *extent == id))
     }
 
     /// The versions of what it has of an extent.
@@ -277,7 +262,7 @@ impl Batch {
         self.records.clear();
         self.packing = Packing::default();
         self.sets = 0;
-        (self.journaled, self.neighbours, self.redirects) = (0, 0, false);
+        (self.journaled, self.neighbours) = (0, 0);
         self.unsynced = false;
         self.in_flight = false;
         self.failure = None;
@@ -354,12 +339,19 @@ impl Shard {
             // new one behind a header that never lands could complete it: so its header is overwritten alone, first. What opening
             // overwrites is the header of one whose data are not whole.
             self.begin_mark(disk);
-            if !self.batch.in_flight {
-                return;
-            }
+        }
+        if !self.begun {
+            // Nor may what the last one named be written before.
+            return;
         }
         self.gather(disk, outcomes);
-        if self.batch.in_flight || !self.has_gathered() {
+        if self.batch.in_flight {
+            return;
+        }
+        if !self.has_gathered() {
+            if self.twins.wants_mark() {
+                self.begin_mark(disk);
+            }
             return;
         }
         if let Some(header) = self.take_reserved(disk.pool()) {
@@ -427,9 +419,8 @@ impl Shard {
         // From the last one to the first, so that they are taken from the end.
         beside.sort_unstable_by_key(|beside| Reverse((beside.extent, beside.half, beside.block)));
         while let Some(&Beside { extent: id, half, block: first_block, .. }) = beside.last() {
-            let is_next = |(next, other): &(u16, &Beside)| {
-                (other.extent, other.half, other.block) == (id, half, *next)
-            };
+            let is_next =
+                |(next, other): &(u16, &Beside)| (other.extent, other.half, other.block) == (id, half, *next);
             let longest = beside.len().min(BLOCKS_LONG_MAX);
             let run = (first_block..).zip(beside.iter().rev().take(longest)).take_while(is_next).count();
             let mut blocks = self.list_for(run);
@@ -581,6 +572,7 @@ impl Shard {
         if !self.batch.records.is_empty() {
             self.last_record_lsn = lsn;
         }
+        self.twins.proved(self.batch.redirected());
         let mut applied = std::mem::take(&mut self.batch.applied);
         for change in applied.drain(..) {
             self.apply(change, lsn, disk, outcomes);

@@ -148,7 +148,8 @@ impl Shard {
                 !extent.ended && (begun || is_first())
             };
             let extent = self.extents.at(id.0).map(|(_, extent)| extent).filter(|extent| wanted(extent));
-            let Some((at, _)) = extent.and_then(|extent| extent.live().find(|(_, half)| is_fresh(half))) else {
+            let Some((at, _)) = extent.and_then(|extent| extent.live().find(|(_, half)| is_fresh(half)))
+            else {
                 self.checkpoint.at += 1;
                 self.checkpoint.begun = false;
                 continue;
@@ -206,8 +207,17 @@ impl Shard {
         table.clear();
         table.resize(BLOCK_BYTES, 0);
         let mut entries = 0;
-        let slots = self.extents.iter().flat_map(|(_, extent)| extent.live().map(move |(_, half)| (extent, half)));
-        for (extent, half) in slots.filter(|(_, half)| half.allocated_lsn <= self.checkpoint.snapshot_lsn) {
+        let (snapshot_lsn, durable_lsn) = (self.checkpoint.snapshot_lsn, self.journal.lsn);
+        let slots = self.extents.iter().flat_map(|(_, extent)| {
+            // Where all that an extent has was given to it later, its former slot has gone since, and what is true of it as a whole must
+            // stand somewhere. The page of such a slot is not looked at: its allocation is behind the checkpoint.
+            let goes_on = extent.begun_lsn <= snapshot_lsn
+                && extent.live().all(|(_, half)| half.allocated_lsn > snapshot_lsn);
+            let end_lsn = if goes_on { durable_lsn } else { snapshot_lsn };
+            let slots = extent.live().map(move |(_, half)| (extent, half));
+            slots.filter(move |(_, half)| half.allocated_lsn <= end_lsn)
+        });
+        for (extent, half) in slots {
             let which = half.which ^ u8::from(half.next_page_crc.is_some());
             let page_crc = half.next_page_crc.unwrap_or(half.page_crc);
             let entry = Entry {

@@ -6,10 +6,12 @@
 //!   They are in the batch in the making, or in the next to be sent: so a crash leaves at most one batch that names such data, the
 //!   last one, and opening holds them against their sums.
 //! * What the last batch names is not written again before another batch is durable: a redirected write of it goes to the other slot,
-//!   and no region is in the activity log, nor enters it with that batch, of which the batch has such data.
+//!   one through the journal goes to its place after its batch, and one in place waits for a batch that proves the last one.
 //! * A slot in which no block lies any more goes with a batch of its own that nothing else of the extent is in.
 //! * The slot beside an extent's first one counts as one on its way back: a store is not full while one of them can be had. Where slots
 //!   run short, or an extent has rested, its smaller half goes to the other slot through the journal, as any write.
+
+use std::collections::VecDeque;
 
 use torus_uring::Blocks;
 
@@ -30,12 +32,17 @@ const SLOTS_LEFT: usize = if cfg!(test) { 1 } else { 16 };
 const SLOTS_SHORT: usize = if cfg!(test) { 0 } else { 4 };
 /// How long nothing is redirected in an extent before it is brought into one slot.
 const REST_NS: u64 = if cfg!(test) { 300_000_000 } else { 1_000_000_000 };
+/// The same where few blocks are left to be moved, and how many those are: what a stream has left behind.
+const SHORT_REST_NS: u64 = if cfg!(test) { 100_000_000 } else { 50_000_000 };
+const LEFT_BLOCKS: usize = if cfg!(test) { 2 } else { 32 };
+/// Streams whose end is known.
+const STREAMS: usize = 2 * TWINS_MAX;
 /// How often a shard looks whether slots have run short: others take them.
 const LOOK_NS: u64 = 20_000_000;
 /// Blocks that are moved in one go: few, since those who write them meanwhile wait.
 const MOVE_BLOCKS: u16 = if cfg!(test) { 2 } else { 32 };
 /// Units of a batch that a piece of a run may take in addition: both ends cut a run of records, and the slot has to be given.
-const UNITS_FOR_PIECE: usize = 5;
+pub(super) const UNITS_FOR_PIECE: usize = 5;
 
 /// An extent with two slots.
 #[derive(Debug)]
@@ -43,12 +50,25 @@ struct Twin {
     id: ExtentId,
     /// When something was redirected in it.
     written_ns: u64,
+    /// Whether few blocks lie in one of its slots, once it has rested for a moment.
+    has_few: Option<bool>,
     /// Blocks of this half, or the other, cannot be moved: one of them is bad.
     blocked: [bool; 2],
     /// A move of several blocks has failed: they go one by one.
     singly: bool,
     /// Its second slot counts as one on its way back.
     is_counted: bool,
+}
+
+impl Twin {
+    fn new(id: ExtentId, written_ns: u64) -> Twin {
+        Twin { id, written_ns, has_few: None, blocked: [false; 2], singly: false, is_counted: true }
+    }
+
+    /// When it has rested.
+    fn rests_at_ns(&self) -> u64 {
+        self.written_ns + if self.has_few == Some(false) { REST_NS } else { SHORT_REST_NS }
+    }
 }
 
 /// Blocks on their way from one half of an extent to the other.
@@ -106,14 +126,21 @@ pub(super) struct TwinState {
     /// One is, and the batches have something of its extent.
     again: bool,
     candidates: Vec<Candidate>,
+    /// Extents in which the last durable batch redirected something.
+    unproved: Vec<ExtentId>,
+    /// A write in place waits for the next one.
+    wants_mark: bool,
+    /// Layers and blocks of them before which the last redirected runs ended.
+    ends: VecDeque<(u32, u64)>,
+    /// When the last one was redirected.
+    redirected_ns: u64,
     /// Slots given in the making of the batch.
     given: Vec<(Record, Applied)>,
 }
 
 impl TwinState {
     pub(super) fn new(twins: impl Iterator<Item = ExtentId>) -> TwinState {
-        let twin = |id| Twin { id, written_ns: 0, blocked: [false; 2], singly: false, is_counted: true };
-        let mut list: Vec<Twin> = twins.map(twin).collect();
+        let mut list: Vec<Twin> = twins.map(|id| Twin::new(id, 0)).collect();
         list.reserve(TWINS_MAX);
         TwinState {
             #[cfg(test)]
@@ -123,7 +150,34 @@ impl TwinState {
             moving: None,
             again: false,
             candidates: Vec::with_capacity(4 * RECORDS_MAX),
+            unproved: Vec::with_capacity(4 * RECORDS_MAX),
+            wants_mark: false,
+            ends: VecDeque::with_capacity(STREAMS),
+            redirected_ns: 0,
             given: Vec::with_capacity(TWINS_MAX),
+        }
+    }
+
+    /// Whether a write in place of an extent has to wait until another batch is durable, and asks for one.
+    pub(super) fn awaits_proof(&mut self, id: ExtentId) -> bool {
+        let awaits = self.unproved.contains(&id);
+        self.wants_mark |= awaits;
+        awaits
+    }
+
+    /// Whether a batch without records is to prove the last one.
+    pub(super) fn wants_mark(&self) -> bool {
+        self.wants_mark
+    }
+
+    /// A batch is durable that redirected something in these extents.
+    pub(super) fn proved(&mut self, redirected: impl Iterator<Item = ExtentId>) {
+        self.unproved.clear();
+        self.wants_mark = false;
+        for id in redirected {
+            if self.unproved.last() != Some(&id) {
+                self.unproved.push(id);
+            }
         }
     }
 
@@ -168,7 +222,9 @@ impl Shard {
     /// Takes runs of blocks out of the data that the batch in the making would take into the journal: they go beside it. With the last
     /// look before it is sent also shorter ones that go on where one ended.
     pub(super) fn redirect(&mut self, is_last: bool) {
-        let may_go_on = is_last && (!self.twins.list.is_empty() || self.next.redirects);
+        let may_go_on = is_last
+            && !self.twins.ends.is_empty()
+            && self.now_ns < self.twins.redirected_ns.saturating_add(REST_NS);
         let is_run = self.next.neighbours + 1 >= REDIRECT_BLOCKS / 2;
         if self.next.journaled == 0 || !(is_run || may_go_on) {
             return;
@@ -177,15 +233,21 @@ impl Shard {
         self.find_candidates(&mut candidates);
         candidates.sort_unstable();
         let before = self.next.journaled;
-        let mut rest = candidates.as_slice();
-        while let Some(&Candidate { extent: id, block: first, .. }) = rest.first() {
-            let is_next =
-                |(block, found): &(u16, &Candidate)| found.extent == id && found.block == *block;
-            let len = (first..).zip(rest).take_while(is_next).count();
-            let (run, behind) = rest.split_at(len);
-            rest = behind;
-            if len >= REDIRECT_BLOCKS || may_go_on {
-                self.redirect_run(id, run);
+        // Long runs first: short ones may go on where those end.
+        for is_long in [true, false] {
+            let mut rest = candidates.as_slice();
+            while let Some(&Candidate { extent: id, block: first, .. }) = rest.first() {
+                let is_next =
+                    |(block, found): &(u16, &Candidate)| found.extent == id && found.block == *block;
+                let len = (first..).zip(rest).take_while(is_next).count();
+                let (run, behind) = rest.split_at(len);
+                rest = behind;
+                if (len >= REDIRECT_BLOCKS) == is_long {
+                    self.redirect_run(id, run);
+                }
+            }
+            if !may_go_on {
+                break;
             }
         }
         candidates.clear();
@@ -206,8 +268,7 @@ impl Shard {
             if self.ops[op as usize].what == What::Move || is_on_its_way {
                 continue;
             }
-            let state = self.extents.get(extent);
-            if state.active || state.activating || state.ending {
+            if self.extents.get(extent).ending {
                 continue;
             }
             candidates.push(Candidate { extent, block, at });
@@ -221,23 +282,21 @@ impl Shard {
         while let Some(first) = rest.first() {
             let extent = self.extents.get(id);
             let target = target_of(extent, first.block, before);
-            let len = rest.iter().take_while(|one| target_of(extent, one.block, Some(target)) == target).count();
+            let len =
+                rest.iter().take_while(|one| target_of(extent, one.block, Some(target)) == target).count();
             let (piece, behind) = rest.split_at(len);
             rest = behind;
             before = Some(target);
-            if (run.len() >= REDIRECT_BLOCKS || self.goes_on(id, first.block, target)) && self.has_half(id, target)
-            {
+            if (run.len() >= REDIRECT_BLOCKS || self.goes_on(id, first.block)) && self.has_half(id, target) {
                 self.redirect_piece(id, target, piece);
             }
         }
     }
 
-    /// Whether the block before this one lies, or goes, where this one would go.
-    fn goes_on(&self, id: ExtentId, block: u16, target: u8) -> bool {
-        let Some(before) = block.checked_sub(1) else { return false };
+    /// Whether a run goes on with this block where a redirected one ended.
+    fn goes_on(&self, id: ExtentId, block: u16) -> bool {
         let extent = self.extents.get(id);
-        let lies = extent.is_twin() && extent.sum(before) != Sum::ABSENT && extent.half_of(before) == target;
-        lies || self.next.redirects_to(id, before, target)
+        self.twins.ends.contains(&(extent.object, block_of(extent, block)))
     }
 
     /// Whether an extent has that slot, or can be given one.
@@ -267,13 +326,7 @@ impl Shard {
         let extent = self.extents.get_mut(id);
         let (object, number) = (extent.object, extent.number);
         extent.add_half(half);
-        self.twins.list.push(Twin {
-            id,
-            written_ns: self.now_ns,
-            blocked: [false; 2],
-            singly: false,
-            is_counted: true,
-        });
+        self.twins.list.push(Twin::new(id, self.now_ns));
         let record = Record::Allocate { slot, object, extent: number };
         self.twins.given.push((record, Applied::Allocated { extent: id, op: None }));
         self.next.reserve_units(1);
@@ -295,7 +348,13 @@ impl Shard {
             self.next.beside.push(Beside { extent: id, half: to, block: candidate.block, chunk });
             self.next.journaled -= 1;
         }
-        self.next.redirects = true;
+        let extent = self.extents.get(id);
+        let (object, first) = (extent.object, block_of(extent, piece[0].block));
+        // The stream that it is of, or the one that has rested longest.
+        let stream = self.twins.ends.iter().position(|end| *end == (object, first));
+        self.twins.ends.remove(stream.unwrap_or(if self.twins.ends.len() == STREAMS { 0 } else { STREAMS }));
+        self.twins.ends.push_back((object, first + piece.len() as u64));
+        self.twins.redirected_ns = self.now_ns;
         self.next.reserve_units(UNITS_FOR_PIECE - 1);
         #[cfg(test)]
         {
@@ -304,7 +363,7 @@ impl Shard {
             self.twins.tally.to_twins += if is_twin { piece.len() as u64 } else { 0 };
         }
         if let Some(twin) = self.twins.list.iter_mut().find(|twin| twin.id == id) {
-            twin.written_ns = self.now_ns;
+            (twin.written_ns, twin.has_few) = (self.now_ns, None);
         }
     }
 
@@ -397,7 +456,7 @@ impl Shard {
             return None;
         }
         let waits = self.twins.list.iter().filter(|twin| twin.blocked != [true; 2]);
-        let first_ns = waits.map(|twin| twin.written_ns + REST_NS).min()?;
+        let first_ns = waits.map(Twin::rests_at_ns).min()?;
         let rests_at_ns = if self.closing { u64::MAX } else { first_ns };
         Some(rests_at_ns.min(self.now_ns + LOOK_NS).max(self.now_ns + LOOK_AGAIN_NS))
     }
@@ -413,7 +472,11 @@ impl Shard {
         }
         for at in 0..self.twins.list.len() {
             let twin = &self.twins.list[at];
-            if is_short || self.now_ns >= twin.written_ns + REST_NS {
+            let has_rested = self.now_ns >= twin.rests_at_ns();
+            if has_rested && twin.has_few.is_none() {
+                let few = |(_, half): (u8, &Half)| half.count() <= LEFT_BLOCKS;
+                self.twins.list[at].has_few = Some(self.extents.get(twin.id).live().any(few));
+            } else if is_short || has_rested {
                 self.begin_move(at, disk);
             }
             if self.twins.moving.is_some() {
@@ -430,19 +493,22 @@ impl Shard {
         if extent.ending || extent.ended || !extent.halves.iter().all(stays) {
             return;
         }
-        let has = |at: u8| extent.half(at).sums.iter().filter(|sum| **sum != Sum::ABSENT).count();
+        let has = |at: u8| extent.half(at).count();
         let Some(from) = [0, 1].into_iter().filter(|at| !blocked[usize::from(*at)]).min_by_key(|at| has(*at))
         else {
             return;
         };
         let sums = &extent.half(from).sums;
         let blocks = u16::try_from(EXTENT_BLOCKS).expect("1024");
+        // A look at the batches takes long: one at most for each block of a move.
         let is_free = |block: &u16| {
             sums[usize::from(*block)] != Sum::ABSENT
                 && !self.pending.contains_key(&(id.0, *block))
                 && !self.batches_touch(id, *block)
         };
-        let Some(first) = (0..blocks).find(is_free) else { return };
+        let looks = usize::from(2 * MOVE_BLOCKS);
+        let here = (0..blocks).filter(|block| sums[usize::from(*block)] != Sum::ABSENT);
+        let Some(first) = here.take(looks).find(is_free) else { return };
         let kind_of = |block: u16| Some(sums[usize::from(block)]).filter(|sum| !sum.is_data());
         let same = |block: &u16| is_free(block) && kind_of(*block) == kind_of(first);
         let most = if singly { 1 } else { MOVE_BLOCKS };
@@ -500,7 +566,12 @@ impl Shard {
     }
 
     /// The blocks to be moved were read: they wait for a batch.
-    pub(super) fn move_if_read(&mut self, at: u32, disk: &mut impl Disk, outcomes: &mut Vec<crate::store::Outcome>) {
+    pub(super) fn move_if_read(
+        &mut self,
+        at: u32,
+        disk: &mut impl Disk,
+        outcomes: &mut Vec<crate::store::Outcome>,
+    ) {
         let op = &mut self.ops[at as usize];
         let blocks = op.joined();
         if op.failure.is_none() {
@@ -559,8 +630,16 @@ impl Shard {
             } else {
                 let (count, hollow) = (1, false);
                 let record = Record::Clear { slot, block, count, state: sum, version, hollow };
-                let applied =
-                    Applied::Cleared { op: at, extent: id, half: to, block, count, state: sum, version, hollow };
+                let applied = Applied::Cleared {
+                    op: at,
+                    extent: id,
+                    half: to,
+                    block,
+                    count,
+                    state: sum,
+                    version,
+                    hollow,
+                };
                 self.next.record(record, applied);
             }
             self.ops[at as usize].queued += 1;
@@ -594,6 +673,11 @@ impl Shard {
             self.shared.end_giving_back();
         }
     }
+}
+
+/// A block of an extent, as its layer's.
+fn block_of(extent: &Extent, block: u16) -> u64 {
+    u64::from(extent.number) * u64::from(EXTENT_BLOCKS) + u64::from(block)
 }
 
 /// The slot that a block would be redirected to: the one in which it does not lie. What lies nowhere goes where the block before it

@@ -9,6 +9,7 @@ use torus_uring::Blocks;
 
 use super::batch::{Applied, Beside};
 use super::reading::locate;
+use super::twins::UNITS_FOR_PIECE;
 use super::{Copies, Op, Shard, What};
 use crate::store::extent::extents::{Extent, ExtentId};
 use crate::store::extent::format::{DataAt, EXTENT_BLOCKS, Record, Sum};
@@ -222,7 +223,8 @@ impl Shard {
             if op.queued == op.count {
                 return Taken::Whole;
             }
-            if !self.next.has_room_for(RECORDS_NEEDED) {
+            // What is left of a run that goes on in the next batch is to have room to be redirected.
+            if !self.next.has_room_for(RECORDS_NEEDED + 2 * UNITS_FOR_PIECE) {
                 return Taken::Part;
             }
             let Some((number, block)) = locate(op.first_block + u64::from(op.queued)) else {
@@ -248,15 +250,14 @@ impl Shard {
                 return Taken::Later;
             }
             if replicated && !self.extents.get(id).active {
-                if self.next.redirects_in(id) {
-                    // The region must not enter the log before another batch has proved what was redirected.
-                    return Taken::Later;
-                }
                 self.activate(id);
             }
             let in_place = replicated && self.atomic_blocks;
             if in_place && !self.extents.get(id).active {
                 // Its region must be in the log, durably, before the device sees the data.
+                return Taken::Later;
+            }
+            if in_place && self.twins.awaits_proof(id) {
                 return Taken::Later;
             }
             if !in_place && self.next.journaled >= data_max {
@@ -343,12 +344,7 @@ impl Shard {
             };
             let part = part_of_extent(number, &blocks);
             let extent = self.extents.get(id);
-            let enters_log = replicated && !extent.active;
-            if extent.ending
-                || extent.deactivating
-                || self.is_pending_in(id, &part)
-                || enters_log && self.next.redirects_in(id)
-            {
+            if extent.ending || extent.deactivating || self.is_pending_in(id, &part) {
                 return Taken::Later;
             }
             if replicated && !self.extents.get(id).active {
@@ -525,8 +521,7 @@ impl Shard {
                 let extent = self.extents.get(id);
                 // An end that is not durable is not to be acknowledged as one.
                 let waits = extent.ending
-                    || !ends && (replicated && extent.deactivating || self.is_pending_in(id, &gone))
-                    || !ends && replicated && !extent.active && self.next.redirects_in(id);
+                    || !ends && (replicated && extent.deactivating || self.is_pending_in(id, &gone));
                 let needed = if replicated { RECORDS_NEEDED } else { 2 };
                 let is_full = records >= UNMAP_RECORDS_MAX || !self.next.has_room_for(needed);
                 if !gone.is_empty() && (waits || is_full) {

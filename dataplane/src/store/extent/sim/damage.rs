@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::store::BLOCK_BYTES;
 use crate::store::extent::format::{
-    BLOCK, BatchHeader, CheckpointHeader, DataAt, EXTENT_BLOCKS, JournalName, LayerState, RECORDS_MAX, Record,
-    ReplicaState, ShardName, Sum, Superblock, decode_batch, encode_batch,
+    BLOCK, BatchHeader, CheckpointHeader, DataAt, EXTENT_BLOCKS, JournalName, LayerState, RECORDS_MAX,
+    Record, ReplicaState, ShardName, Sum, Superblock, decode_batch, encode_batch,
 };
 use crate::store::extent::recovery::{self, RecoveryError};
 

@@ -360,7 +360,8 @@ impl SimDisk {
             }
             if Self::fails(self.faults.rot, rng)
                 && !self.unproved.contains_key(&block)
-                && self.media.rot(block, rng.index(BLOCK_BYTES)) {
+                && self.media.rot(block, rng.index(BLOCK_BYTES))
+            {
                 self.injected += 1;
                 content = self.media.visible(block).map_or([0; BLOCK_BYTES], |data| **data);
             }
