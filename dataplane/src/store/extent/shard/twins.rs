@@ -28,8 +28,8 @@ const REDIRECT_BLOCKS: usize = if cfg!(test) { 3 } else { 32 };
 const TWINS_MAX: usize = if cfg!(test) { 2 } else { 8 };
 /// Slots that are left to extents that have none.
 const SLOTS_LEFT: usize = if cfg!(test) { 1 } else { 16 };
-/// Free slots with which those beside an extent's first one are wanted back at once.
-const SLOTS_SHORT: usize = if cfg!(test) { 0 } else { 4 };
+/// With fewer free slots those beside an extent's first one are wanted back at once.
+const SLOTS_SHORT: usize = if cfg!(test) { 1 } else { 5 };
 /// How long nothing is redirected in an extent before it is brought into one slot.
 const REST_NS: u64 = if cfg!(test) { 300_000_000 } else { 1_000_000_000 };
 /// The same where few blocks are left to be moved, and how many those are: what a stream has left behind.
@@ -466,7 +466,7 @@ impl Shard {
         if self.twins.moving.is_some() || self.twins.list.is_empty() {
             return;
         }
-        let is_short = self.shared.free.len() <= SLOTS_SHORT;
+        let is_short = self.shared.free.len() < SLOTS_SHORT;
         if self.closing && !is_short {
             return;
         }
