@@ -80,8 +80,6 @@ struct Moving {
     count: u16,
     /// Those that something else was done to since they were read, a bit for each.
     changed: u32,
-    /// Those that a batch has.
-    taken: u32,
 }
 
 const _: () = assert!(MOVE_BLOCKS as u32 <= u32::BITS);
@@ -197,12 +195,10 @@ impl TwinState {
         self.look
     }
 
-    /// Whether some of these blocks are on their way to another slot, in a batch that has not ended.
+    /// Whether some of these blocks are being read to be moved, or are on their way to another slot.
     pub(super) fn is_moving(&self, id: ExtentId, mut blocks: impl Iterator<Item = u16>) -> bool {
-        let Some(moving) = self.moving.as_ref().filter(|moving| moving.id == id && moving.taken != 0) else {
-            return false;
-        };
-        blocks.any(|block| moving.bit(block).is_some_and(|bit| moving.taken & bit != 0))
+        let moving = self.moving.as_ref().filter(|moving| moving.id == id);
+        moving.is_some_and(|moving| blocks.any(|block| moving.bit(block).is_some()))
     }
 
     fn forget(&mut self, id: ExtentId) -> Option<Twin> {
@@ -551,7 +547,7 @@ impl Shard {
         let mut op = Op::new(None, What::Move, extent.object, first_block, count.into());
         op.reading = u32::from(is_data);
         let at = u32::try_from(self.ops.insert(op)).expect("32 bits");
-        self.twins.moving = Some(Moving { id, from, first, count, changed: 0, taken: 0 });
+        self.twins.moving = Some(Moving { id, from, first, count, changed: 0 });
         if !is_data {
             self.ready.push_back(at);
             return;
@@ -643,9 +639,6 @@ impl Shard {
                 self.next.record(record, applied);
             }
             self.ops[at as usize].queued += 1;
-            if let Some(moving) = &mut self.twins.moving {
-                moving.taken |= 1 << index;
-            }
         }
         let op = &mut self.ops[at as usize];
         op.count = op.queued;
