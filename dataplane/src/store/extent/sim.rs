@@ -283,7 +283,6 @@ fn runs_beside_the_journal_survive_every_crash() {
         ("slots that became vacant", lab.coverage.vacated, 150),
         ("blocks moved to the other slot", lab.coverage.moved_blocks, 700),
         ("blocks without data moved", lab.coverage.moved_states, 20),
-        ("blocks not moved since something else was done", lab.coverage.blocks_not_moved, 20),
         ("moves that failed", lab.coverage.failed_moves, 1),
         ("extents with two slots found after a crash", lab.coverage.twins_after_crash, 4000),
         ("ones in the activity log", lab.coverage.active_twins_after_crash, 100),

@@ -105,8 +105,6 @@ pub struct TwinTally {
     pub moved: u64,
     /// Of those, blocks without data.
     pub moved_states: u64,
-    /// Blocks that were not moved, since something else was done to them.
-    pub left: u64,
     /// Slots that went since no block lay in them any more.
     pub vacated: u64,
     /// Moves that failed.
@@ -607,7 +605,6 @@ impl Shard {
             #[cfg(test)]
             {
                 let tally = &mut self.twins.tally;
-                tally.left += u64::from(!untouched);
                 tally.moved += u64::from(untouched);
                 tally.moved_states += u64::from(untouched && !is_data);
             }

@@ -104,7 +104,6 @@ pub(super) struct Coverage {
     pub(super) redirected_to_twins: u64,
     pub(super) moved_blocks: u64,
     pub(super) moved_states: u64,
-    pub(super) blocks_not_moved: u64,
     pub(super) failed_moves: u64,
     pub(super) vacated: u64,
     /// Extents with two slots, found after a crash.
@@ -1383,7 +1382,6 @@ impl World {
             lab.coverage.redirected_to_twins += tally.to_twins;
             lab.coverage.moved_blocks += tally.moved;
             lab.coverage.moved_states += tally.moved_states;
-            lab.coverage.blocks_not_moved += tally.left;
             lab.coverage.failed_moves += tally.failed;
             lab.coverage.vacated += tally.vacated;
         }
