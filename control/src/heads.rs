@@ -203,7 +203,7 @@ impl HeadsRecord {
         self.stale.iter().filter_map(|stale| self.members.get(usize::from(stale.member)))
     }
 
-    /// The record with some members called stale and others taken in again; `None` if that changes nothing, names a stranger,
+    /// The record with some members called stale, and others in sync and complete in all that they own; `None` if that changes nothing, names a stranger,
     /// or leaves too few in sync.
     #[must_use]
     pub fn changed(&self, eject: &[StaleMark], join: &[MemberId]) -> Option<Self> {
@@ -218,6 +218,9 @@ impl HeadsRecord {
         for coming in join {
             let member = self.index(*coming)?;
             after.stale.retain(|stale| stale.member != member);
+            for partition in &mut after.partitions {
+                partition.incomplete.retain(|incomplete| *incomplete != member);
+            }
         }
         let is_fit = |to: &NodeId| after.members_in_sync().any(|member| member.node == *to);
         after.move_to = after.move_to.filter(is_fit);
@@ -408,6 +411,7 @@ mod tests {
             owners: partition.owners.iter().map(owner).collect(),
         });
         let of_head = Record {
+            partitions: partitions.collect(),
             revision: desired.revision,
             takeover: desired.takeover,
             head: Some(record.head),
@@ -415,7 +419,7 @@ mod tests {
             min_copies: desired.min_copies,
             is_moving: desired.is_moving,
         };
-        Membership::new(desired.volume, partitions.collect(), of_head, None)
+        Membership::new(desired.volume, of_head, None)
     }
 
     fn arbitrary_record() -> impl Strategy<Value = HeadsRecord> {
