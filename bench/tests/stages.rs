@@ -1,7 +1,5 @@
 //! What a request costs, in instructions, against the committed bounds. Needs valgrind.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
-
 use std::path::Path;
 use std::process::Command;
 

@@ -392,7 +392,7 @@ fn moves(random: &mut Random) -> Plan {
                 script.extend([Step::NoMetadata(0), wait(random, 500, 3_500), Step::MetadataAway(false)]);
             }
             2 => {
-                script.extend([Step::Kill(who, power_off(random)), wait(random, 50, 3_000), Step::Boot(who)])
+                script.extend([Step::Kill(who, power_off(random)), wait(random, 50, 3_000), Step::Boot(who)]);
             }
             3 => script.push(Step::Restart(who)),
             4 => script.push(Step::TakeOver(who)),

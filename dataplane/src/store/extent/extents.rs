@@ -293,7 +293,7 @@ impl Extents {
         ExtentId(place)
     }
 
-    /// Makes an extent unfindable: its end is durable. It keeps its place until it is [removed](Extents::remove).
+    /// Makes an extent unfindable: its end is durable. It keeps its place until [its last slot is taken](Extents::take_half).
     pub fn end(&mut self, id: ExtentId) {
         let extent = self.get_mut(id);
         assert!(!extent.ended, "an extent ends once");
