@@ -64,6 +64,7 @@ fn plan(rng: &mut Rng) -> Plan {
         replicated: 0,
         chunks: [32, 96, 600][rng.index(3)],
         longest: [3, 8, 40][rng.index(3)],
+        longs: 24,
         objects: 1 + rng.below(4) as u32,
         extents: 1 + rng.below(3) as u32,
         steps: 100 + rng.below(200) as u32,
@@ -100,12 +101,12 @@ fn a_sole_copy_survives_every_crash() {
         ("reads", lab.coverage.reads, 8000),
         ("digests", lab.coverage.digests, 1000),
         ("blocks in digests", lab.coverage.digested_data, 1000),
-        ("blocks in digests that wait for their place", lab.coverage.digests_of_pending, 80),
+        ("blocks in digests that wait for their place", lab.coverage.digests_of_pending, 60),
         ("absent blocks in digests", lab.coverage.digested_absent, 500),
         ("lost blocks in digests", lab.coverage.digested_lost, 4000),
         ("salvages", lab.coverage.salvages, 400),
         ("lost blocks", lab.coverage.lost, 30_000),
-        ("lost blocks whose data had not been put in place", lab.coverage.loses_of_pending, 50),
+        ("lost blocks whose data had not been put in place", lab.coverage.loses_of_pending, 20),
         ("lost blocks found after a crash", lab.coverage.found_lost, 1_000_000),
         ("refused reads of lost blocks", lab.coverage.refused_lost_reads, 50_000),
         ("refused merges into lost blocks", lab.coverage.refused_lost_merges, 500),
@@ -230,6 +231,63 @@ fn slots_that_change_hands_survive_every_crash() {
         ("unmaps", lab.coverage.unmaps, 250),
         ("unmaps of ranges", lab.coverage.trims, 250),
         ("writes that wait for a slot", lab.coverage.starved, 20),
+    ]);
+}
+
+/// Streams, mostly: runs that go beside the journal, in extents with two slots and back to one, in stores that are full of them.
+#[test]
+fn runs_beside_the_journal_survive_every_crash() {
+    let lab = explore("runs_beside_the_journal_survive_every_crash", 30_000, |rng| {
+        let plan = plan(rng);
+        let (objects, extents) = (1 + rng.below(2) as u32, 1 + rng.below(2) as u32);
+        if rng.one_in(4) {
+            // Extents that enter and leave the activity log, one at a time: in place and beside the journal by turns.
+            return Plan {
+                shards: 1,
+                objects: 3,
+                extents: 1,
+                slots: 7,
+                active_max: 1,
+                atomic: true,
+                replicated: 3,
+                longest: 5,
+                longs: 2,
+                unmaps: [0, 8][rng.index(2)],
+                concurrent: 1 + rng.index(5),
+                persists: 60,
+                ..plan
+            };
+        }
+        Plan {
+            shards: 1 + rng.below(2) as u16,
+            objects,
+            extents,
+            // From too few for all extents to enough for two each.
+            slots: objects * extents + 1 + rng.below(u64::from(2 + objects * extents)) as u32,
+            chunks: [60, 96, 600][rng.index(3)],
+            longest: [6, 12, 24][rng.index(3)],
+            longs: 1 + rng.below(6),
+            concurrent: 1 + rng.index(10),
+            replicated: [0, 0, 0, 1][rng.index(4)],
+            atomic: rng.one_in(2),
+            unmaps: [0, 12, 24][rng.index(3)],
+            persists: 60,
+            ..plan
+        }
+    });
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("blocks beside the journal", lab.coverage.redirected, 3500),
+        ("blocks to a second slot", lab.coverage.redirected_to_twins, 1200),
+        ("slots that became vacant", lab.coverage.vacated, 150),
+        ("blocks moved to the other slot", lab.coverage.moved_blocks, 700),
+        ("blocks without data moved", lab.coverage.moved_states, 20),
+        ("moves that failed", lab.coverage.failed_moves, 1),
+        ("extents with two slots found after a crash", lab.coverage.twins_after_crash, 4000),
+        ("ones in the activity log", lab.coverage.active_twins_after_crash, 100),
+        ("torn tails", lab.coverage.torn_tails, 1000),
+        ("full stores", lab.coverage.no_space, 5),
+        ("checkpoints", lab.coverage.checkpoints, 500),
     ]);
 }
 

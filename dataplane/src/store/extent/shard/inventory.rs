@@ -29,6 +29,18 @@ impl Shard {
         place.is_some_and(|place| self.pending.contains_key(&place))
     }
 
+    /// What was done with extents that have two slots.
+    #[cfg(test)]
+    pub fn twin_tally(&self) -> super::twins::TwinTally {
+        self.twins.tally
+    }
+
+    /// How many second slots do not come back by themselves.
+    #[cfg(test)]
+    pub fn blocked_twins(&self) -> usize {
+        self.twins.blocked()
+    }
+
     /// How many extents wait for the stable mark to end.
     #[cfg(test)]
     pub fn hollow_extents(&self) -> usize {

@@ -100,6 +100,16 @@ pub(super) struct Coverage {
     pub(super) hollow_after_crash: u64,
     pub(super) released: u64,
     pub(super) kept_hollow: u64,
+    pub(super) redirected: u64,
+    pub(super) redirected_to_twins: u64,
+    pub(super) moved_blocks: u64,
+    pub(super) moved_states: u64,
+    pub(super) failed_moves: u64,
+    pub(super) vacated: u64,
+    /// Extents with two slots, found after a crash.
+    pub(super) twins_after_crash: u64,
+    pub(super) hollow_twins_after_crash: u64,
+    pub(super) active_twins_after_crash: u64,
 }
 
 /// What a history is like.
@@ -116,6 +126,8 @@ pub(super) struct Plan {
     pub(super) replicated: u64,
     pub(super) chunks: u32,
     pub(super) longest: u64,
+    /// Of so many requests one is as long as that.
+    pub(super) longs: u64,
     pub(super) objects: u32,
     pub(super) extents: u32,
     pub(super) steps: u32,
@@ -242,6 +254,11 @@ pub(super) fn open(
         lab.coverage.wrapped += u64::from(journal.head < journal.tail);
         let active = image.recovered.extents.iter().filter(|(_, extent)| extent.active).count();
         lab.coverage.grown_logs += u64::from(active > layout.active_max as usize);
+        for (_, extent) in image.recovered.extents.iter().filter(|(_, extent)| extent.is_twin()) {
+            lab.coverage.twins_after_crash += 1;
+            lab.coverage.hollow_twins_after_crash += u64::from(extent.hollow);
+            lab.coverage.active_twins_after_crash += u64::from(extent.active);
+        }
     }
     let found = examine(layout, &images, &media, model, excused)?;
     lab.coverage.found_lost += found.iter().filter(|(_, held)| *held == Held::Lost).count() as u64;
@@ -258,31 +275,33 @@ fn examine(
 ) -> Result<Vec<(Key, Held)>, String> {
     let free = recovery::free_slots(layout, images.iter()).ok_or("a slot has two owners")?;
     let mut extents = FoldMap::default();
-    let (mut data_blocks, mut lost_blocks) = (0, 0);
+    let (mut data_blocks, mut lost_blocks, mut taken) = (0, 0, 0);
     for (shard, image) in images.iter().enumerate() {
         for (_, extent) in image.recovered.extents.iter() {
             if extent.object as usize % images.len() != shard {
                 return Err("an extent is on another shard".into());
             }
             extents.insert((extent.object, extent.number), extent);
-            data_blocks += extent.sums.iter().filter(|sum| sum.is_data()).count();
-            lost_blocks += extent.sums.iter().filter(|sum| **sum == Sum::LOST).count();
+            taken += extent.live().count();
+            data_blocks += extent.all_sums().filter(|sum| sum.is_data()).count();
+            lost_blocks += extent.all_sums().filter(|sum| *sum == Sum::LOST).count();
         }
     }
-    if free.len() + extents.len() != layout.slots() as usize {
-        return Err(format!("{} slots are free, {} are taken", free.len(), extents.len()));
+    if free.len() + taken != layout.slots() as usize {
+        return Err(format!("{} slots are free, {taken} are taken", free.len()));
     }
     let mut found = Vec::with_capacity(model.len());
     for (key, known) in model {
         let (number, block) = ((key.1 / u64::from(EXTENT_BLOCKS)) as u32, key.1 % u64::from(EXTENT_BLOCKS));
         let extent = extents.get(&(key.0, number));
-        let sum = extent.map_or(Sum::ABSENT, |extent| extent.sums[block as usize]);
+        let sum = extent.map_or(Sum::ABSENT, |extent| extent.sum(block as u16));
         let mut suspect = false;
         let held = match extent {
             Some(extent) if sum.is_data() => {
                 data_blocks -= 1;
                 suspect = extent.suspect;
-                let data = media.visible(layout.data_offset(extent.slot) / BLOCK + block);
+                let slot = extent.half(extent.half_of(block as u16)).slot;
+                let data = media.visible(layout.data_offset(slot) / BLOCK + block);
                 let bytes = data.map_or(&[0; BLOCK_BYTES], |data| &**data);
                 if Sum::of(bytes) == sum {
                     Held::Values(values_of(bytes).map_err(|error| format!("{key:?}: {error}"))?)
@@ -693,7 +712,7 @@ impl World {
             (object, first) = (of, block);
             is_suspect = suspect.is_some();
         }
-        let count = match self.rng.below(24) {
+        let count = match self.rng.below(self.plan.longs) {
             0 => 1 + self.rng.below(self.plan.longest),
             _ => 1 + self.rng.below(3.min(self.plan.longest)),
         };
@@ -1001,7 +1020,8 @@ impl World {
     /// Takes what the shards tell.
     fn collect(&mut self, lab: &mut Lab) {
         // Extents that went since the last time are still counted here.
-        if self.held_back.is_empty() && self.presences.most() >= self.layout.slots() as usize {
+        let blocked: usize = self.shards.iter().map(Shard::blocked_twins).sum();
+        if self.held_back.is_empty() && self.presences.most() + blocked >= self.layout.slots() as usize {
             self.ops.iter_mut().for_each(|op| op.met_full = true);
         }
         for outcome in std::mem::take(&mut self.outcomes) {
@@ -1278,8 +1298,10 @@ impl World {
         }
         for (shard, image) in opened.images.iter().enumerate() {
             for (_, extent) in image.recovered.extents.iter() {
-                let before = self.owners.insert(extent.slot, shard);
-                lab.coverage.moved_slots += u64::from(before.is_some_and(|before| before != shard));
+                for (_, half) in extent.live() {
+                    let before = self.owners.insert(half.slot, shard);
+                    lab.coverage.moved_slots += u64::from(before.is_some_and(|before| before != shard));
+                }
             }
         }
         if self.depth < 2 && rng.one_in(self.plan.nest) {
@@ -1312,6 +1334,14 @@ impl World {
         lab.coverage.checkpoints +=
             self.shared.counters.checkpoints.load(std::sync::atomic::Ordering::Relaxed);
         lab.coverage.faults += self.disk.injected;
+        for tally in self.shards.iter().map(Shard::twin_tally) {
+            lab.coverage.redirected += tally.redirected;
+            lab.coverage.redirected_to_twins += tally.to_twins;
+            lab.coverage.moved_blocks += tally.moved;
+            lab.coverage.moved_states += tally.moved_states;
+            lab.coverage.failed_moves += tally.failed;
+            lab.coverage.vacated += tally.vacated;
+        }
     }
 
     /// Leaves everything as it is.
