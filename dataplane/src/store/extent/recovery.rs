@@ -15,6 +15,8 @@
 
 use std::collections::BTreeMap;
 
+use torus_replication::mutants::{self, Mutant};
+
 use super::extents::{Extent, ExtentId, Extents, FoldMap, FreeSlot, Half};
 use super::format::{
     BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, DataAt, ENTRY_BYTES, EXTENT_BLOCKS, Entry,
@@ -238,7 +240,7 @@ pub fn place<M: Medium>(
 ) -> Result<(), RecoveryError<M::Error>> {
     let mut buffer = AlignedBuffer::new(BLOCK_BYTES);
     let begin = layout.journal_offset(shard);
-    if image.findings.torn_tail {
+    if image.findings.torn_tail && !mutants::is(Mutant::TornHeaderKept) {
         let head = u64::from(image.recovered.journal.head);
         medium.write_at(begin + head * BLOCK, buffer.bytes()).map_err(RecoveryError::Medium)?;
         medium.sync().map_err(RecoveryError::Medium)?;
@@ -434,7 +436,7 @@ impl<'m, M: Medium> Reader<'m, M> {
                 return Ok(false);
             }
         }
-        self.fresh_data_are_whole(&batch.records)
+        Ok(mutants::is(Mutant::FreshDataUnread) || self.fresh_data_are_whole(&batch.records)?)
     }
 
     /// Whether what a batch says of data that went beside it is true.
@@ -593,6 +595,7 @@ impl<'m, M: Medium> Reader<'m, M> {
                         match half {
                             Some((_, at)) => extent.set(at, block, sum),
                             // A later record says what has become of it.
+                            None if mutants::is(Mutant::FormerSlotIgnored) => {}
                             None => extent.take_away(block, 1),
                         }
                         let position = (batch.header.position + data) % self.layout.journal_blocks;
@@ -607,7 +610,8 @@ impl<'m, M: Medium> Reader<'m, M> {
                         match half {
                             Some((_, at)) => extent.cleared(at, block, count, state, hollow),
                             None => {
-                                extent.take_away(block, count);
+                                let ignored = mutants::is(Mutant::FormerSlotIgnored);
+                                extent.take_away(block, if ignored { 0 } else { count });
                                 extent.hollow = hollow || extent.hollow && state == Sum::ABSENT;
                             }
                         }

@@ -8,6 +8,7 @@
 use std::cmp::Reverse;
 
 use af_xdp::region::{Chunk, Pool};
+use torus_replication::mutants::{self, Mutant};
 use torus_uring::{BLOCKS_LONG_MAX, Blocks, IoError};
 
 use super::writing::Taken;
@@ -331,6 +332,7 @@ impl Shard {
 
     /// Gathers what waits for the next batch, and sends that one if none is in flight.
     pub(super) fn advance_batch(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.begun |= mutants::is(Mutant::BegunWithoutMark);
         if !self.begun && !self.batch.in_flight {
             if self.ready.is_empty() && !self.releases_are_due() && !self.twins_are_due() {
                 return;

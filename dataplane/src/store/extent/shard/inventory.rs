@@ -41,6 +41,12 @@ impl Shard {
         self.twins.blocked()
     }
 
+    /// Whether the last batch says what lies beside the journal.
+    #[cfg(test)]
+    pub fn has_unproved(&self) -> bool {
+        self.twins.has_unproved()
+    }
+
     /// How many extents wait for the stable mark to end.
     #[cfg(test)]
     pub fn hollow_extents(&self) -> usize {

@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 
+use torus_replication::mutants::{self, Mutant};
 use torus_uring::Blocks;
 
 use super::batch::{Applied, Beside};
@@ -156,7 +157,7 @@ impl TwinState {
 
     /// Whether a write in place of an extent has to wait until another batch is durable, and asks for one.
     pub(super) fn awaits_proof(&mut self, id: ExtentId) -> bool {
-        let awaits = self.unproved.contains(&id);
+        let awaits = self.unproved.contains(&id) && !mutants::is(Mutant::InPlaceUnproved);
         self.wants_mark |= awaits;
         awaits
     }
@@ -175,6 +176,12 @@ impl TwinState {
                 self.unproved.push(id);
             }
         }
+    }
+
+    /// Whether the last batch says what lies beside the journal.
+    #[cfg(test)]
+    pub(super) fn has_unproved(&self) -> bool {
+        !self.unproved.is_empty()
     }
 
     /// How many of them no slot will come back from by itself.
@@ -196,7 +203,8 @@ impl TwinState {
     /// Whether some of these blocks are being read to be moved, or are on their way to another slot.
     pub(super) fn is_moving(&self, id: ExtentId, mut blocks: impl Iterator<Item = u16>) -> bool {
         let moving = self.moving.as_ref().filter(|moving| moving.id == id);
-        moving.is_some_and(|moving| blocks.any(|block| moving.bit(block).is_some()))
+        let moves = moving.is_some_and(|moving| blocks.any(|block| moving.bit(block).is_some()));
+        moves && !mutants::is(Mutant::WrittenWhileMoved)
     }
 
     fn forget(&mut self, id: ExtentId) -> Option<Twin> {
@@ -259,6 +267,7 @@ impl Shard {
         for (at, applied) in self.next.applied.iter().enumerate() {
             let Applied::Set { op, extent, block, chunk: Some(_), .. } = *applied else { continue };
             let is_on_its_way = !self.pending.is_empty() && self.pending.contains_key(&(extent.0, block));
+            let is_on_its_way = is_on_its_way && !mutants::is(Mutant::RedirectedOverPending);
             if self.ops[op as usize].what == What::Move || is_on_its_way {
                 continue;
             }
@@ -409,7 +418,8 @@ impl Shard {
             }
             // Where nothing is left at all it stays in its first one.
             let Some(vacant) = [1, 0].into_iter().find(|at| extent.half(*at).is_vacant()) else { continue };
-            if self.batches_concern(id) || self.next.gives(id) || self.batch.gives(id) {
+            let is_named = self.batches_concern(id) || self.next.gives(id) || self.batch.gives(id);
+            if is_named && !mutants::is(Mutant::VacatedTooEarly) {
                 self.twins.again = true;
                 continue;
             }
@@ -675,6 +685,7 @@ fn block_of(extent: &Extent, block: u16) -> u64 {
 fn target_of(extent: &Extent, block: u16, before: Option<u8>) -> u8 {
     match extent.sum(block) {
         Sum::ABSENT => before.unwrap_or_else(|| extent.home()),
+        _ if mutants::is(Mutant::RedirectedOntoItself) => extent.half_of(block),
         _ => extent.half_of(block) ^ 1,
     }
 }

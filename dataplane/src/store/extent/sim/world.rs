@@ -23,6 +23,8 @@ use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, Store
 use super::model::{Held, Kept, Key, Model, Presences, SECTORS, Values, fill, values_of};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
+/// So few blocks that requests of the same ones follow each other.
+const FEW: u64 = 3;
 
 /// What has been explored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -126,8 +128,14 @@ pub(super) struct Plan {
     pub(super) replicated: u64,
     pub(super) chunks: u32,
     pub(super) longest: u64,
+    /// By so much requests that are no writes are rarer.
+    pub(super) writes: u64,
     /// Of so many requests one is as long as that.
     pub(super) longs: u64,
+    /// Three of four requests begin in so many blocks of an extent, the others near its end; all of them where these are few.
+    pub(super) within: u64,
+    /// Of so many writes one is of the same bytes everywhere, and one of zeros.
+    pub(super) varied: u64,
     pub(super) objects: u32,
     pub(super) extents: u32,
     pub(super) steps: u32,
@@ -140,6 +148,10 @@ pub(super) struct Plan {
     pub(super) faults: Faults,
     /// Of so many crash points one is gone on from.
     pub(super) nest: u64,
+    /// Of so many of those that leave a last batch which is torn, or names what went beside the journal.
+    pub(super) nest_telling: u64,
+    /// The shard of a torn one is left alone then, mostly, while others go on.
+    pub(super) leaves_alone: bool,
 }
 
 impl Plan {
@@ -380,6 +392,8 @@ pub(super) struct World {
     tainted: bool,
     /// The shard that each slot was seen with last.
     owners: FoldMap<u32, usize>,
+    /// A shard that little is asked of.
+    left_alone: Option<usize>,
 }
 
 impl World {
@@ -460,6 +474,7 @@ impl World {
             depth,
             tainted,
             owners: FoldMap::default(),
+            left_alone: None,
         };
         // Before the first request: see `RESERVE_CHUNKS`.
         for shard in &mut world.shards {
@@ -675,9 +690,12 @@ impl World {
     fn begin_op(&mut self, lab: &mut Lab) {
         let object = self.rng.below(self.plan.objects.into()) as u32;
         let extent = self.rng.below(self.plan.extents.into());
+        if self.left_alone == Some(self.shard_of(object)) && !self.rng.one_in(16) {
+            return;
+        }
         let within = match self.rng.below(4) {
-            0 => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
-            _ => self.rng.below(6),
+            0 if self.plan.within > FEW => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
+            _ => self.rng.below(self.plan.within),
         };
         let mut object = object;
         let mut first = extent * u64::from(EXTENT_BLOCKS) + within;
@@ -719,10 +737,10 @@ impl World {
         if self.conflicts(object, first, count) {
             return;
         }
-        if self.rng.one_in(12) {
+        if self.rng.one_in(12 * self.plan.writes) {
             return self.begin_lose(object, first, lab);
         }
-        if self.rng.one_in(if is_suspect { 3 } else { 8 }) {
+        if self.rng.one_in(if is_suspect { 3 } else { 8 * self.plan.writes }) {
             return self.begin_digest(object, first, lab);
         }
         let mut blocks = Blocks::with_capacity(count as usize);
@@ -733,12 +751,12 @@ impl World {
             }
         }
         let shard = self.shard_of(object);
-        if self.rng.one_in(if is_suspect { 3 } else { 16 }) {
+        if self.rng.one_in(if is_suspect { 3 } else { 16 * self.plan.writes }) {
             let request = self.begun(object, first, count, Doing::Salvage);
             self.shards[shard].salvage(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
             return;
         }
-        if self.rng.one_in(3) {
+        if self.rng.one_in(3 * self.plan.writes) {
             let request = self.begun(object, first, count, Doing::Read);
             self.shards[shard].read(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
             return;
@@ -754,13 +772,13 @@ impl World {
         masks[count as usize - 1] &= u8::MAX >> tail;
         self.next_value += 1;
         let write = self.next_value;
-        let special = self.rng.below(6);
+        let special = self.rng.below(self.plan.varied);
         let mut values = Vec::new();
         for (index, mask) in masks.iter().enumerate() {
             let block = first + index as u64;
             let one = std::array::from_fn(|sector| match special {
-                0 => 0,
-                1 => 5,
+                0 => 5,
+                1 => 0,
                 _ => write << 12 | (block & 0xff) << 3 | sector as u64,
             });
             self.model.entry((object, block)).or_default().begin(*mask, one);
@@ -1304,7 +1322,10 @@ impl World {
                 }
             }
         }
-        if self.depth < 2 && rng.one_in(self.plan.nest) {
+        let torn = opened.images.iter().position(|image| image.findings.torn_tail);
+        let is_telling = torn.is_some() || self.shards.iter().any(Shard::has_unproved);
+        let nest = if is_telling { self.plan.nest_telling } else { self.plan.nest };
+        if self.depth < 2 && rng.one_in(nest) {
             let mut layout = (*self.layout).clone();
             if rng.one_in(6)
                 && let Some(grown) =
@@ -1320,6 +1341,7 @@ impl World {
             let model = self.model.clone();
             let mut child = World::on(&plan, layout, opened, model, rng, self.depth + 1, tainted, lab);
             child.version = self.version;
+            child.left_alone = torn.filter(|_| self.plan.leaves_alone && child.rng.one_in(2));
             child.next_value = self.next_value + (1 << 30) * (1 + child.rng.below(1 << 8));
             child.run(lab);
             if child.rng.one_in(2) {
