@@ -204,6 +204,11 @@ impl Batch {
         })
     }
 
+    /// Whether data were redirected in an extent.
+    pub(super) fn redirects(&self, id: ExtentId) -> bool {
+        self.redirected().any(|extent| extent == id)
+    }
+
     /// Whether a slot is given to an extent.
     pub(super) fn gives(&self, id: ExtentId) -> bool {
         self.applied

@@ -521,7 +521,10 @@ impl Shard {
                 let ends = !replicated && is_whole(&gone);
                 let extent = self.extents.get(id);
                 // An end that is not durable is not to be acknowledged as one.
+                // Nor may a slot go with the batch that says what was written to it beside the journal: who gets the slot then writes there,
+                // and the batch would look torn. What every copy does by itself nobody orders behind writes.
                 let waits = extent.ending
+                    || !is_known && self.next.redirects(id)
                     || !ends && (replicated && extent.deactivating || self.is_pending_in(id, &gone));
                 let needed = if replicated { RECORDS_NEEDED } else { 2 };
                 let is_full = records >= UNMAP_RECORDS_MAX || !self.next.has_room_for(needed);

@@ -15,7 +15,9 @@ const SEEDS_MAX: u64 = 500;
 /// The plans that fit it.
 fn plans(mutant: Mutant) -> (&'static str, fn(&mut Rng) -> Plan) {
     match mutant {
-        Mutant::RedirectedOverPending | Mutant::InPlaceUnproved | Mutant::BegunWithoutMark => ("turns", turns),
+        Mutant::RedirectedOverPending | Mutant::InPlaceUnproved | Mutant::BegunWithoutMark => {
+            ("turns", turns)
+        }
         Mutant::TornHeaderKept => ("torn", torn),
         _ => ("runs", runs),
     }
