@@ -105,7 +105,7 @@ pub enum Mutant {
 }
 
 impl Mutant {
-    /// Those of the store beside the journal, which its own simulation must catch.
+    /// Those of what a store writes beside its journal, which its own simulation must catch.
     pub const STORE: [Mutant; 9] = [
         Mutant::RedirectedOntoItself,
         Mutant::RedirectedOverPending,
@@ -118,8 +118,8 @@ impl Mutant {
         Mutant::FormerSlotIgnored,
     ];
 
-    /// All others.
-    pub const ALL: [Mutant; 39] = [
+    /// Those that the simulation of clusters must catch.
+    pub const CLUSTER: [Mutant; 39] = [
         Mutant::MarkRaised,
         Mutant::RetireWithoutFence,
         Mutant::OwnerCompleteAtOnce,
