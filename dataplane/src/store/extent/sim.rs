@@ -367,7 +367,6 @@ fn blocks_written_in_every_way_survive_every_crash() {
         ("blocks beside the journal", lab.coverage.redirected, 600),
         ("blocks to a second slot", lab.coverage.redirected_to_twins, 400),
         ("writes in place", lab.coverage.in_place, 1500),
-        ("moves that failed", lab.coverage.failed_moves, 1),
         ("second crashes", lab.coverage.second_crashes, 4000),
         ("extents with two slots in the activity log", lab.coverage.active_twins_after_crash, 1000),
     ]);
