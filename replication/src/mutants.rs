@@ -90,7 +90,7 @@ pub enum Mutant {
     RedirectedOverPending,
     /// A block is written in place though the last batch says of it what lies beside the journal.
     InPlaceUnproved,
-    /// The first batch after opening goes where a torn one may lie without its header having been overwritten first.
+    /// The first batch after opening is sent before one without records proves the last.
     BegunWithoutMark,
     /// The last batch counts whatever has become of what went beside it.
     FreshDataUnread,
