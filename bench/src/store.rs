@@ -157,7 +157,7 @@ impl Drop for Scratch {
 /// # Errors
 /// Files that cannot be made, fio that cannot be run, or a request that failed.
 pub(crate) fn run(asked: &Asked<'_>, json: bool) -> anyhow::Result<bool> {
-    ensure!(asked.size_bytes >= 256 << 20, "--size must be at least 256MiB: the sets would not differ");
+    ensure!(asked.size_bytes >= 1 << 30, "--size must be at least 1GiB: the sets would not differ");
     let path = asked.path;
     ensure!(!path.exists(), "{} is there already: name another file, or remove it", path.display());
     let _scratch = Scratch(path.to_owned());
@@ -167,7 +167,7 @@ pub(crate) fn run(asked: &Asked<'_>, json: bool) -> anyhow::Result<bool> {
     let peer = Peer {
         path,
         read_offset_bytes: prepared.written_offset_bytes,
-        write_offset_bytes: prepared.free_offset_bytes,
+        write_offset_bytes: prepared.peer_offset_bytes,
     };
     let mut shapes = shapes(asked.mode);
     shapes.retain(|shape| shape.name.contains(asked.only));

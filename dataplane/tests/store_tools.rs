@@ -82,7 +82,7 @@ impl Fixture {
         let dump = json(&["dump", self.path(), "--volume", &volume.to_string(), "--json"]);
         let extents = dump["volume"]["extents"].as_array().unwrap();
         let extent = extents.iter().find(|extent| extent["extent"] == block / 1024).unwrap();
-        let slot = u32::try_from(extent["slot"].as_u64().unwrap()).unwrap();
+        let slot = u32::try_from(extent["slots"][0].as_u64().unwrap()).unwrap();
         self.layout().data_offset(slot) + block % 1024 * 4096
     }
 }
@@ -292,7 +292,7 @@ fn a_damaged_sum_page_loses_its_extent() {
     let image = recovery::read(&layout, shard, &device).unwrap();
     let (_, extent) = image.recovered.extents.iter().next().unwrap();
     assert!(image.recovered.checkpoint_sequence > 1, "no checkpoint was made");
-    fixture.damage(layout.page_offset(extent.slot, extent.which) + 100);
+    fixture.damage(layout.page_offset(extent.slot(), extent.half(extent.home()).which) + 100);
     drop(device);
     expect(&["check", path], 1, &["lost", "blocks have no good copy here"]);
     let check = json(&["check", path, "--data", "--json"]);

@@ -84,11 +84,42 @@ pub enum Mutant {
     CleanThoughUnequal,
     /// Grants of a head that has gone on after all are taken to be given back still.
     HandedBackForGood,
+    /// A run goes beside the journal to the slot in which its blocks lie.
+    RedirectedOntoItself,
+    /// A run goes beside the journal though older data of its blocks are on their way to their place.
+    RedirectedOverPending,
+    /// A block is written in place though the last batch says of it what lies beside the journal.
+    InPlaceUnproved,
+    /// The first batch after opening is sent before one without records proves the last.
+    BegunWithoutMark,
+    /// The last batch counts whatever has become of what went beside it.
+    FreshDataUnread,
+    /// The header of a torn last batch stays until the next batch.
+    TornHeaderKept,
+    /// A slot in which no block lies goes though a batch has something of its extent.
+    VacatedTooEarly,
+    /// Blocks are written while they are brought to the other slot.
+    WrittenWhileMoved,
+    /// What was said of a block in a slot that its extent has no more is not taken to have ended what was known of it.
+    FormerSlotIgnored,
 }
 
 impl Mutant {
-    /// All of them.
-    pub const ALL: [Mutant; 39] = [
+    /// Those of what a store writes beside its journal, which its own simulation must catch.
+    pub const STORE: [Mutant; 9] = [
+        Mutant::RedirectedOntoItself,
+        Mutant::RedirectedOverPending,
+        Mutant::InPlaceUnproved,
+        Mutant::BegunWithoutMark,
+        Mutant::FreshDataUnread,
+        Mutant::TornHeaderKept,
+        Mutant::VacatedTooEarly,
+        Mutant::WrittenWhileMoved,
+        Mutant::FormerSlotIgnored,
+    ];
+
+    /// Those that the simulation of clusters must catch.
+    pub const CLUSTER: [Mutant; 39] = [
         Mutant::MarkRaised,
         Mutant::RetireWithoutFence,
         Mutant::OwnerCompleteAtOnce,

@@ -11,8 +11,8 @@ use serde::Serialize;
 use torus_dataplane::device::Device;
 use torus_dataplane::store::BLOCK_BYTES;
 use torus_dataplane::store::extent::format::{
-    BLOCK, BatchHeader, CheckpointHeader, DEVICE_BYTES_MIN, ENTRY_BYTES, EXTENT_BLOCKS, Entry, JournalName,
-    RECORDS_MAX, Record, Shape, ShardName, Sum, SumPage, Superblock, encode_batch, encode_page,
+    BLOCK, BatchHeader, CheckpointHeader, DEVICE_BYTES_MIN, DataAt, ENTRY_BYTES, EXTENT_BLOCKS, Entry,
+    JournalName, RECORDS_MAX, Record, Shape, ShardName, Sum, SumPage, Superblock, encode_batch, encode_page,
 };
 use torus_dataplane::store::extent::opening::{self, Identity};
 
@@ -172,7 +172,7 @@ fn write_shard(file: &File, layout: &Superblock, shard: u16, object: u32) -> any
                     sum: Sum::of_crc((word >> 10 & 0xffff_ffff) as u32),
                     before: Sum::ABSENT,
                     version: VERSION + batch.lsn,
-                    in_journal: false,
+                    data: DataAt::Place,
                 }
             })
             .collect();

@@ -1,5 +1,5 @@
-//! fio on the store's own file: io_uring, fixed buffers, O_DIRECT, each write durable before it counts. It reads the store's
-//! extents, and writes to slots that are free.
+//! fio on the store's own file: io_uring, fixed buffers, O_DIRECT, each write durable before it counts. It reads where the
+//! store was written first, and writes to slots that the store never gets.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,6 +1,7 @@
 //! An extent store at work on one thread: its shards, the product's own ring and frame memory, O_DIRECT, and no network.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -58,18 +59,23 @@ pub(super) struct Placed {
     pub(super) seed: u64,
 }
 
+/// Slots that are free at least: streams take some.
+const FREE_SLOTS_MIN: u32 = 64;
+
 /// A store of which a part is written in full.
 #[derive(Debug)]
 pub(super) struct Prepared<'p> {
     path: &'p Path,
     /// The volumes.
     objects: [Object; 2],
-    /// Extents that are written; as many are free.
+    /// Extents that are written.
     pub(super) extents: u64,
-    /// Where the data of those begin, bytes.
+    /// Where their data were written first, bytes: in as many slots side by side.
     pub(super) written_offset_bytes: u64,
-    /// Where the free slots begin, bytes: nothing reads what they hold.
-    pub(super) free_offset_bytes: u64,
+    /// As many slots that the store never gets: who writes there harms nothing.
+    peer_slots: Range<u32>,
+    /// Where those begin, bytes.
+    pub(super) peer_offset_bytes: u64,
 }
 
 enum Work {
@@ -147,7 +153,8 @@ struct Session {
 
 impl Session {
     /// Opens a store as a node does, but with what `terms` say of device and activity log.
-    fn open(path: &Path, terms: Terms) -> anyhow::Result<Session> {
+    /// `peer_slots` are nobody's.
+    fn open(path: &Path, terms: Terms, peer_slots: &Range<u32>) -> anyhow::Result<Session> {
         let device = Device::open(path, 0, DEVICE_BYTES_MIN)?;
         let (mut layout, _, mut images) = opening::inspect(&device)?;
         layout.open_count += 1;
@@ -172,7 +179,9 @@ impl Session {
         }
         for slot in free {
             device.make_ready(layout.data_offset(slot), EXTENT_BYTES)?;
-            shared.add_free(FreeSlot::new(slot));
+            if !peer_slots.contains(&slot) {
+                shared.add_free(FreeSlot::new(slot));
+            }
         }
         shared.set_no_more(true);
 
@@ -342,7 +351,7 @@ impl Session {
 }
 
 impl<'p> Prepared<'p> {
-    /// Formats a store on a new file, and writes half of it in full.
+    /// Formats a store on a new file, and writes a third of it in full.
     ///
     /// # Errors
     /// A file that cannot be made or written.
@@ -369,17 +378,21 @@ impl<'p> Prepared<'p> {
         let layout = Arc::clone(opened.store.layout());
         drop(opened);
         // Slots are given out from the lowest on.
-        let written = layout.slots() / 2;
+        let slots = layout.slots();
+        let free = (slots / 3).max(FREE_SLOTS_MIN);
+        ensure!(free < slots / 2, "the store is too small");
+        let written = (slots - free) / 2;
         let extents = u64::from(written);
         let prepared = Prepared {
             path,
             objects,
             extents,
             written_offset_bytes: layout.data_offset(0),
-            free_offset_bytes: layout.data_offset(written),
+            peer_slots: written..2 * written,
+            peer_offset_bytes: layout.data_offset(written),
         };
         let terms = Terms { copies: Copies::Sole, active_max: None };
-        let mut session = Session::open(path, terms)?;
+        let mut session = Session::open(path, terms, &prepared.peer_slots)?;
         let mut blocks = (0..extents * u64::from(EXTENT_BLOCKS)).step_by(LONG_BLOCKS as usize);
         session.work(Load::LongWrite, terms, objects[0], u64::MAX, || blocks.next())?;
         session.close()?;
@@ -393,7 +406,7 @@ impl<'p> Prepared<'p> {
     /// A store that cannot be opened, or a request that failed.
     pub(super) fn measure(&self, placed: Placed, duration_ns: u64) -> anyhow::Result<Done> {
         let Placed { load, terms, extents, seed } = placed;
-        let mut session = Session::open(self.path, terms)?;
+        let mut session = Session::open(self.path, terms, &self.peer_slots)?;
         let done = if load == Load::FirstWrite {
             self.first_writes(&mut session, terms, duration_ns)?
         } else {

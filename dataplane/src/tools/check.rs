@@ -9,7 +9,7 @@ use super::looking::{Looked, look};
 use super::sizes;
 use super::table::{Table, print_pairs};
 use crate::device::{AlignedBuffer, DeviceError};
-use crate::store::extent::extents::Extent;
+use crate::store::extent::extents::{Extent, Half};
 use crate::store::extent::format::{BLOCK, EXTENT_BLOCKS, Sum};
 use crate::store::extent::recovery::Image;
 use crate::store::{BLOCK_BYTES, BLOCK_SECTORS, EXTENT_SECTORS};
@@ -139,20 +139,24 @@ fn check(looked: &Looked, data: bool) -> anyhow::Result<Report> {
     for (shard, image) in (0..).zip(&looked.images) {
         let recovered = &image.recovered;
         let blocks_to_place = image.unplaced().len();
-        let mut extents: Vec<&Extent> = recovered.extents.iter().map(|(_, extent)| extent).collect();
-        extents.sort_unstable_by_key(|extent| extent.slot);
+        let extents: Vec<&Extent> = recovered.extents.iter().map(|(_, extent)| extent).collect();
+        let mut halves: Vec<(&Extent, &Half)> = Vec::new();
+        for extent in &extents {
+            halves.extend(extent.live().map(|(_, half)| (*extent, half)));
+        }
+        halves.sort_unstable_by_key(|(_, half)| half.slot);
         let is_here =
             |object: u32| looked.catalog.of_object(object).is_some_and(|volume| volume.shard == shard);
         totals.extents_without_volume += extents.iter().filter(|extent| !is_here(extent.object)).count();
         totals.replicas_without_volume +=
             recovered.extents.states().filter(|state| !is_here(state.object)).count();
         let (lost_blocks, faults_before) = (lost_blocks(&extents), faults.blocks);
-        check_journal(shard, image, &extents, &mut faults)?;
-        for extent in &extents {
+        check_journal(shard, image, &halves, &mut faults)?;
+        for (extent, half) in &halves {
             if data {
-                totals.verified_bytes += check_extent(image, extent, &mut faults, &bar)?;
+                totals.verified_bytes += check_half(image, extent, half, &mut faults, &bar)?;
             }
-            faults.lost(extent);
+            faults.lost(extent, half);
         }
         let bad_blocks = faults.blocks - faults_before;
         totals.bad_blocks += bad_blocks;
@@ -191,7 +195,7 @@ fn check(looked: &Looked, data: bool) -> anyhow::Result<Report> {
 }
 
 fn lost_blocks(extents: &[&Extent]) -> u64 {
-    let lost = extents.iter().map(|extent| extent.sums.iter().filter(|sum| **sum == Sum::LOST).count());
+    let lost = extents.iter().map(|extent| extent.all_sums().filter(|sum| *sum == Sum::LOST).count());
     lost.sum::<usize>() as u64
 }
 
@@ -201,7 +205,7 @@ fn progress(looked: &Looked, data: bool) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let sums = looked.images.iter().flat_map(|image| image.recovered.extents.iter());
-    let blocks: usize = sums.map(|(_, extent)| extent.sums.iter().filter(|sum| sum.is_data()).count()).sum();
+    let blocks: usize = sums.map(|(_, extent)| extent.all_sums().filter(|sum| sum.is_data()).count()).sum();
     let bar = ProgressBar::new(blocks as u64 * BLOCK);
     let style = "{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
     if let Ok(style) = ProgressStyle::with_template(style) {
@@ -214,7 +218,7 @@ fn progress(looked: &Looked, data: bool) -> ProgressBar {
 fn check_journal(
     shard: u16,
     image: &Image,
-    extents: &[&Extent],
+    halves: &[(&Extent, &Half)],
     faults: &mut Faults<'_>,
 ) -> Result<(), DeviceError> {
     let device = &faults.looked.device;
@@ -225,29 +229,30 @@ fn check_journal(
         if read.is_ok() && Sum::of(buffer.bytes()) == sum {
             continue;
         }
-        if let Ok(at) = extents.binary_search_by_key(&slot, |extent| extent.slot) {
+        if let Ok(at) = halves.binary_search_by_key(&slot, |(_, half)| half.slot) {
             let fault = if read.is_ok() { Fault::JournalCopy } else { Fault::Unreadable };
-            faults.add(extents[at], block, 1, fault);
+            faults.add(halves[at].0, block, 1, fault);
         }
     }
     Ok(())
 }
 
-/// Holds an extent's data in their place against their sums; how many bytes were read.
-fn check_extent(
+/// Holds what lies in a slot of an extent against its sums; how many bytes were read.
+fn check_half(
     image: &Image,
     extent: &Extent,
+    half: &Half,
     faults: &mut Faults<'_>,
     bar: &ProgressBar,
 ) -> Result<u64, DeviceError> {
     let device = &faults.looked.device;
-    let begin = faults.looked.layout.data_offset(extent.slot);
+    let begin = faults.looked.layout.data_offset(half.slot);
     let mut buffer = AlignedBuffer::new(usize::from(READ_BLOCKS) * BLOCK_BYTES);
     let mut verified = 0;
     let last = u16::try_from(EXTENT_BLOCKS).expect("1024");
     for first in (0..last).step_by(usize::from(READ_BLOCKS)) {
-        let sums = &extent.sums[usize::from(first)..usize::from(first + READ_BLOCKS)];
-        let wanted = |at: &(u16, &Sum)| at.1.is_data() && !image.is_unplaced(extent.slot, at.0);
+        let sums = &half.sums[usize::from(first)..usize::from(first + READ_BLOCKS)];
+        let wanted = |at: &(u16, &Sum)| at.1.is_data() && !image.is_unplaced(half.slot, at.0);
         let blocks: Vec<(u16, &Sum)> = (first..).zip(sums).filter(wanted).collect();
         let (Some((from, _)), Some((to, _))) = (blocks.first(), blocks.last()) else { continue };
         let (from, to) = (*from, *to + 1);
@@ -305,9 +310,9 @@ impl Faults<'_> {
         }
     }
 
-    /// Adds what an extent has lost.
-    fn lost(&mut self, extent: &Extent) {
-        for (block, _) in (0..).zip(extent.sums.iter()).filter(|(_, sum)| **sum == Sum::LOST) {
+    /// Adds what was lost in a slot of an extent.
+    fn lost(&mut self, extent: &Extent, half: &Half) {
+        for (block, _) in (0..).zip(half.sums.iter()).filter(|(_, sum)| **sum == Sum::LOST) {
             self.add(extent, block, 1, Fault::Lost);
         }
     }

@@ -11,7 +11,7 @@ use super::sizes;
 use super::table::{Table, print_pairs};
 use crate::store::extent::catalog::{Volume, VolumeState};
 use crate::store::extent::extents::Extent;
-use crate::store::extent::format::{BLOCK, LayerState, Record, Sum, VERSION};
+use crate::store::extent::format::{BLOCK, DataAt, LayerState, Record, Sum, VERSION};
 use crate::store::extent::recovery::{self, Found};
 use crate::store::{EXTENT_BYTES, SECTOR_BYTES};
 
@@ -81,8 +81,13 @@ fn journals(looked: &Looked) -> anyhow::Result<Vec<recovery::Journal>> {
 
 /// Blocks of an extent with data, zeros, and lost.
 fn states(extent: &Extent) -> (usize, usize, usize) {
-    let count = |wanted: &dyn Fn(Sum) -> bool| extent.sums.iter().filter(|sum| wanted(**sum)).count();
+    let count = |wanted: &dyn Fn(Sum) -> bool| extent.all_sums().filter(|sum| wanted(*sum)).count();
     (count(&Sum::is_data), count(&|sum| sum == Sum::ZERO), count(&|sum| sum == Sum::LOST))
+}
+
+/// Where an extent lies.
+fn slots_of(extent: &Extent) -> Vec<u32> {
+    extent.live().map(|(_, half)| half.slot).collect()
 }
 
 /// The extents of a volume, by number.
@@ -95,7 +100,7 @@ fn extents_of<'l>(looked: &'l Looked, volume: &Volume) -> Vec<&'l Extent> {
 }
 
 fn allocated(looked: &Looked) -> u32 {
-    looked.images.iter().map(|image| image.recovered.extents.len()).sum()
+    looked.images.iter().map(|image| image.recovered.extents.slots()).sum()
 }
 
 fn print_superblock(looked: &Looked) {
@@ -274,7 +279,7 @@ fn record_cells(record: &Record) -> [String; 9] {
     let no = String::new;
     let slot = record.slot().map_or_else(no, |slot| slot.to_string());
     match *record {
-        Record::Set { block, sum, before, version, in_journal, .. } => [
+        Record::Set { block, sum, before, version, data, .. } => [
             no(),
             "set".to_owned(),
             slot,
@@ -283,7 +288,12 @@ fn record_cells(record: &Record) -> [String; 9] {
             sum_text(sum),
             sum_text(before),
             version.to_string(),
-            if in_journal { "data in the journal" } else { "data in place" }.to_owned(),
+            match data {
+                DataAt::Place => "data in place",
+                DataAt::Journal => "data in the journal",
+                DataAt::FreshPlace => "data in a fresh place",
+            }
+            .to_owned(),
         ],
         Record::Allocate { object, extent, .. } => [
             no(),
@@ -307,8 +317,9 @@ fn record_cells(record: &Record) -> [String; 9] {
             version.to_string(),
             if hollow { "goes when all copies know" } else { "" }.to_owned(),
         ],
-        Record::Free { object, version, .. } => {
-            of_layer("free", slot, version, format!("was of object {object}"))
+        Record::Free { object, extent, goes_on, version, .. } => {
+            let goes_on = if goes_on { ", which goes on" } else { "" };
+            of_layer("free", slot, version, format!("was of extent {extent} of object {object}{goes_on}"))
         }
         Record::Persist(ref state) => {
             let what = format!("object {}: {}", state.object, state_text(state));
@@ -345,7 +356,7 @@ fn print_extents(looked: &Looked, volume: &Volume) {
     println!();
     println!("volume {}", volume.id);
     let mut table = Table::new(
-        &["extent", "slot", "version", "data", "zeros", "lost", "active", "suspect", "hollow"],
+        &["extent", "slots", "version", "data", "zeros", "lost", "active", "suspect", "hollow"],
         &[6, 7, 8],
     );
     let word = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
@@ -353,7 +364,7 @@ fn print_extents(looked: &Looked, volume: &Volume) {
         let (data, zeros, lost) = states(extent);
         table.row([
             extent.number.to_string(),
-            extent.slot.to_string(),
+            slots_of(extent).iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
             extent.version.to_string(),
             data.to_string(),
             zeros.to_string(),
@@ -425,7 +436,7 @@ fn as_json(looked: &Looked, volume: Option<&Volume>, journals: Option<&Vec<recov
             let (data, zeros, lost) = states(extent);
             json!({
                 "extent": extent.number,
-                "slot": extent.slot,
+                "slots": slots_of(extent),
                 "version": extent.version,
                 "data": data,
                 "zeros": zeros,
@@ -479,16 +490,17 @@ fn state_json(LayerState { object, version, state }: &LayerState) -> Value {
 
 fn record_json(record: &Record) -> Value {
     match *record {
-        Record::Set { slot, block, sum, before, version, in_journal } => json!({
+        Record::Set { slot, block, sum, before, version, data } => json!({
             "record": "set", "slot": slot, "block": block, "sum": sum_text(sum), "before": sum_text(before),
-            "version": version, "in_journal": in_journal,
+            "version": version, "in_journal": data == DataAt::Journal, "fresh_place": data == DataAt::FreshPlace,
         }),
         Record::Allocate { slot, object, extent } => {
             json!({ "record": "allocate", "slot": slot, "object": object, "extent": extent })
         }
-        Record::Free { slot, object, version } => {
-            json!({ "record": "free", "slot": slot, "object": object, "version": version })
-        }
+        Record::Free { slot, object, extent, goes_on, version } => json!({
+            "record": "free", "slot": slot, "object": object, "extent": extent, "goes_on": goes_on,
+            "version": version,
+        }),
         Record::Clear { slot, block, count, state, version, hollow } => json!({
             "record": "clear", "slot": slot, "block": block, "count": count, "state": sum_text(state),
             "version": version, "hollow": hollow,

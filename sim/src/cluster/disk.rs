@@ -111,10 +111,11 @@ pub(super) fn contents(
     let media = still.0.into_inner();
     let mut contents = BTreeMap::new();
     for (_, extent) in images.iter().flat_map(|image| image.recovered.extents.iter()) {
-        let first = layout.data_offset(extent.slot) / BLOCK_BYTES as u64;
-        for (block, sum) in (0..).zip(extent.sums.iter().copied()) {
+        for (block, sum) in (0..).zip(extent.all_sums()) {
             let content = if sum.is_data() {
-                let bytes = media.visible(first + u64::from(block)).map_or(&[0; BLOCK_BYTES], |data| &**data);
+                let slot = extent.half(extent.half_of(block)).slot;
+                let at = layout.data_offset(slot) / BLOCK_BYTES as u64 + u64::from(block);
+                let bytes = media.visible(at).map_or(&[0; BLOCK_BYTES], |data| &**data);
                 let place = (extent.object, extent.number, block);
                 let found = || block_of(bytes).ok_or(format!("{place:?} has bytes that nobody wrote"));
                 if Sum::of(bytes) == sum { Some(found()?) } else { None }

@@ -3,8 +3,9 @@
 //!
 //! Invariants:
 //! * What stands here has a durable record in the journal or a durable checkpoint: sums change when their batch has ended.
-//! * A slot belongs to one extent. It is given to another only when its former extent's end is durable and none of its
-//!   writes is in flight.
+//! * A slot belongs to one extent. It is given to another only when it is durable that its former extent has it no more, and none of
+//!   that one's reads and writes of it is in flight.
+//! * An extent has one slot, or two: then a block is absent in one of them at least, and lies in the other.
 //! * An extent's place in the table ([`ExtentId`]) does not change while it lives.
 //! * The highest version of a layer is none below that of any extent that it has or had: since the shard was opened, and since a
 //!   state of its replica was first made durable.
@@ -13,6 +14,7 @@ mod order;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
 use std::sync::Arc;
 
 use self::order::Order;
@@ -45,6 +47,68 @@ pub fn fresh_page() -> Box<SumPage> {
     vec![Sum::ABSENT; EXTENT_BLOCKS as usize].into_boxed_slice().try_into().expect("as long as a page")
 }
 
+/// A slot that an extent has.
+#[derive(Debug)]
+pub struct Half {
+    /// Which.
+    pub slot: u32,
+    /// The blocks that lie in it; all others are absent here.
+    pub sums: Box<SumPage>,
+    /// The batch that gave it to the extent; 0 where a checkpoint has it.
+    pub allocated_lsn: u64,
+    /// Which of the slot's sum pages the last durable checkpoint names.
+    pub which: u8,
+    /// CRC32C of that page.
+    pub page_crc: u32,
+    /// CRC32C of the sum page that the checkpoint in progress has written.
+    pub next_page_crc: Option<u32>,
+    /// Reads of it that are in flight.
+    pub reads_in_flight: u32,
+    /// Writes of data to it, and of its sum page, that are in flight.
+    pub writes_in_flight: u32,
+    /// That the extent has it no more is on its way to the journal.
+    pub ending: bool,
+    /// That is durable; the slot goes when the last read and write has ended.
+    pub ended: bool,
+}
+
+impl Half {
+    /// A slot that was just given to an extent.
+    #[must_use]
+    pub fn new(free: FreeSlot, lsn: u64) -> Half {
+        Half {
+            slot: free.slot,
+            sums: free.sums,
+            allocated_lsn: lsn,
+            which: 0,
+            page_crc: 0,
+            next_page_crc: None,
+            reads_in_flight: 0,
+            writes_in_flight: 0,
+            ending: false,
+            ended: false,
+        }
+    }
+
+    /// Whether no block lies in it.
+    #[must_use]
+    pub fn is_vacant(&self) -> bool {
+        self.sums.iter().all(|sum| *sum == Sum::ABSENT)
+    }
+
+    /// How many blocks lie in it.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.sums.iter().filter(|sum| **sum != Sum::ABSENT).count()
+    }
+
+    /// Whether it is the extent's, and is going to be.
+    #[must_use]
+    pub fn stays(&self) -> bool {
+        !self.ending && !self.ended
+    }
+}
+
 /// One extent.
 #[derive(Debug)]
 pub struct Extent {
@@ -52,21 +116,15 @@ pub struct Extent {
     pub object: u32,
     /// Which of its extents.
     pub number: u32,
-    /// Where it lies.
-    pub slot: u32,
+    /// Where it lies. A slot stays in its place here as long as the extent has it.
+    pub halves: [Option<Half>; 2],
     /// The highest version written; changed by [`Extents::wrote`].
     pub version: u64,
+    /// The batch that gave it its first slot; 0 where a checkpoint has it.
+    pub begun_lsn: u64,
     /// Its layer's place among the layers.
     layer: u32,
-    /// Its blocks.
-    pub sums: Box<SumPage>,
-    /// The batch that allocated it; 0 where a checkpoint has it.
-    pub allocated_lsn: u64,
-    /// Which of the slot's sum pages the last durable checkpoint names.
-    pub which: u8,
-    /// CRC32C of that page.
-    pub page_crc: u32,
-    /// What it knows differs from that page.
+    /// What it knows differs from the sum pages that the last durable checkpoint names.
     pub dirty: bool,
     /// Its region is in the activity log, durably.
     pub active: bool,
@@ -80,13 +138,9 @@ pub struct Extent {
     pub hollow: bool,
     /// Its region was written since the activity log last looked for one to leave.
     pub touched: bool,
-    /// CRC32C of the sum page that the checkpoint in progress has written.
-    pub next_page_crc: Option<u32>,
-    /// Data writes to the slot that are in flight.
-    pub writes_in_flight: u32,
     /// Its end is on its way to the journal.
     pub ending: bool,
-    /// Its end is durable; the slot goes when the last write has ended.
+    /// Its end is durable; it goes when its slots have.
     pub ended: bool,
 }
 
@@ -239,7 +293,7 @@ impl Extents {
         ExtentId(place)
     }
 
-    /// Makes an extent unfindable: its end is durable. It keeps its place until it is [removed](Extents::remove).
+    /// Makes an extent unfindable: its end is durable. It keeps its place until [its last slot is taken](Extents::take_half).
     pub fn end(&mut self, id: ExtentId) {
         let extent = self.get_mut(id);
         assert!(!extent.ended, "an extent ends once");
@@ -251,15 +305,29 @@ impl Extents {
         self.count -= 1;
     }
 
-    /// Takes an ended extent out.
+    /// Takes from an extent a slot that it has no more; the extent goes too if it has ended and that was its last one.
     ///
     /// # Panics
-    /// If it has not ended, or writes to it are in flight.
-    pub fn remove(&mut self, id: ExtentId) -> Extent {
-        let extent = self.places[id.0 as usize].take().expect("an extent of this shard");
-        assert!(extent.ended && extent.writes_in_flight == 0, "a slot goes after its extent's last write");
-        self.free.push(id.0);
-        extent
+    /// If reads or writes of the slot are in flight.
+    pub fn take_half(&mut self, id: ExtentId, at: u8) -> Half {
+        let extent = self.get_mut(id);
+        let half = extent.halves[usize::from(at)].take().expect("a slot of the extent");
+        assert!(
+            half.reads_in_flight == 0 && half.writes_in_flight == 0,
+            "a slot goes after its last request"
+        );
+        assert!(half.ended || extent.ended, "a slot goes when that is durable");
+        if extent.ended && extent.halves.iter().all(Option::is_none) {
+            self.places[id.0 as usize] = None;
+            self.free.push(id.0);
+        }
+        half
+    }
+
+    /// How many slots they have.
+    #[must_use]
+    pub fn slots(&self) -> u32 {
+        self.iter().map(|(_, extent)| u32::try_from(extent.live().count()).expect("at most two")).sum()
     }
 
     /// The place of a layer among the layers.
@@ -345,15 +413,124 @@ impl Extent {
         HeldExtent { number: self.number, version: self.version, active, suspect: self.suspect }
     }
 
-    /// Blocks of it were given a state without data; `hollow` where all of it was taken away.
-    pub fn cleared(&mut self, block: u16, count: u16, state: Sum, hollow: bool) {
-        self.sums[usize::from(block)..][..usize::from(count)].fill(state);
+    /// Whether both of its places are taken, if only by a slot that is about to go.
+    #[must_use]
+    pub fn is_twin(&self) -> bool {
+        self.halves.iter().all(Option::is_some)
+    }
+
+    /// The slots that it has.
+    pub fn live(&self) -> impl Iterator<Item = (u8, &Half)> {
+        let halves = (0..).zip(&self.halves);
+        halves.filter_map(|(at, half)| Some((at, half.as_ref()?))).filter(|(_, half)| !half.ended)
+    }
+
+    /// One of its slots.
+    ///
+    /// # Panics
+    /// If it does not have that one.
+    #[must_use]
+    pub fn half(&self, at: u8) -> &Half {
+        self.halves[usize::from(at)].as_ref().expect("a slot of the extent")
+    }
+
+    /// One of its slots.
+    ///
+    /// # Panics
+    /// If it does not have that one.
+    pub fn half_mut(&mut self, at: u8) -> &mut Half {
+        self.halves[usize::from(at)].as_mut().expect("a slot of the extent")
+    }
+
+    /// The slot that stands for all of it, and that blocks lie in which have nothing yet.
+    ///
+    /// # Panics
+    /// If it has none.
+    #[must_use]
+    pub fn home(&self) -> u8 {
+        let position =
+            |wanted: fn(&Half) -> bool| self.halves.iter().position(|half| half.as_ref().is_some_and(wanted));
+        let at = position(Half::stays).or_else(|| position(|_| true)).expect("an extent has a slot");
+        u8::from(at == 1)
+    }
+
+    /// The number of its [home](Extent::home).
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.half(self.home()).slot
+    }
+
+    /// What is known of a block.
+    #[must_use]
+    pub fn sum(&self, block: u16) -> Sum {
+        let sums = self.halves.iter().flatten().map(|half| half.sums[usize::from(block)]);
+        sums.fold(Sum::ABSENT, |found, sum| if found == Sum::ABSENT { sum } else { found })
+    }
+
+    /// What is known of blocks.
+    pub fn sums(&self, blocks: Range<u16>) -> impl Iterator<Item = Sum> {
+        blocks.map(|block| self.sum(block))
+    }
+
+    /// What is known of all its blocks.
+    pub fn all_sums(&self) -> impl Iterator<Item = Sum> {
+        self.sums(0..u16::try_from(EXTENT_BLOCKS).expect("1024"))
+    }
+
+    /// The slot that a block lies in.
+    #[must_use]
+    pub fn half_of(&self, block: u16) -> u8 {
+        match &self.halves {
+            [Some(_), None] => 0,
+            [None, Some(_)] => 1,
+            halves => {
+                let has = |half: &Half| half.sums[usize::from(block)] != Sum::ABSENT;
+                let at = halves.iter().position(|half| half.as_ref().is_some_and(has));
+                at.map_or_else(|| self.home(), |at| u8::from(at == 1))
+            }
+        }
+    }
+
+    /// The first batch that gave it a slot which it has.
+    #[must_use]
+    pub fn allocated_lsn(&self) -> u64 {
+        self.live().map(|(_, half)| half.allocated_lsn).min().unwrap_or(0)
+    }
+
+    /// Whether writes to it are in flight.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.halves.iter().flatten().any(|half| half.writes_in_flight > 0)
+    }
+
+    /// Gives it another slot.
+    ///
+    /// # Panics
+    /// If it has two.
+    pub fn add_half(&mut self, half: Half) -> u8 {
+        let at = self.halves.iter().position(Option::is_none).expect("an extent has at most two slots");
+        self.halves[at] = Some(half);
+        u8::from(at == 1)
+    }
+
+    /// Blocks of it were given a state without data, which lies in that slot; `hollow` where all of it was taken away.
+    pub fn cleared(&mut self, at: u8, block: u16, count: u16, state: Sum, hollow: bool) {
+        self.take_away(block, count);
+        self.half_mut(at).sums[usize::from(block)..][..usize::from(count)].fill(state);
         self.hollow = hollow || self.hollow && state == Sum::ABSENT;
     }
 
-    /// A block of it was written.
-    pub fn set(&mut self, block: u16, sum: Sum) {
-        self.sums[usize::from(block)] = sum;
+    /// Nothing is known of blocks any more, but what will be said next.
+    pub fn take_away(&mut self, block: u16, count: u16) {
+        for half in self.halves.iter_mut().flatten() {
+            half.sums[usize::from(block)..][..usize::from(count)].fill(Sum::ABSENT);
+        }
+    }
+
+    /// A block of it was written to that slot.
+    pub fn set(&mut self, at: u8, block: u16, sum: Sum) {
+        self.take_away(block, 1);
+        self.half_mut(at).sums[usize::from(block)] = sum;
         self.hollow = false;
     }
 
@@ -363,13 +540,10 @@ impl Extent {
         Extent {
             object,
             number,
-            slot: free.slot,
+            halves: [Some(Half::new(free, lsn)), None],
             version: 0,
+            begun_lsn: lsn,
             layer: 0,
-            sums: free.sums,
-            allocated_lsn: lsn,
-            which: 0,
-            page_crc: 0,
             dirty: false,
             active: false,
             suspect: false,
@@ -377,8 +551,6 @@ impl Extent {
             deactivating: false,
             hollow: false,
             touched: false,
-            next_page_crc: None,
-            writes_in_flight: 0,
             ending: false,
             ended: false,
         }

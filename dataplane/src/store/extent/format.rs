@@ -25,7 +25,7 @@ use crate::store::{BLOCK_BYTES, EXTENT_BYTES};
 pub use self::state::{EPOCHS_MAX, Epochs, LayerState, ReplicaState, STATE_UNITS_MAX};
 
 /// Layout version that this code writes; the only one that it reads.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of a block, as file offsets count.
 pub const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Blocks of an extent.
@@ -779,10 +779,21 @@ struct RawBatch {
 const _: () = assert!(size_of::<RawBatch>() == BATCH_HEADER_BYTES);
 const BATCH_REST: u8 = 1;
 
+/// Where the data of a block that was written are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataAt {
+    /// In place, over what was there: the activity log has the region, and another copy exists.
+    Place,
+    /// In the batch, in the order of such records; in place later.
+    Journal,
+    /// In place, where nothing that counted was: the last batch of a journal counts only if they match the sum.
+    FreshPlace,
+}
+
 /// One change of a shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
-    /// A block was written.
+    /// A block was written. In the extent's other slot, if it has one, the block is absent now.
     Set {
         /// The extent's slot.
         slot: u32,
@@ -794,10 +805,10 @@ pub enum Record {
         before: Sum,
         /// The write's version.
         version: u64,
-        /// The data are in this batch, in the order of such records; else they were written in place beside it.
-        in_journal: bool,
+        /// Where its data are.
+        data: DataAt,
     },
-    /// A slot was given to an extent; none of its blocks has anything.
+    /// A slot was given to an extent, as its only one or beside another; none of its blocks has anything.
     Allocate {
         /// The slot.
         slot: u32,
@@ -806,16 +817,20 @@ pub enum Record {
         /// Its extent.
         extent: u32,
     },
-    /// A slot was taken from its extent, which is gone.
+    /// A slot was taken from its extent.
     Free {
         /// The slot.
         slot: u32,
         /// The layer that had it.
         object: u32,
+        /// Which of its extents.
+        extent: u32,
+        /// The extent goes on in its other slot; else it is gone.
+        goes_on: bool,
         /// The highest version written to the extent: the layer's may not go back with it.
         version: u64,
     },
-    /// Blocks were given a state without data.
+    /// Blocks were given a state without data. In the extent's other slot, if it has one, they are absent now.
     Clear {
         /// The extent's slot.
         slot: u32,
@@ -880,6 +895,8 @@ mod kind {
     pub(super) const KEEP: u8 = 10;
 }
 const IN_JOURNAL: u8 = 1;
+const FRESH_PLACE: u8 = 2;
+const GOES_ON: u8 = 1;
 const HOLLOW: u8 = 1;
 
 /// The sums of blocks of a run, behind the record that begins it: as long as a record.
@@ -950,15 +967,19 @@ impl Record {
         }
     }
 
+    /// Whether it is of a block whose data are in the batch.
+    #[must_use]
+    pub fn is_journaled(&self) -> bool {
+        matches!(self, Record::Set { data: DataAt::Journal, .. })
+    }
+
     /// Whether another one is of the next block, and of the same write.
     fn is_followed_by(&self, next: &Record) -> bool {
         match (self, next) {
             (
-                Record::Set { slot, block, version, in_journal, .. },
-                Record::Set {
-                    slot: its_slot, block: its_block, version: its_version, in_journal: its, ..
-                },
-            ) => (slot, block + 1, version, in_journal) == (its_slot, *its_block, its_version, its),
+                Record::Set { slot, block, version, data, .. },
+                Record::Set { slot: its_slot, block: its_block, version: its_version, data: its, .. },
+            ) => (slot, block + 1, version, data) == (its_slot, *its_block, its_version, its),
             _ => false,
         }
     }
@@ -968,9 +989,13 @@ impl Record {
         let slot = U32::new(self.slot().unwrap_or_default());
         let none = RawRecord { slot, ..RawRecord::default() };
         match *self {
-            Record::Set { block, sum, before, version, in_journal, .. } => RawRecord {
+            Record::Set { block, sum, before, version, data, .. } => RawRecord {
                 kind: kind::SET,
-                flags: if in_journal { IN_JOURNAL } else { 0 },
+                flags: match data {
+                    DataAt::Place => 0,
+                    DataAt::Journal => IN_JOURNAL,
+                    DataAt::FreshPlace => FRESH_PLACE,
+                },
                 block: U16::new(block),
                 first: U32::new(sum.0),
                 second: U32::new(before.0),
@@ -980,9 +1005,14 @@ impl Record {
             Record::Allocate { object, extent, .. } => {
                 RawRecord { kind: kind::ALLOCATE, first: U32::new(object), second: U32::new(extent), ..none }
             }
-            Record::Free { object, version, .. } => {
-                RawRecord { kind: kind::FREE, first: U32::new(object), version: U64::new(version), ..none }
-            }
+            Record::Free { object, extent, goes_on, version, .. } => RawRecord {
+                kind: kind::FREE,
+                flags: if goes_on { GOES_ON } else { 0 },
+                first: U32::new(object),
+                second: U32::new(extent),
+                version: U64::new(version),
+                ..none
+            },
             Record::Clear { block, count, state, version, hollow, .. } => RawRecord {
                 kind: kind::CLEAR,
                 flags: if hollow { HOLLOW } else { 0 },
@@ -1005,16 +1035,28 @@ impl Record {
         let (first, second) = (raw.first.get(), raw.second.get());
         let blocks = u16::try_from(EXTENT_BLOCKS).expect("1024");
         match (raw.kind, raw.flags) {
-            (kind::SET, 0 | IN_JOURNAL) if block < blocks && Sum(first).is_data() => Ok(Record::Set {
-                slot,
-                block,
-                sum: Sum(first),
-                before: Sum(second),
-                version: raw.version.get(),
-                in_journal: raw.flags == IN_JOURNAL,
-            }),
+            (kind::SET, 0 | IN_JOURNAL | FRESH_PLACE) if block < blocks && Sum(first).is_data() => {
+                Ok(Record::Set {
+                    slot,
+                    block,
+                    sum: Sum(first),
+                    before: Sum(second),
+                    version: raw.version.get(),
+                    data: match raw.flags {
+                        IN_JOURNAL => DataAt::Journal,
+                        FRESH_PLACE => DataAt::FreshPlace,
+                        _ => DataAt::Place,
+                    },
+                })
+            }
             (kind::ALLOCATE, 0) => Ok(Record::Allocate { slot, object: first, extent: second }),
-            (kind::FREE, 0) => Ok(Record::Free { slot, object: first, version: raw.version.get() }),
+            (kind::FREE, 0 | GOES_ON) => Ok(Record::Free {
+                slot,
+                object: first,
+                extent: second,
+                goes_on: raw.flags == GOES_ON,
+                version: raw.version.get(),
+            }),
             (kind::CLEAR, 0 | HOLLOW)
                 if !Sum(second).is_data() && block < blocks && first <= u32::from(blocks - block) =>
             {
@@ -1193,8 +1235,7 @@ pub fn decode_batch(
     if records.len() > count {
         return Err(FormatError::Length);
     }
-    let in_journal =
-        records.iter().filter(|record| matches!(record, Record::Set { in_journal: true, .. })).count();
+    let in_journal = records.iter().filter(|record| record.is_journaled()).count();
     if in_journal != usize::from(header.data_blocks) {
         return Err(FormatError::Length);
     }
@@ -1208,19 +1249,20 @@ mod tests {
     const NAME: JournalName = JournalName { key: [5; 16], shard: 0 };
 
     fn set(slot: u32, block: u16, version: u64, in_journal: bool) -> Record {
+        let data = if in_journal { DataAt::Journal } else { DataAt::FreshPlace };
         Record::Set {
             slot,
             block,
             sum: Sum(1000 + u32::from(block)),
             before: Sum(block.into()),
             version,
-            in_journal,
+            data,
         }
     }
 
     /// What is read of a batch of these records, and the units that they take.
     fn packed(records: &[Record]) -> (Vec<Record>, usize) {
-        let in_journal = |record: &&Record| matches!(record, Record::Set { in_journal: true, .. });
+        let in_journal = |record: &&Record| record.is_journaled();
         let header = BatchHeader {
             records: u16::try_from(records.len()).unwrap(),
             data_blocks: u16::try_from(records.iter().filter(in_journal).count()).unwrap(),
@@ -1248,7 +1290,7 @@ mod tests {
             set(4, 11, 8, false),
             set(4, 12, 8, true),
             set(4, 14, 8, true),
-            Record::Free { slot: 9, object: 1, version: 5 },
+            Record::Free { slot: 9, object: 1, extent: 2, goes_on: true, version: 5 },
             set(4, 15, 8, true),
             set(4, 16, 8, true),
             Record::Activate { slot: 1 },
@@ -1310,7 +1352,7 @@ mod tests {
         };
         assert_eq!(changed(0, kind::SET_RUN), Ok(records.clone()));
         // A length of one, of more than the batch says, and beyond the extent; something behind the last sum; another flag.
-        for (at, byte) in [(8, 1), (8, 3), (8, 5), (8, 7), (12, 1), (RECORD_BYTES + 32, 1), (1, 2), (2, 253)]
+        for (at, byte) in [(8, 1), (8, 3), (8, 5), (8, 7), (12, 1), (RECORD_BYTES + 32, 1), (1, 3), (2, 253)]
         {
             assert!(changed(at, byte).is_err(), "byte {at} as {byte}");
         }

@@ -7,16 +7,21 @@
 //!   whole.
 //! * Nothing makes a checksum from what it finds. A sum page that does not verify makes its extent's blocks *lost*; data in the
 //!   journal that do not verify make their block lost.
-//! * The cost is bounded by checkpoint and journal, never by the data.
+//! * The last batch counts only if the data that came with it verify, in the journal and in their place. If they do not, its header is
+//!   overwritten before anything else is written, so that nothing written later makes it whole.
+//! * The cost is bounded by checkpoint and journal, and one batch's data, never by the data.
 //!
 //! Reading does not write; [`place`] does, and doing it twice gives the same.
 
 use std::collections::BTreeMap;
 
-use super::extents::{Extent, Extents, FoldMap, FreeSlot};
+use torus_replication::mutants::{self, Mutant};
+
+use super::extents::{Extent, ExtentId, Extents, FoldMap, FreeSlot, Half};
 use super::format::{
-    BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, ENTRY_BYTES, EXTENT_BLOCKS, Entry, FormatError,
-    JournalName, LayerState, RECORD_BYTES, Record, ShardName, Sum, Superblock, decode_batch, decode_page,
+    BATCH_BLOCKS_MAX, BLOCK, BatchHeader, CheckpointHeader, DataAt, ENTRY_BYTES, EXTENT_BLOCKS, Entry,
+    FormatError, JournalName, LayerState, RECORD_BYTES, Record, ShardName, Sum, Superblock, decode_batch,
+    decode_page,
 };
 use super::shard::{JournalState, Recovered, ScrubProgress};
 use crate::device::AlignedBuffer;
@@ -222,7 +227,8 @@ pub fn read_journal<M: Medium>(
     Ok(Journal { checkpoint, which, batches, torn_tail })
 }
 
-/// Puts in place what is only in the journal. The caller syncs before anybody relies on it.
+/// Puts in place what is only in the journal, and ends what is left of a last batch that does not count. The caller syncs before
+/// anybody relies on it, and writes nothing before.
 ///
 /// # Errors
 /// [`RecoveryError::Medium`].
@@ -234,8 +240,15 @@ pub fn place<M: Medium>(
 ) -> Result<(), RecoveryError<M::Error>> {
     let mut buffer = AlignedBuffer::new(BLOCK_BYTES);
     let begin = layout.journal_offset(shard);
+    if image.findings.torn_tail && !mutants::is(Mutant::TornHeaderKept) {
+        let head = u64::from(image.recovered.journal.head);
+        medium.write_at(begin + head * BLOCK, buffer.bytes()).map_err(RecoveryError::Medium)?;
+        medium.sync().map_err(RecoveryError::Medium)?;
+    }
     let mut by_slot: FoldMap<u32, super::extents::ExtentId> = FoldMap::default();
-    by_slot.extend(image.recovered.extents.iter().map(|(id, extent)| (extent.slot, id)));
+    for (id, extent) in image.recovered.extents.iter() {
+        by_slot.extend(extent.live().map(|(_, half)| (half.slot, id)));
+    }
     for ((slot, block), (position, sum)) in std::mem::take(&mut image.unplaced) {
         medium
             .read_at(begin + u64::from(position) * BLOCK, buffer.bytes_mut())
@@ -246,7 +259,7 @@ pub fn place<M: Medium>(
             image.findings.replaced_blocks += 1;
         } else if let Some(id) = by_slot.get(&slot) {
             let extent = image.recovered.extents.get_mut(*id);
-            extent.sums[usize::from(block)] = Sum::LOST;
+            extent.set(extent.half_of(block), block, Sum::LOST);
             extent.dirty = true;
             image.findings.lost_blocks += 1;
         }
@@ -381,7 +394,9 @@ impl<'m, M: Medium> Reader<'m, M> {
         if self.data_are_whole(last)? {
             return Ok((found, torn_header, (position, chain)));
         }
+        let lsn = last.header.lsn;
         position = last.header.position;
+        self.refuse_damage(position, lsn)?;
         found.pop();
         Ok((found, true, (position, chains[chains.len() - 2])))
     }
@@ -408,12 +423,44 @@ impl<'m, M: Medium> Reader<'m, M> {
     /// Whether the data of a batch are what its records say.
     fn data_are_whole(&self, batch: &Found) -> Result<bool, RecoveryError<M::Error>> {
         let mut block = AlignedBuffer::new(BLOCK_BYTES);
-        for (at, record) in (1..).zip(batch.records.iter().filter(|record| is_journaled(record))) {
+        if batch.records.iter().any(|record| record.slot().is_some_and(|slot| slot >= self.layout.slots())) {
+            // It contradicts the store, whole or not.
+            return Ok(true);
+        }
+        for (at, record) in (1..).zip(batch.records.iter().filter(|record| record.is_journaled())) {
             let Record::Set { sum, .. } = record else { continue };
             let position = (batch.header.position + at) % self.layout.journal_blocks;
             let offset_bytes = self.layout.journal_offset(self.shard) + u64::from(position) * BLOCK;
             self.read_bytes(offset_bytes, block.bytes_mut())?;
             if Sum::of(block.bytes()) != *sum {
+                return Ok(false);
+            }
+        }
+        Ok(mutants::is(Mutant::FreshDataUnread) || self.fresh_data_are_whole(&batch.records)?)
+    }
+
+    /// Whether what a batch says of data that went beside it is true.
+    fn fresh_data_are_whole(&self, records: &[Record]) -> Result<bool, RecoveryError<M::Error>> {
+        let mut fresh: Vec<(u32, u16, Sum)> = Vec::new();
+        for record in records {
+            if let Record::Set { slot, block, sum, data: DataAt::FreshPlace, .. } = *record {
+                fresh.push((slot, block, sum));
+            }
+        }
+        fresh.sort_unstable_by_key(|(slot, block, _)| (*slot, *block));
+        let mut buffer =
+            AlignedBuffer::new(if fresh.is_empty() { 0 } else { WINDOW_BLOCKS as usize * BLOCK_BYTES });
+        let mut rest = fresh.as_slice();
+        while let Some(&(slot, first, _)) = rest.first() {
+            let is_next =
+                |(next, (other, block, _)): &(u16, &(u32, u16, Sum))| *other == slot && block == next;
+            let len = (first..).zip(rest).take(WINDOW_BLOCKS as usize).take_while(is_next).count();
+            let (run, behind) = rest.split_at(len);
+            rest = behind;
+            let bytes = &mut buffer.bytes_mut()[..len * BLOCK_BYTES];
+            self.read_bytes(self.layout.data_offset(slot) + u64::from(first) * BLOCK, bytes)?;
+            let mut pairs = run.iter().zip(bytes.chunks_exact(BLOCK_BYTES));
+            if pairs.any(|((_, _, sum), bytes)| Sum::of(bytes) != *sum) {
                 return Ok(false);
             }
         }
@@ -435,61 +482,76 @@ impl<'m, M: Medium> Reader<'m, M> {
         if all().any(|(_, record)| record.slot().is_some_and(|slot| slot >= slots)) {
             return Err(contradiction("a record names a slot that the store does not have"));
         }
-        // How often each slot changed hands: only records since the last time concern its extent.
-        let mut hands: FoldMap<u32, u32> = FoldMap::default();
+        let mut hands = Hands::default();
         let mut owners: FoldMap<u32, (u32, u32, u64)> = FoldMap::default();
         for (batch, record) in all() {
+            hands.note(record);
             match *record {
                 Record::Free { slot, .. } => {
-                    *hands.entry(slot).or_default() += 1;
                     owners.remove(&slot);
                 }
                 Record::Allocate { slot, object, extent } => {
-                    *hands.entry(slot).or_default() += 1;
                     owners.insert(slot, (object, extent, batch.header.lsn));
                 }
                 _ => {}
             }
         }
         let mut extents = Extents::new(slots);
-        let mut by_slot: FoldMap<u32, super::extents::ExtentId> = FoldMap::default();
-        let mut keys: FoldMap<(u32, u32), ()> = FoldMap::default();
+        let mut by_slot: FoldMap<u32, (ExtentId, u8)> = FoldMap::default();
+        let mut unreadable: Vec<(ExtentId, u8)> = Vec::new();
         let mut lost_blocks = 0;
-        let kept = table.entries.into_iter().filter(|entry| !hands.contains_key(&entry.slot));
-        let kept: Vec<Entry> = kept.collect();
+        let (left, kept): (Vec<Entry>, Vec<Entry>) =
+            table.entries.into_iter().partition(|entry| hands.has(entry.slot));
         let pages = self.read_pages(&kept)?;
         for (entry, page) in kept.iter().zip(pages) {
-            if keys.insert((entry.object, entry.extent), ()).is_some() {
-                return Err(contradiction("an extent has two slots"));
-            }
             let is_whole = page.is_some();
             let sums = page.unwrap_or_else(super::extents::fresh_page);
             let free = FreeSlot { slot: entry.slot, sums };
-            let mut extent = Extent::allocated(entry.object, entry.extent, free, 0);
-            extent.version = entry.version;
-            extent.which = entry.which;
-            extent.page_crc = entry.page_crc;
-            extent.active = entry.active;
-            extent.hollow = entry.hollow;
-            extent.dirty = !is_whole;
+            let Some((id, at)) = give(&mut extents, (entry.object, entry.extent), free, 0) else {
+                return Err(contradiction("an extent has three slots"));
+            };
+            let extent = extents.wrote(id, entry.version);
+            let half = extent.half_mut(at);
+            (half.which, half.page_crc) = (entry.which, entry.page_crc);
+            let is_first = extent.live().count() == 1;
+            extent.active |= entry.active;
+            extent.hollow = entry.hollow && (is_first || extent.hollow);
+            extent.dirty |= !is_whole;
             // Of a hollow one it is known what its page said.
             if !is_whole && !entry.hollow {
-                extent.sums.fill(Sum::LOST);
-                lost_blocks += u64::from(EXTENT_BLOCKS);
+                unreadable.push((id, at));
             }
-            if by_slot.insert(entry.slot, extents.insert(extent)).is_some() {
+            if by_slot.insert(entry.slot, (id, at)).is_some() {
                 return Err(contradiction("a slot has two extents"));
+            }
+        }
+        for (id, at) in unreadable {
+            // What lies in the other slot does not lie here.
+            let extent = extents.get_mut(id);
+            for block in 0..u16::try_from(EXTENT_BLOCKS).expect("1024") {
+                if extent.sum(block) == Sum::ABSENT {
+                    extent.half_mut(at).sums[usize::from(block)] = Sum::LOST;
+                    lost_blocks += 1;
+                }
             }
         }
         let mut fresh: Vec<(&u32, &(u32, u32, u64))> = owners.iter().collect();
         fresh.sort_unstable();
         for (slot, (object, number, lsn)) in fresh {
-            if keys.insert((*object, *number), ()).is_some() {
-                return Err(contradiction("an extent has two slots"));
+            let Some((id, at)) = give(&mut extents, (*object, *number), FreeSlot::new(*slot), *lsn) else {
+                return Err(contradiction("an extent has three slots"));
+            };
+            extents.get_mut(id).dirty = true;
+            by_slot.insert(*slot, (id, at));
+        }
+        // What is said of an extent as a whole is true of it in its other slot too.
+        for entry in left.iter().filter(|entry| hands.lives((entry.object, entry.extent))) {
+            let Some(id) = extents.find(entry.object, entry.extent) else { continue };
+            let extent = extents.wrote(id, entry.version);
+            extent.active |= entry.active;
+            if extent.live().all(|(_, half)| hands.has(half.slot)) {
+                extent.hollow = entry.hollow;
             }
-            let mut extent = Extent::allocated(*object, *number, FreeSlot::new(*slot), *lsn);
-            extent.dirty = true;
-            by_slot.insert(*slot, extents.insert(extent));
         }
 
         for state in table.states {
@@ -506,7 +568,7 @@ impl<'m, M: Medium> Reader<'m, M> {
             for record in &batch.records {
                 records += 1;
                 last_record_lsn = lsn;
-                data += u32::from(is_journaled(record));
+                data += u32::from(record.is_journaled());
                 let Some(slot) = record.slot() else {
                     match record {
                         Record::Persist(state) => extents.persisted(state.clone()),
@@ -515,39 +577,48 @@ impl<'m, M: Medium> Reader<'m, M> {
                     }
                     continue;
                 };
-                if let Record::Free { .. } | Record::Allocate { .. } = record
-                    && let Some(left) = hands.get_mut(&slot)
-                {
-                    *left -= 1;
-                }
                 if let Record::Free { object, version, .. } = *record {
                     extents.raise(object, version);
                 }
-                let concerns = hands.get(&slot).is_none_or(|left| *left == 0);
-                let Some(id) = by_slot.get(&slot).filter(|_| concerns) else { continue };
+                // Of the slot's last extent, or of one that has it no more and goes on in another.
+                let (half, former) = match hands.pass(record) {
+                    Holder::Last => (by_slot.get(&slot).copied(), None),
+                    Holder::Former(key) => (None, extents.find(key.0, key.1)),
+                    Holder::Gone => continue,
+                };
+                let Some(id) = half.map(|(id, _)| id).or(former) else { continue };
                 match *record {
-                    Record::Set { block, sum, version, in_journal, .. } => {
-                        let extent = extents.wrote(*id, version);
-                        extent.set(block, sum);
+                    Record::Set { block, sum, version, data: data_at, .. } => {
+                        let extent = extents.wrote(id, version);
                         extent.dirty = true;
+                        forget_unplaced(&mut unplaced, extent, block..block + 1);
+                        match half {
+                            Some((_, at)) => extent.set(at, block, sum),
+                            // A later record says what has become of it.
+                            None if mutants::is(Mutant::FormerSlotIgnored) => {}
+                            None => extent.take_away(block, 1),
+                        }
                         let position = (batch.header.position + data) % self.layout.journal_blocks;
-                        if in_journal && lsn > placed_lsn {
+                        if half.is_some() && data_at == DataAt::Journal && lsn > placed_lsn {
                             unplaced.insert((slot, block), (position, sum));
-                        } else {
-                            unplaced.remove(&(slot, block));
                         }
                     }
                     Record::Clear { block, count, state, version, hollow, .. } => {
-                        let extent = extents.wrote(*id, version);
-                        extent.cleared(block, count, state, hollow);
-                        for block in block..block + count {
-                            unplaced.remove(&(slot, block));
-                        }
+                        let extent = extents.wrote(id, version);
                         extent.dirty = true;
+                        forget_unplaced(&mut unplaced, extent, block..block + count);
+                        match half {
+                            Some((_, at)) => extent.cleared(at, block, count, state, hollow),
+                            None => {
+                                let ignored = mutants::is(Mutant::FormerSlotIgnored);
+                                extent.take_away(block, if ignored { 0 } else { count });
+                                extent.hollow = hollow || extent.hollow && state == Sum::ABSENT;
+                            }
+                        }
                     }
-                    Record::Keep { .. } => extents.get_mut(*id).hollow = false,
-                    Record::Activate { .. } => extents.get_mut(*id).active = true,
-                    Record::Deactivate { .. } => extents.get_mut(*id).active = false,
+                    Record::Keep { .. } => extents.get_mut(id).hollow = false,
+                    Record::Activate { .. } => extents.get_mut(id).active = true,
+                    Record::Deactivate { .. } => extents.get_mut(id).active = false,
                     Record::Free { .. }
                     | Record::Allocate { .. }
                     | Record::Persist(_)
@@ -555,7 +626,14 @@ impl<'m, M: Medium> Reader<'m, M> {
                 }
             }
         }
-        let is_hollow = |extent: &Extent| extent.sums.iter().all(|sum| *sum == Sum::ABSENT);
+        let has_twice = |extent: &Extent| {
+            let [Some(one), Some(other)] = &extent.halves else { return false };
+            one.sums.iter().zip(other.sums.iter()).any(|(one, other)| ![*one, *other].contains(&Sum::ABSENT))
+        };
+        if extents.iter().any(|(_, extent)| has_twice(extent)) {
+            return Err(contradiction("a block lies in two slots"));
+        }
+        let is_hollow = |extent: &Extent| extent.all_sums().all(|sum| sum == Sum::ABSENT);
         if extents.iter().any(|(_, extent)| extent.hollow && !is_hollow(extent)) {
             return Err(contradiction("an extent that was wholly taken away has something"));
         }
@@ -663,8 +741,107 @@ fn decode_states(mut bytes: &[u8], count: u32) -> Result<Vec<LayerState>, Format
     if bytes.is_empty() { Ok(states) } else { Err(FormatError::Length) }
 }
 
-fn is_journaled(record: &Record) -> bool {
-    matches!(record, Record::Set { in_journal: true, .. })
+/// An extent, by layer and number.
+type Key = (u32, u32);
+
+/// Whom a record concerns.
+enum Holder {
+    /// The extent that has its slot in the end, if one has.
+    Last,
+    /// One that has had it, and goes on in another.
+    Former(Key),
+    /// One that is gone, or none.
+    Gone,
+}
+
+/// What slots changed hands, and whose they were.
+#[derive(Debug, Default)]
+struct Hands {
+    /// By slot, how often it still does.
+    changes: FoldMap<u32, u32>,
+    /// By slot, whose it is meanwhile.
+    holders: FoldMap<u32, Option<Key>>,
+    /// By extent, how often it still ends.
+    ends: FoldMap<Key, u32>,
+}
+
+impl Hands {
+    /// Notes a record, one after the other.
+    fn note(&mut self, record: &Record) {
+        match *record {
+            Record::Free { slot, object, extent, goes_on, .. } => {
+                *self.changes.entry(slot).or_default() += 1;
+                // Before the first time it was whose it ends to be.
+                self.holders.entry(slot).or_insert(Some((object, extent)));
+                *self.ends.entry((object, extent)).or_default() += u32::from(!goes_on);
+            }
+            Record::Allocate { slot, .. } => {
+                *self.changes.entry(slot).or_default() += 1;
+                self.holders.entry(slot).or_insert(None);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a slot changes hands.
+    fn has(&self, slot: u32) -> bool {
+        self.changes.contains_key(&slot)
+    }
+
+    /// Whether an extent does not end any more.
+    fn lives(&self, key: Key) -> bool {
+        self.ends.get(&key).is_none_or(|ends| *ends == 0)
+    }
+
+    /// Whom the next record concerns.
+    fn pass(&mut self, record: &Record) -> Holder {
+        let Some(slot) = record.slot() else { return Holder::Gone };
+        let Some(changes) = self.changes.get_mut(&slot) else { return Holder::Last };
+        match *record {
+            Record::Free { object, extent, goes_on, .. } => {
+                *changes -= 1;
+                self.holders.insert(slot, None);
+                if let Some(ends) = self.ends.get_mut(&(object, extent)).filter(|_| !goes_on) {
+                    *ends -= 1;
+                }
+            }
+            Record::Allocate { object, extent, .. } => {
+                *changes -= 1;
+                self.holders.insert(slot, Some((object, extent)));
+            }
+            _ => {}
+        }
+        if *changes == 0 {
+            return Holder::Last;
+        }
+        let holder = self.holders.get(&slot).copied().flatten();
+        holder.filter(|key| self.lives(*key)).map_or(Holder::Gone, Holder::Former)
+    }
+}
+
+/// Gives an extent a slot, its first or its second; `None` where it has two.
+fn give(extents: &mut Extents, key: Key, free: FreeSlot, lsn: u64) -> Option<(ExtentId, u8)> {
+    let Some(id) = extents.find(key.0, key.1) else {
+        return Some((extents.insert(Extent::allocated(key.0, key.1, free, lsn)), 0));
+    };
+    let extent = extents.get_mut(id);
+    (!extent.is_twin()).then(|| (id, extent.add_half(Half::new(free, lsn))))
+}
+
+/// What was written before to blocks of an extent needs no place any more.
+fn forget_unplaced(
+    unplaced: &mut BTreeMap<(u32, u16), (u32, Sum)>,
+    extent: &Extent,
+    blocks: std::ops::Range<u16>,
+) {
+    if unplaced.is_empty() {
+        return;
+    }
+    for (_, half) in extent.live() {
+        for block in blocks.clone() {
+            unplaced.remove(&(half.slot, block));
+        }
+    }
 }
 
 /// Slots that no shard has, from the lowest on.
@@ -673,8 +850,10 @@ pub fn free_slots<'i>(layout: &Superblock, images: impl Iterator<Item = &'i Imag
     let mut taken = vec![false; layout.slots() as usize];
     for image in images {
         for (_, extent) in image.recovered.extents.iter() {
-            if std::mem::replace(&mut taken[extent.slot as usize], true) {
-                return None;
+            for (_, half) in extent.live() {
+                if std::mem::replace(&mut taken[half.slot as usize], true) {
+                    return None;
+                }
             }
         }
     }

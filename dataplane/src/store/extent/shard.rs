@@ -9,6 +9,7 @@
 //! * `inventory` – which extents there are.
 //! * `writing` – writes and unmaps, up to the batch that makes them durable.
 //! * `releasing` – extents that were wholly taken away, until every copy knows.
+//! * `twins` – long runs of sole copies beside the journal, and extents that have two slots for that.
 //! * `states` – what replicas of layers must not forget.
 //! * `batch` – group commit: one batch in flight, and what becomes true when it has ended.
 //! * `placing` – data from the journal to their place, and the syncs that make that durable.
@@ -18,7 +19,8 @@
 //! Invariants (I3, I7, I10):
 //! * A write ends well when its batch and every earlier one are durable: one batch is in flight at a time.
 //! * Data go in place before their batch is durable only where the device writes a block whole or not at all, another copy
-//!   exists, and the region is durably in the activity log. Everywhere else they go into the journal first.
+//!   exists, and the region is durably in the activity log; or where nothing is that counts, in the slot in which the block does not
+//!   lie. Everywhere else they go into the journal first.
 //! * At most one write to a block's place is in flight; the newest data win.
 //! * The journal's tail moves when a checkpoint that has all its records, and the data of all its batches, are durable.
 //! * A block is read with the checksum of its newest durable record, or from memory; a mismatch is never data.
@@ -34,6 +36,7 @@ mod reading;
 mod releasing;
 mod scrub;
 mod states;
+mod twins;
 mod writing;
 
 use std::collections::VecDeque;
@@ -55,9 +58,9 @@ pub use self::writing::WriteTerms;
 
 /// Blocks that wait for their place at most; more writes wait, so that a slow device does not take all memory.
 const PENDING_MAX: usize = 4096;
-/// Chunks that a shard keeps: one for a batch's header, one for a checkpoint. Writes that wait may hold all others, and without
-/// these two nothing would ever end and free them. They are taken in a shard's first turn.
-pub const RESERVE_CHUNKS: usize = 2;
+/// Chunks that a shard keeps: one for a batch's header, one for a checkpoint, one for a block that makes room for others. Writes that
+/// wait may hold all others, and without these nothing would ever end and free them. They are taken in a shard's first turn.
+pub const RESERVE_CHUNKS: usize = 3;
 /// How soon a shard looks again for what others give back.
 const LOOK_AGAIN_NS: u64 = 1_000_000;
 /// Long lists of chunks that are kept from the start; more are made when they are needed, and kept too.
@@ -81,6 +84,8 @@ const KIND_SHIFT: u32 = 44;
 pub(super) const SHARD_SHIFT: u32 = 36;
 /// What a token has of a shard.
 pub(super) const SHARD_MASK: u64 = 0xff;
+/// Where one that is about an extent's slot has which of them.
+const HALF_SHIFT: u32 = 32;
 const INDEX_MASK: u64 = 0xffff_ffff;
 
 /// Whether a disk request with this token was a read for a request: its end needs no turn, unless a write waited for it.
@@ -197,6 +202,8 @@ enum What {
     Reserve,
     /// Its state is to be kept.
     Persist,
+    /// Its blocks go to the other one of their extent's two slots.
+    Move,
     /// Up to this block no good copy is left. What is counted are the extents that have some of them.
     Lose {
         to_block: u64,
@@ -221,6 +228,8 @@ struct ReadPart {
     /// Of its first block in the request.
     position: u32,
     extent: ExtentId,
+    /// Of which of its slots.
+    half: u8,
     /// In the extent.
     first_block: u16,
 }
@@ -290,6 +299,7 @@ pub struct Shard {
     checkpoint: checkpoint::CheckpointState,
     scrub: scrub::ScrubState,
     digests: digesting::DigestState,
+    twins: twins::TwinState,
     /// Regions of the activity log, the longest there first.
     active: VecDeque<ExtentId>,
     /// Some of those have ended with the batch that is being applied.
@@ -350,7 +360,10 @@ impl Shard {
         let hollow = extents.iter().filter(|(_, extent)| extent.hollow).map(|(id, _)| id);
         let releases = releasing::ReleaseState::new(hollow, config.layout.slots());
         let state_units = extents.states().map(|state| state.units()).sum();
-        config.shared.counters.allocated.fetch_add(extents.len(), std::sync::atomic::Ordering::Relaxed);
+        config.shared.counters.allocated.fetch_add(extents.slots(), std::sync::atomic::Ordering::Relaxed);
+        let twins: Vec<ExtentId> =
+            extents.iter().filter(|(_, extent)| extent.is_twin()).map(|(id, _)| id).collect();
+        twins.iter().for_each(|_| config.shared.begin_giving_back());
         Shard {
             name: ShardName { store: config.layout.store, shard: config.shard },
             journal_name: JournalName { key: config.layout.journal_key, shard: config.shard },
@@ -377,6 +390,7 @@ impl Shard {
             ),
             scrub: scrub::ScrubState::new(recovered.scrub),
             digests: digesting::DigestState::default(),
+            twins: twins::TwinState::new(twins.into_iter()),
             active,
             active_ended: false,
             stable_versions: FoldMap::default(),
@@ -486,6 +500,10 @@ impl Shard {
     ) {
         self.in_flight -= 1;
         let index = (token & INDEX_MASK) as usize;
+        let half = || {
+            let id = ExtentId(u32::try_from(index).expect("32 bits"));
+            (id, u8::from(token >> HALF_SHIFT & 1 == 1))
+        };
         match token >> KIND_SHIFT {
             kind::READ => self.read_ended(index, blocks, result, disk, outcomes),
             kind::JOURNAL => {
@@ -495,8 +513,7 @@ impl Shard {
             }
             kind if kind::BESIDE.contains(&kind) => {
                 self.recycle(blocks, disk.pool());
-                let id = ExtentId(u32::try_from(index).expect("32 bits"));
-                self.beside_ended(id, kind == kind::BESIDE[1], result, disk, outcomes);
+                self.beside_ended(half(), kind == kind::BESIDE[1], result, disk, outcomes);
             }
             kind::FLUSH => self.flush_ended(result, disk, outcomes),
             kind::PLACE => {
@@ -507,7 +524,7 @@ impl Shard {
             kind::PAGE => {
                 release_blocks(disk.pool(), blocks);
                 self.fill_reserve(disk.pool());
-                self.page_ended(index, result, disk, outcomes);
+                self.page_ended(half(), result, disk, outcomes);
             }
             kind::TABLE => {
                 self.recycle(blocks, disk.pool());
@@ -534,6 +551,7 @@ impl Shard {
             self.send_placements(disk);
             // Between two batches: with writes waiting there is always one in flight after this.
             self.begin_checkpoint_if_due();
+            self.advance_moves(disk);
             self.advance_batch(disk, outcomes);
             self.begin_sync(disk);
             self.advance_checkpoint(disk);
@@ -560,8 +578,11 @@ impl Shard {
         }
         // What waits for a slot or for memory looks again soon: others give them back.
         let gathers = !self.ready.is_empty() || self.has_gathered();
-        let goes_on =
-            gathers || self.releases_are_due() || !self.unsent.is_empty() || self.checkpoint.is_in_progress();
+        let goes_on = gathers
+            || self.releases_are_due()
+            || self.twins_are_due()
+            || !self.unsent.is_empty()
+            || self.checkpoint.is_in_progress();
         let stands = self.in_flight == 0 && goes_on;
         let waits = stands || !self.starved.is_empty();
         let again = waits.then_some(self.now_ns + LOOK_AGAIN_NS);
@@ -571,6 +592,7 @@ impl Shard {
             .chain(again)
             .chain(tells)
             .chain(self.digests_at_ns())
+            .chain(self.twins_at_ns())
             .min()
     }
 
@@ -598,6 +620,11 @@ impl Shard {
     fn token(&mut self, kind: u64, index: usize) -> u64 {
         self.in_flight += 1;
         kind << KIND_SHIFT | u64::from(self.name.shard) << SHARD_SHIFT | index as u64
+    }
+
+    /// The token of a request that is about one of an extent's slots.
+    fn half_token(&mut self, kind: u64, id: ExtentId, half: u8) -> u64 {
+        self.token(kind, id.0 as usize) | u64::from(half) << HALF_SHIFT
     }
 
     /// An empty list for so many chunks.
@@ -644,6 +671,9 @@ impl Shard {
         let op = self.ops.remove(at as usize);
         release_blocks(disk.pool(), op.payload);
         let result = op.failure.map_or(Ok(()), Err);
+        if op.what == What::Move {
+            self.move_ended(op.failure);
+        }
         match (op.request, op.what) {
             (Some(request), _) => outcomes.push(Outcome { request, blocks, result }),
             (None, What::Unmap { from_block, .. }) if result.is_ok() => {

@@ -49,7 +49,7 @@ pub enum ShardEvent {
 /// How often something has happened.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Extents that have a slot.
+    /// Slots that extents have.
     pub allocated: AtomicU32,
     /// Blocks whose checksum did not match.
     pub checksum_errors: AtomicU64,
@@ -83,7 +83,7 @@ pub struct Shared {
     /// When the rate allows the next read of a scrub.
     scrub_ns: AtomicU64,
     no_more: AtomicBool,
-    /// Slots of extents whose end is in a batch, and that are not queued yet.
+    /// Slots that are to come back, and are not queued yet.
     on_their_way: AtomicU32,
     failed: AtomicBool,
 }
@@ -167,12 +167,18 @@ impl Shared {
         assert!(queued.is_ok(), "a store has no more free slots than slots");
     }
 
-    /// The end of an extent is in a batch: who finds no slot waits for its one, [`Shared::give_back`].
+    /// A slot is to come back, since the end of its extent is in a batch, or its extent has two: who finds none waits for it, until
+    /// [`Shared::give_back`] or [`Shared::end_giving_back`].
     pub(super) fn begin_giving_back(&self) {
         self.on_their_way.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The slot of an ended extent is free.
+    /// One that was said to be on its way back is not, for now.
+    pub(super) fn end_giving_back(&self) {
+        self.on_their_way.fetch_sub(1, Ordering::Release);
+    }
+
+    /// A slot that was on its way back is free.
     pub(super) fn give_back(&self, slot: FreeSlot) {
         self.add_free(slot);
         // The other way round, who finds the queue empty between the two would take the store for full.
@@ -216,6 +222,11 @@ mod stand_in {
             let less = |len: u32| len.checked_sub(1);
             self.len.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).ok()?;
             self.slots.pop()
+        }
+
+        /// How many there are.
+        pub fn len(&self) -> usize {
+            self.len.load(Ordering::SeqCst) as usize
         }
 
         /// Whether there is none.

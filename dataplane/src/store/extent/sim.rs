@@ -4,6 +4,8 @@
 
 mod damage;
 mod model;
+#[cfg(mutants)]
+mod mutants;
 mod world;
 
 use self::world::{Coverage, Lab, Plan, World};
@@ -34,15 +36,11 @@ fn explore(test: &'static str, crash_points: u64, plan: impl Fn(&mut Rng) -> Pla
     let mut seed = only.or(number("TORUS_STORE_FROM")).unwrap_or(1);
     loop {
         let repeat = Repeat(test, seed);
-        let mut rng = Rng::new(seed);
-        let plan = plan(&mut rng);
+        let (plan, rng) = planned(seed, &plan);
         if only.is_some() {
             println!("{plan:?}");
         }
-        let mut world = World::fresh(&plan, rng.next(), &mut lab);
-        world.run(&mut lab);
-        world.finish(&mut lab);
-        lab.coverage.histories += 1;
+        history(&plan, rng, &mut lab);
         drop(repeat);
         seed += 1;
         if only.is_some() || lab.coverage.crash_points >= crash_points * factor {
@@ -51,6 +49,20 @@ fn explore(test: &'static str, crash_points: u64, plan: impl Fn(&mut Rng) -> Pla
     }
     println!("{test}: {:#?}", lab.coverage);
     only.is_none().then_some(lab)
+}
+
+/// The plan of a seed, and what the seed goes on with.
+fn planned(seed: u64, plan: impl Fn(&mut Rng) -> Plan) -> (Plan, Rng) {
+    let mut rng = Rng::new(seed);
+    (plan(&mut rng), rng)
+}
+
+/// Runs one history, with all of its crashes.
+fn history(plan: &Plan, mut rng: Rng, lab: &mut Lab) {
+    let mut world = World::fresh(plan, rng.next(), lab);
+    world.run(lab);
+    world.finish(lab);
+    lab.coverage.histories += 1;
 }
 
 fn plan(rng: &mut Rng) -> Plan {
@@ -64,6 +76,10 @@ fn plan(rng: &mut Rng) -> Plan {
         replicated: 0,
         chunks: [32, 96, 600][rng.index(3)],
         longest: [3, 8, 40][rng.index(3)],
+        writes: 1,
+        longs: 24,
+        within: 6,
+        varied: 6,
         objects: 1 + rng.below(4) as u32,
         extents: 1 + rng.below(3) as u32,
         steps: 100 + rng.below(200) as u32,
@@ -73,6 +89,8 @@ fn plan(rng: &mut Rng) -> Plan {
         persists: 16,
         faults: Faults::default(),
         nest: 40,
+        nest_telling: 40,
+        leaves_alone: false,
     }
 }
 
@@ -100,12 +118,12 @@ fn a_sole_copy_survives_every_crash() {
         ("reads", lab.coverage.reads, 8000),
         ("digests", lab.coverage.digests, 1000),
         ("blocks in digests", lab.coverage.digested_data, 1000),
-        ("blocks in digests that wait for their place", lab.coverage.digests_of_pending, 80),
+        ("blocks in digests that wait for their place", lab.coverage.digests_of_pending, 60),
         ("absent blocks in digests", lab.coverage.digested_absent, 500),
         ("lost blocks in digests", lab.coverage.digested_lost, 4000),
         ("salvages", lab.coverage.salvages, 400),
         ("lost blocks", lab.coverage.lost, 30_000),
-        ("lost blocks whose data had not been put in place", lab.coverage.loses_of_pending, 50),
+        ("lost blocks whose data had not been put in place", lab.coverage.loses_of_pending, 20),
         ("lost blocks found after a crash", lab.coverage.found_lost, 1_000_000),
         ("refused reads of lost blocks", lab.coverage.refused_lost_reads, 50_000),
         ("refused merges into lost blocks", lab.coverage.refused_lost_merges, 500),
@@ -230,6 +248,137 @@ fn slots_that_change_hands_survive_every_crash() {
         ("unmaps", lab.coverage.unmaps, 250),
         ("unmaps of ranges", lab.coverage.trims, 250),
         ("writes that wait for a slot", lab.coverage.starved, 20),
+    ]);
+}
+
+/// Streams, mostly: runs that go beside the journal, in extents with two slots and back to one, in stores that are full of them.
+fn runs(rng: &mut Rng) -> Plan {
+    let plan = plan(rng);
+    let (objects, extents) = (1 + rng.below(2) as u32, 1 + rng.below(2) as u32);
+    if rng.one_in(4) {
+        // Extents that enter and leave the activity log, one at a time: in place and beside the journal by turns.
+        return Plan {
+            shards: 1,
+            objects: 3,
+            extents: 1,
+            slots: 7,
+            active_max: 1,
+            atomic: true,
+            replicated: 3,
+            longest: 5,
+            longs: 2,
+            unmaps: [0, 8][rng.index(2)],
+            concurrent: 1 + rng.index(5),
+            persists: 60,
+            ..plan
+        };
+    }
+    Plan {
+        shards: 1 + rng.below(2) as u16,
+        objects,
+        extents,
+        // From too few for all extents to enough for two each.
+        slots: objects * extents + 1 + rng.below(u64::from(2 + objects * extents)) as u32,
+        chunks: [60, 96, 600][rng.index(3)],
+        longest: [6, 12, 24][rng.index(3)],
+        longs: 1 + rng.below(6),
+        concurrent: 1 + rng.index(10),
+        replicated: [0, 0, 0, 1][rng.index(4)],
+        atomic: rng.one_in(2),
+        unmaps: [0, 12, 24][rng.index(3)],
+        persists: 60,
+        ..plan
+    }
+}
+
+/// The same few blocks all the time, of a sole copy and of one of several by turns: beside the journal, into it and in place, and again
+/// soon after a crash.
+fn turns(rng: &mut Rng) -> Plan {
+    let plan = plan(rng);
+    Plan {
+        shards: 1,
+        objects: 1,
+        extents: 1,
+        slots: 2 + rng.below(2) as u32,
+        active_max: 1 + rng.below(2) as u32,
+        atomic: true,
+        replicated: 3 + rng.below(3),
+        chunks: 96,
+        writes: 2 + rng.below(4),
+        longest: 3 + rng.below(4),
+        longs: 1 + rng.below(2),
+        within: 1 + rng.below(3),
+        concurrent: 1 + rng.index(4),
+        unmaps: [0, 30][rng.index(2)],
+        persists: 60,
+        nest: 60,
+        nest_telling: 6,
+        ..plan
+    }
+}
+
+/// Torn last batches of a shard that is left alone then, while others take the slots that it was giving its extents, and write the same.
+fn torn(rng: &mut Rng) -> Plan {
+    let plan = plan(rng);
+    let extents = 1 + rng.below(2) as u32;
+    Plan {
+        shards: 2,
+        objects: 2,
+        extents,
+        slots: 2 * extents + rng.below(2) as u32,
+        atomic: rng.one_in(2),
+        chunks: 96,
+        longest: 3 + rng.below(4),
+        longs: 1,
+        within: 1 + rng.below(2),
+        varied: 1 + rng.below(3),
+        concurrent: 1 + rng.index(4),
+        unmaps: [6, 10, 16][rng.index(3)],
+        persists: 200,
+        nest_telling: 3,
+        leaves_alone: true,
+        ..plan
+    }
+}
+
+#[test]
+fn runs_beside_the_journal_survive_every_crash() {
+    let lab = explore("runs_beside_the_journal_survive_every_crash", 30_000, runs);
+    let Some(lab) = lab else { return };
+    lab.covers(&[
+        ("blocks beside the journal", lab.coverage.redirected, 3500),
+        ("blocks to a second slot", lab.coverage.redirected_to_twins, 1200),
+        ("slots that became vacant", lab.coverage.vacated, 150),
+        ("blocks moved to the other slot", lab.coverage.moved_blocks, 700),
+        ("blocks without data moved", lab.coverage.moved_states, 20),
+        ("extents with two slots found after a crash", lab.coverage.twins_after_crash, 4000),
+        ("ones in the activity log", lab.coverage.active_twins_after_crash, 100),
+        ("torn tails", lab.coverage.torn_tails, 1000),
+        ("full stores", lab.coverage.no_space, 5),
+        ("checkpoints", lab.coverage.checkpoints, 500),
+    ]);
+}
+
+/// A sole copy's blocks and those of one of several by turns, in one extent.
+#[test]
+fn blocks_written_in_every_way_survive_every_crash() {
+    let Some(lab) = explore("blocks_written_in_every_way_survive_every_crash", 25_000, turns) else { return };
+    lab.covers(&[
+        ("blocks beside the journal", lab.coverage.redirected, 600),
+        ("blocks to a second slot", lab.coverage.redirected_to_twins, 400),
+        ("writes in place", lab.coverage.in_place, 1500),
+        ("second crashes", lab.coverage.second_crashes, 4000),
+        ("extents with two slots in the activity log", lab.coverage.active_twins_after_crash, 1000),
+    ]);
+}
+
+#[test]
+fn torn_batches_of_shards_at_rest_stay_torn() {
+    let Some(lab) = explore("torn_batches_of_shards_at_rest_stay_torn", 15_000, torn) else { return };
+    lab.covers(&[
+        ("torn tails", lab.coverage.torn_tails, 400),
+        ("second crashes", lab.coverage.second_crashes, 4000),
+        ("slots taken by another shard", lab.coverage.moved_slots, 20),
     ]);
 }
 

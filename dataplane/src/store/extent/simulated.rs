@@ -21,7 +21,7 @@ use torus_uring::{Blocks, IoError};
 use super::extents::{FoldMap, FreeSlot};
 use super::format::{Segment, Shape, Superblock};
 use super::recovery::{self, Image, Medium, RecoveryError};
-use super::shard::{Shard, ShardConfig};
+use super::shard::{SHARD_MASK, SHARD_SHIFT, Shard, ShardConfig};
 use super::shared::Shared;
 use crate::store::{BLOCK_BYTES, Disk, Durable, EXTENT_BYTES};
 
@@ -34,6 +34,10 @@ const SECTORS: usize = BLOCK_BYTES / SECTOR;
 const KIND_SHIFT: u32 = 44;
 const JOURNAL: u64 = 1;
 const PLACE: u64 = 3;
+const BESIDE: [u64; 2] = [2, 9];
+/// Ended writes to a journal after which a batch that was being gathered when the first of them was in flight is proved by a later one,
+/// though one of them went around the journal's end.
+const WRITES_TO_PROVE: u8 = 4;
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 
@@ -291,6 +295,8 @@ pub struct SimDisk {
     /// Faults that were injected.
     pub injected: u64,
     is_gone: bool,
+    /// Blocks written beside a journal, with its shard, and how many more writes to it prove their batch.
+    unproved: FoldMap<u64, (u64, u8)>,
     previous: FoldMap<u64, Option<Data>>,
 }
 
@@ -310,6 +316,7 @@ impl SimDisk {
             faults: Faults::default(),
             injected: 0,
             is_gone: false,
+            unproved: FoldMap::default(),
             previous: FoldMap::default(),
         }
     }
@@ -423,7 +430,10 @@ impl SimDisk {
                     }
                 }
             }
-            if Self::fails(self.faults.rot, rng) && self.media.rot(block, rng.index(BLOCK_BYTES)) {
+            if Self::fails(self.faults.rot, rng)
+                && !self.unproved.contains_key(&block)
+                && self.media.rot(block, rng.index(BLOCK_BYTES))
+            {
                 self.injected += 1;
                 content = self.media.visible(block).map_or([0; BLOCK_BYTES], |data| **data);
             }
@@ -449,8 +459,19 @@ impl SimDisk {
         let no_space = token >> KIND_SHIFT == PLACE && Self::fails(self.faults.no_space, rng);
         let failed = no_space || Self::fails(self.faults.write, rng);
         let short = rng.index(data.len());
+        let (kind, shard) = (token >> KIND_SHIFT, token >> SHARD_SHIFT & SHARD_MASK);
         // The last batch of a journal would be lost without a trace: the damage tests have what there is to find.
-        let lost = token >> KIND_SHIFT != JOURNAL && Self::fails(self.faults.lost, rng);
+        let is_of_batch = kind == JOURNAL || BESIDE.contains(&kind);
+        let lost = !is_of_batch && Self::fails(self.faults.lost, rng);
+        if kind == JOURNAL {
+            self.unproved.retain(|_, (of, left)| {
+                *left -= u8::from(*of == shard);
+                *left > 0
+            });
+        }
+        if BESIDE.contains(&kind) {
+            self.unproved.extend((first..).take(data.len()).map(|block| (block, (shard, WRITES_TO_PROVE))));
+        }
         self.injected += u64::from(failed) + u64::from(lost);
         for (at, (block, data)) in (first..).zip(data).enumerate() {
             if lost || (failed && (no_space || at >= short)) {

@@ -8,13 +8,15 @@
 use std::cmp::Reverse;
 
 use af_xdp::region::{Chunk, Pool};
+use torus_replication::mutants::{self, Mutant};
 use torus_uring::{BLOCKS_LONG_MAX, Blocks, IoError};
 
 use super::writing::Taken;
 use super::{Committed, PENDING_MAX, Pending, Shard, What, kind};
-use crate::store::extent::extents::{ExtentId, FreeSlot};
+use crate::store::extent::extents::{ExtentId, FreeSlot, Half};
 use crate::store::extent::format::{
-    BATCH_BLOCKS_MAX, BLOCK, JOURNAL_BLOCKS_MIN, LayerState, Packing, RECORDS_MAX, Record, Sum, encode_batch,
+    BATCH_BLOCKS_MAX, BLOCK, DataAt, EXTENT_BLOCKS, JOURNAL_BLOCKS_MIN, LayerState, Packing, RECORDS_MAX,
+    Record, Sum, encode_batch,
 };
 use crate::store::extent::shared::Counters;
 use crate::store::{Disk, Durable, Outcome};
@@ -27,10 +29,12 @@ pub(super) enum Applied {
     Set {
         op: u32,
         extent: ExtentId,
+        /// Which of its slots.
+        half: u8,
         block: u16,
         sum: Sum,
         version: u64,
-        /// The data, where they wait for their place.
+        /// The data, where they go into the journal and wait for their place then.
         chunk: Option<Chunk>,
     },
     Allocated {
@@ -49,9 +53,15 @@ pub(super) enum Applied {
         op: Option<u32>,
         extent: ExtentId,
     },
+    /// One of the extent's two slots.
+    Vacated {
+        extent: ExtentId,
+        half: u8,
+    },
     Cleared {
         op: u32,
         extent: ExtentId,
+        half: u8,
         block: u16,
         count: u16,
         state: Sum,
@@ -76,6 +86,7 @@ pub(super) enum Applied {
 #[derive(Debug)]
 pub(super) struct Beside {
     pub(super) extent: ExtentId,
+    pub(super) half: u8,
     pub(super) block: u16,
     pub(super) chunk: Chunk,
 }
@@ -83,19 +94,22 @@ pub(super) struct Beside {
 /// A batch in the making or in flight.
 #[derive(Debug)]
 pub(super) struct Batch {
-    records: Vec<Record>,
+    pub(super) records: Vec<Record>,
     packing: Packing,
+    /// Units that records will take which are about to be changed.
+    reserved_units: usize,
+    /// What each of the records means.
     pub(super) applied: Vec<Applied>,
-    /// Data blocks for the journal, in the order of their records.
-    pub(super) data: Vec<Chunk>,
     /// Data blocks that go to their place at once, and have not been sent.
     pub(super) beside: Vec<Beside>,
     /// Blocks written, in the journal or in place.
     pub(super) sets: usize,
     /// No region can leave the activity log before the batch has ended.
     pub(super) log_is_full: bool,
-    /// Data blocks that are in the journal with it.
-    journaled: usize,
+    /// Data blocks that are, or would be, in the journal with it.
+    pub(super) journaled: usize,
+    /// How many of those follow the block before them.
+    pub(super) neighbours: usize,
     /// Device writes that have not ended.
     parts_in_flight: u32,
     /// Its parts are durable after a sync, which has not ended.
@@ -115,11 +129,12 @@ impl Batch {
             records: Vec::with_capacity(4 * RECORDS_MAX),
             packing: Packing::default(),
             applied: Vec::with_capacity(4 * RECORDS_MAX),
-            data: Vec::with_capacity(BATCH_BLOCKS_MAX),
+            reserved_units: 0,
             beside: Vec::with_capacity(4 * RECORDS_MAX),
             sets: 0,
             log_is_full: false,
             journaled: 0,
+            neighbours: 0,
             parts_in_flight: 0,
             unsynced: false,
             synced_placed_lsn: 0,
@@ -137,9 +152,68 @@ impl Batch {
         self.applied.push(applied);
     }
 
+    /// Data of a block are to go into the journal.
+    pub(super) fn count_journaled(&mut self, id: ExtentId, block: u16) {
+        let follows = |applied: &Applied| {
+            matches!(applied, Applied::Set { extent, block: before, chunk: Some(_), .. }
+                if *extent == id && before + 1 == block)
+        };
+        self.neighbours += usize::from(self.applied.last().is_some_and(follows));
+        self.journaled += 1;
+    }
+
+    /// Puts a record before all others. [`Batch::repack`] follows.
+    pub(super) fn record_first(&mut self, record: Record, applied: Applied) {
+        self.records.insert(0, record);
+        self.applied.insert(0, applied);
+    }
+
     /// Whether so many more records have room, whatever they are.
     pub(super) fn has_room_for(&self, records: usize) -> bool {
-        self.packing.units() + records <= RECORDS_MAX
+        self.packing.units() + self.reserved_units + records <= RECORDS_MAX
+    }
+
+    /// Keeps room for what is about to be changed.
+    pub(super) fn reserve_units(&mut self, units: usize) {
+        self.reserved_units += units;
+    }
+
+    /// Looks at all records anew, after some were changed.
+    pub(super) fn repack(&mut self) {
+        (self.packing, self.reserved_units, self.neighbours) = (Packing::default(), 0, 0);
+        let mut before = None;
+        for (record, applied) in self.records.iter().zip(&self.applied) {
+            self.packing.add(record);
+            let place = match applied {
+                Applied::Set { extent, block, chunk: Some(_), .. } => Some((*extent, *block)),
+                _ => None,
+            };
+            let follows =
+                before.is_some_and(|(extent, block): (ExtentId, u16)| place == Some((extent, block + 1)));
+            self.neighbours += usize::from(follows);
+            before = place;
+        }
+        assert!(self.packing.units() <= RECORDS_MAX, "what is redirected leaves room");
+    }
+
+    /// Extents that data were redirected in.
+    fn redirected(&self) -> impl Iterator<Item = ExtentId> {
+        self.records.iter().zip(&self.applied).filter_map(|(record, applied)| match (record, applied) {
+            (Record::Set { data: DataAt::FreshPlace, .. }, Applied::Set { extent, .. }) => Some(*extent),
+            _ => None,
+        })
+    }
+
+    /// Whether data were redirected in an extent.
+    pub(super) fn redirects(&self, id: ExtentId) -> bool {
+        self.redirected().any(|extent| extent == id)
+    }
+
+    /// Whether a slot is given to an extent.
+    pub(super) fn gives(&self, id: ExtentId) -> bool {
+        self.applied
+            .iter()
+            .any(|applied| matches!(applied, Applied::Allocated { extent, .. } if *extent == id))
     }
 
     /// The versions of what it has of an extent.
@@ -177,13 +251,24 @@ impl Batch {
         })
     }
 
+    /// Whether something becomes of that block.
+    fn touches(&self, id: ExtentId, place: u16) -> bool {
+        self.applied.iter().any(|applied| match *applied {
+            Applied::Set { extent, block, .. } => (extent, block) == (id, place),
+            Applied::Cleared { extent, block, count, .. } => {
+                extent == id && (block..block + count).contains(&place)
+            }
+            _ => false,
+        })
+    }
+
     /// Empties it; its lists keep their room.
     fn clear(&mut self) {
-        assert!(self.data.is_empty() && self.beside.is_empty() && self.applied.is_empty());
+        assert!(self.beside.is_empty() && self.applied.is_empty());
         self.records.clear();
         self.packing = Packing::default();
         self.sets = 0;
-        self.journaled = 0;
+        (self.journaled, self.neighbours) = (0, 0);
         self.unsynced = false;
         self.in_flight = false;
         self.failure = None;
@@ -195,7 +280,7 @@ impl Batch {
             _ => None,
         });
         let beside = self.beside.drain(..).map(|beside| beside.chunk);
-        for chunk in kept.chain(self.data.drain(..)).chain(beside) {
+        for chunk in kept.chain(beside) {
             pool.release(chunk);
         }
     }
@@ -233,6 +318,11 @@ impl Shard {
         self.batch.has(id, block) || self.next.has(id, block)
     }
 
+    /// Whether a change of that block has no durable record yet.
+    pub(super) fn batches_touch(&self, id: ExtentId, block: u16) -> bool {
+        self.batch.touches(id, block) || self.next.touches(id, block)
+    }
+
     /// Blocks of the journal that the next batch may take. One stays free, so that full and empty differ.
     fn journal_room(&self) -> u32 {
         let blocks = self.layout.journal_blocks;
@@ -247,22 +337,33 @@ impl Shard {
 
     /// Gathers what waits for the next batch, and sends that one if none is in flight.
     pub(super) fn advance_batch(&mut self, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
+        self.begun |= mutants::is(Mutant::BegunWithoutMark);
         if !self.begun && !self.batch.in_flight {
-            if self.ready.is_empty() && !self.releases_are_due() {
+            if self.ready.is_empty() && !self.releases_are_due() && !self.twins_are_due() {
                 return;
             }
             // A batch that was torn when the store crashed may lie at the head, whole but for some of its data. Blocks of a
-            // new one behind a header that never lands could complete it: so its header is overwritten alone, first.
+            // new one behind a header that never lands could complete it: so its header is overwritten alone, first. What opening
+            // overwrites is the header of one whose data are not whole.
             self.begin_mark(disk);
-            if !self.batch.in_flight {
-                return;
-            }
+        }
+        if !self.begun {
+            // Nor may what the last one named be written before.
+            return;
         }
         self.gather(disk, outcomes);
-        if self.batch.in_flight || !self.has_gathered() {
+        if self.batch.in_flight {
+            return;
+        }
+        if !self.has_gathered() {
+            if self.twins.wants_mark() {
+                self.begin_mark(disk);
+            }
             return;
         }
         if let Some(header) = self.take_reserved(disk.pool()) {
+            self.redirect(true);
+            self.send_beside(disk);
             std::mem::swap(&mut self.batch, &mut self.next);
             self.send_batch(header, disk);
         }
@@ -274,7 +375,7 @@ impl Shard {
         let room = self.journal_room() as usize;
         let waiting = self.pending.len() + self.batch.journaled;
         // The header and at least one block.
-        let is_wanted = !self.ready.is_empty() || self.releases_are_due();
+        let is_wanted = !self.ready.is_empty() || self.releases_are_due() || self.twins_are_due();
         if !is_wanted || room < 2 || waiting >= PENDING_MAX {
             return;
         }
@@ -310,6 +411,10 @@ impl Shard {
         if self.releases_are_due() {
             self.release_hollow();
         }
+        if self.twins_are_due() {
+            self.free_vacant();
+        }
+        self.redirect(false);
         self.send_beside(disk);
     }
 
@@ -319,20 +424,21 @@ impl Shard {
         let kind = kind::BESIDE[usize::from(self.next_lsn().is_multiple_of(2))];
         let mut beside = std::mem::take(&mut self.next.beside);
         // From the last one to the first, so that they are taken from the end.
-        beside.sort_unstable_by_key(|beside| Reverse((beside.extent, beside.block)));
-        while let Some(&Beside { extent: id, block: first_block, .. }) = beside.last() {
-            let is_next = |(next, other): &(u16, &Beside)| other.extent == id && other.block == *next;
+        beside.sort_unstable_by_key(|beside| Reverse((beside.extent, beside.half, beside.block)));
+        while let Some(&Beside { extent: id, half, block: first_block, .. }) = beside.last() {
+            let is_next =
+                |(next, other): &(u16, &Beside)| (other.extent, other.half, other.block) == (id, half, *next);
             let longest = beside.len().min(BLOCKS_LONG_MAX);
             let run = (first_block..).zip(beside.iter().rev().take(longest)).take_while(is_next).count();
             let mut blocks = self.list_for(run);
             for beside in beside.drain(beside.len() - run..).rev() {
                 blocks.push(beside.chunk);
             }
-            self.extents.get_mut(id).writes_in_flight += 1;
+            self.extents.get_mut(id).half_mut(half).writes_in_flight += 1;
             self.next.parts_in_flight += 1;
             self.next.unsynced |= self.flushes_batches;
-            let offset_bytes = self.block_offset(id, first_block);
-            let token = self.token(kind, id.0 as usize);
+            let offset_bytes = self.half_offset(id, half, first_block);
+            let token = self.half_token(kind, id, half);
             disk.write(offset_bytes, blocks, until, token);
         }
         self.next.beside = beside;
@@ -350,7 +456,7 @@ impl Shard {
     }
 
     fn send_batch(&mut self, mut header: Chunk, disk: &mut impl Disk) {
-        let fields = self.next_header(&self.batch.records, self.batch.data.len());
+        let fields = self.next_header(&self.batch.records, self.batch.journaled);
         self.batch.chain =
             encode_batch(&fields, self.journal_name, &self.batch.records, disk.pool().bytes_mut(&mut header));
         self.batch.placed_lsn = fields.placed_lsn;
@@ -358,15 +464,16 @@ impl Shard {
         let to_end = (self.layout.journal_blocks - self.journal.head) as usize;
         let begin = self.layout.journal_offset(self.name.shard);
         let offset_bytes = begin + u64::from(self.journal.head) * BLOCK;
-        let len = 1 + self.batch.data.len();
+        let len = 1 + self.batch.journaled;
         assert!(len <= self.journal_room() as usize, "a batch never reaches what is needed");
-        self.batch.journaled = self.batch.data.len();
         let until = if self.batch.unsynced { Durable::AtSync } else { Durable::AtEnd };
         // Filled one by one, not cut: a cut would take a list from the heap in the middle of service.
         let mut blocks = self.list_for(len.min(to_end));
         let mut around = (len > to_end).then(|| self.list_for(len - to_end));
         blocks.push(header);
-        for chunk in self.batch.data.drain(..) {
+        for applied in &self.batch.applied {
+            let Applied::Set { chunk: Some(chunk), .. } = applied else { continue };
+            let chunk = disk.pool().share(chunk);
             match &mut around {
                 Some(around) if blocks.len() == to_end => around.push(chunk),
                 _ => blocks.push(chunk),
@@ -390,13 +497,13 @@ impl Shard {
     /// A write of data to their place has ended, of a batch whose number is even or not.
     pub(super) fn beside_ended(
         &mut self,
-        id: ExtentId,
+        (id, half): (ExtentId, u8),
         is_even: bool,
         result: Result<(), IoError>,
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
-        self.extents.get_mut(id).writes_in_flight -= 1;
+        self.extents.get_mut(id).half_mut(half).writes_in_flight -= 1;
         // Without a batch in flight it is one of the next: a batch that was dropped has taken its number with it.
         if self.batch.in_flight && is_even != self.next_lsn().is_multiple_of(2) {
             self.batch_part_ended(result, disk, outcomes);
@@ -472,6 +579,7 @@ impl Shard {
         if !self.batch.records.is_empty() {
             self.last_record_lsn = lsn;
         }
+        self.twins.proved(self.batch.redirected());
         let mut applied = std::mem::take(&mut self.batch.applied);
         for change in applied.drain(..) {
             self.apply(change, lsn, disk, outcomes);
@@ -483,19 +591,22 @@ impl Shard {
             self.active.retain(|id| extents.at(id.0).is_some_and(|(_, extent)| !extent.ended));
         }
         self.releases.batch_ended();
+        self.twins.batch_ended();
     }
 
     fn apply(&mut self, change: Applied, lsn: u64, disk: &mut impl Disk, outcomes: &mut Vec<Outcome>) {
         match change {
-            Applied::Set { op, extent: id, block, sum, version, chunk } => {
-                self.extents.wrote(id, version).set(block, sum);
+            Applied::Set { op, extent: id, half, block, sum, version, chunk } => {
+                self.extents.wrote(id, version).set(half, block, sum);
                 self.mark_dirty(id);
+                self.twin_changed(id, block, 1, self.ops[op as usize].what == What::Move);
                 if let Some(chunk) = chunk {
                     self.make_pending(id, block, lsn, chunk, disk);
                 }
                 self.end_part(op, disk, outcomes);
             }
-            Applied::Allocated { extent: id, op } => {
+            Applied::Vacated { extent: id, half } => self.half_ended(id, half),
+            Applied::Allocated { extent: id, op, .. } => {
                 self.mark_dirty(id);
                 self.shared.counters.allocated.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 if let Some(op) = op {
@@ -512,14 +623,14 @@ impl Shard {
                 extent.deactivating = false;
                 extent.active = false;
             }
-            Applied::Cleared { op, extent: id, block, count, state, version, hollow } => {
+            Applied::Cleared { op, extent: id, half, block, count, state, version, hollow } => {
                 let extent = self.extents.wrote(id, version);
                 if state == Sum::LOST {
-                    let sums = &extent.sums[usize::from(block)..][..usize::from(count)];
-                    let fresh = sums.iter().filter(|sum| **sum != Sum::LOST).count();
+                    let fresh = extent.sums(block..block + count).filter(|sum| *sum != Sum::LOST).count();
                     Counters::add(&self.shared.counters.lost_blocks, fresh as u64);
                 }
-                extent.cleared(block, count, state, hollow);
+                extent.cleared(half, block, count, state, hollow);
+                self.twin_changed(id, block, count, self.ops[op as usize].what == What::Move);
                 if hollow {
                     self.releases.add(id);
                 }
@@ -593,8 +704,7 @@ impl Shard {
         // One look at the log is enough for all that end with a batch: until then no place is given to another extent.
         self.active_ended |= extent.active || extent.activating;
         if !self.pending.is_empty() {
-            for block in 0..extent.sums.len() {
-                let block = u16::try_from(block).expect("below 1024");
+            for block in 0..u16::try_from(EXTENT_BLOCKS).expect("1024") {
                 if let Some(pending) = self.pending.remove(&(id.0, block)) {
                     disk.pool().release(pending.chunk);
                     self.count_unplaced(pending.lsn, -1);
@@ -604,21 +714,27 @@ impl Shard {
         self.unsent.retain(|(extent, _)| *extent != id);
         // Another extent may have its place in the table before these are sent again.
         self.sync.retry.retain(|(extent, _)| *extent != id);
+        self.twin_ended(id);
         self.extents.end(id);
         self.shared.counters.allocated.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
-        self.give_slot_back_if_quiet(id);
+        for half in 0..2 {
+            if self.extents.at(id.0).is_some() {
+                self.give_slot_back_if_quiet(id, half);
+            }
+        }
     }
 
-    /// Gives the slot of an ended extent to whoever wants it, after the last write to it.
-    pub(super) fn give_slot_back_if_quiet(&mut self, id: ExtentId) {
+    /// Gives a slot that its extent has no more to whoever wants it, after the last read and write of it.
+    pub(super) fn give_slot_back_if_quiet(&mut self, id: ExtentId, at: u8) {
         let extent = self.extents.get(id);
-        if !extent.ended || extent.writes_in_flight > 0 {
+        let Some(half) = &extent.halves[usize::from(at)] else { return };
+        let is_quiet = half.reads_in_flight == 0 && half.writes_in_flight == 0;
+        if !(extent.ended || half.ended) || !is_quiet {
             return;
         }
-        let extent = self.extents.remove(id);
-        let mut sums = extent.sums;
+        let Half { slot, mut sums, .. } = self.extents.take_half(id, at);
         sums.fill(Sum::ABSENT);
-        self.shared.give_back(FreeSlot { slot: extent.slot, sums });
+        self.shared.give_back(FreeSlot { slot, sums });
     }
 
     fn count_unplaced(&mut self, lsn: u64, by: i32) {
@@ -663,9 +779,6 @@ impl Shard {
         if self.next.parts_in_flight > 0 {
             return;
         }
-        for chunk in self.next.data.drain(..) {
-            disk.pool().release(chunk);
-        }
         let mut applied = std::mem::take(&mut self.next.applied);
         self.drop_applied(&mut applied, disk, outcomes);
         self.next.applied = applied;
@@ -688,6 +801,7 @@ impl Shard {
                 | Applied::Forgotten { op, .. }
                 | Applied::Allocated { op: Some(op), .. } => (op, None),
                 Applied::Freed { op: None, .. }
+                | Applied::Vacated { .. }
                 | Applied::Allocated { op: None, .. }
                 | Applied::Activated { .. }
                 | Applied::Deactivated { .. } => continue,

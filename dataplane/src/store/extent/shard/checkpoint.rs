@@ -10,7 +10,7 @@
 use torus_uring::{Blocks, IoError};
 
 use super::{Shard, kind};
-use crate::store::extent::extents::ExtentId;
+use crate::store::extent::extents::{Extent, ExtentId, Half};
 use crate::store::extent::format::{
     BLOCK, CheckpointHeader, ENTRY_BYTES, Entry, RECORD_BYTES, Superblock, encode_page,
 };
@@ -54,6 +54,8 @@ pub(super) struct CheckpointState {
     snapshot_lsn: u64,
     queue: Vec<ExtentId>,
     at: usize,
+    /// A page of the extent there has been written.
+    begun: bool,
     written: Vec<ExtentId>,
     in_flight: u32,
     table: Vec<u8>,
@@ -83,6 +85,7 @@ impl CheckpointState {
             snapshot_lsn: 0,
             queue: Vec::with_capacity(slots),
             at: 0,
+            begun: false,
             written: Vec::with_capacity(slots),
             in_flight: 0,
             table: Vec::with_capacity(table_bytes.next_multiple_of(BLOCK_BYTES)),
@@ -105,7 +108,7 @@ impl Shard {
             self.checkpoint.phase = Phase::Pages;
             self.checkpoint.snapshot_lsn = self.journal.lsn;
             std::mem::swap(&mut self.checkpoint.queue, &mut self.checkpoint.dirty);
-            self.checkpoint.at = 0;
+            (self.checkpoint.at, self.checkpoint.begun) = (0, false);
         }
         if self.checkpoint.phase == Phase::Pages {
             self.send_pages(disk);
@@ -138,14 +141,19 @@ impl Shard {
             let id = self.checkpoint.queue[self.checkpoint.at];
             // A place of the table that has changed hands may stand here twice: its page must not be written again while it is.
             // What changed since then is for the next checkpoint.
-            let wanted = self
-                .extents
-                .at(id.0)
-                .is_some_and(|(_, extent)| extent.dirty && !extent.ended && extent.next_page_crc.is_none());
-            if !wanted {
+            let begun = self.checkpoint.begun;
+            let is_fresh = |half: &Half| half.next_page_crc.is_none();
+            let wanted = |extent: &Extent| {
+                let is_first = || extent.dirty && extent.live().all(|(_, half)| is_fresh(half));
+                !extent.ended && (begun || is_first())
+            };
+            let extent = self.extents.at(id.0).map(|(_, extent)| extent).filter(|extent| wanted(extent));
+            let Some((at, _)) = extent.and_then(|extent| extent.live().find(|(_, half)| is_fresh(half)))
+            else {
                 self.checkpoint.at += 1;
+                self.checkpoint.begun = false;
                 continue;
-            }
+            };
             let is_short = disk.pool().free_chunks() <= CHUNKS_LEFT.min(disk.pool().chunk_capacity() / 4);
             // One at a time goes on even then: memory may be short because the journal is full.
             if is_short && self.checkpoint.in_flight > 0 {
@@ -153,16 +161,17 @@ impl Shard {
             }
             let Some(mut chunk) = self.take_reserved(disk.pool()) else { break };
             let extent = self.extents.get_mut(id);
+            // What changes from its first page on is for the next checkpoint too, whichever page has it.
+            extent.dirty &= std::mem::replace(&mut self.checkpoint.begun, true);
+            let half = extent.half_mut(at);
             let bytes = disk.pool().bytes_mut(&mut chunk);
-            encode_page(&extent.sums, bytes);
-            extent.next_page_crc = Some(crc32c::crc32c(bytes));
-            extent.dirty = false;
-            extent.writes_in_flight += 1;
-            let offset_bytes = self.layout.page_offset(extent.slot, extent.which ^ 1);
+            encode_page(&half.sums, bytes);
+            half.next_page_crc = Some(crc32c::crc32c(bytes));
+            half.writes_in_flight += 1;
+            let offset_bytes = self.layout.page_offset(half.slot, half.which ^ 1);
             self.checkpoint.written.push(id);
-            self.checkpoint.at += 1;
             self.checkpoint.in_flight += 1;
-            let token = self.token(kind::PAGE, id.0 as usize);
+            let token = self.half_token(kind::PAGE, id, at);
             disk.write(offset_bytes, Blocks::from_iter([chunk]), Durable::AtSync, token);
         }
         self.end_pages_if_written();
@@ -170,15 +179,14 @@ impl Shard {
 
     pub(super) fn page_ended(
         &mut self,
-        index: usize,
+        (id, half): (ExtentId, u8),
         result: Result<(), IoError>,
         disk: &mut impl Disk,
         outcomes: &mut Vec<Outcome>,
     ) {
         self.checkpoint.in_flight -= 1;
-        let id = ExtentId(u32::try_from(index).expect("32 bits"));
-        self.extents.get_mut(id).writes_in_flight -= 1;
-        self.give_slot_back_if_quiet(id);
+        self.extents.get_mut(id).half_mut(half).writes_in_flight -= 1;
+        self.give_slot_back_if_quiet(id, half);
         match result {
             Ok(()) => self.end_pages_if_written(),
             Err(error) => self.fail("a sum page could not be written", error, disk, outcomes),
@@ -199,15 +207,23 @@ impl Shard {
         table.clear();
         table.resize(BLOCK_BYTES, 0);
         let mut entries = 0;
-        for (_, extent) in
-            self.extents.iter().filter(|(_, e)| e.allocated_lsn <= self.checkpoint.snapshot_lsn)
-        {
-            let which = extent.which ^ u8::from(extent.next_page_crc.is_some());
-            let page_crc = extent.next_page_crc.unwrap_or(extent.page_crc);
+        let (snapshot_lsn, durable_lsn) = (self.checkpoint.snapshot_lsn, self.journal.lsn);
+        let slots = self.extents.iter().flat_map(|(_, extent)| {
+            // Where all that an extent has was given to it later, its former slot has gone since, and what is true of it as a whole must
+            // stand somewhere. The page of such a slot is not looked at: its allocation is behind the checkpoint.
+            let goes_on = extent.begun_lsn <= snapshot_lsn
+                && extent.live().all(|(_, half)| half.allocated_lsn > snapshot_lsn);
+            let end_lsn = if goes_on { durable_lsn } else { snapshot_lsn };
+            let slots = extent.live().map(move |(_, half)| (extent, half));
+            slots.filter(move |(_, half)| half.allocated_lsn <= end_lsn)
+        });
+        for (extent, half) in slots {
+            let which = half.which ^ u8::from(half.next_page_crc.is_some());
+            let page_crc = half.next_page_crc.unwrap_or(half.page_crc);
             let entry = Entry {
                 object: extent.object,
                 extent: extent.number,
-                slot: extent.slot,
+                slot: half.slot,
                 page_crc,
                 version: extent.version,
                 which,
@@ -307,10 +323,11 @@ impl Shard {
             if self.extents.at(id.0).is_none() {
                 continue;
             }
-            let extent = self.extents.get_mut(id);
-            if let Some(page_crc) = extent.next_page_crc.take() {
-                extent.page_crc = page_crc;
-                extent.which ^= 1;
+            for half in self.extents.get_mut(id).halves.iter_mut().flatten() {
+                if let Some(page_crc) = half.next_page_crc.take() {
+                    half.page_crc = page_crc;
+                    half.which ^= 1;
+                }
             }
         }
         self.checkpoint.written = written;

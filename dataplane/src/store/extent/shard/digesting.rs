@@ -12,7 +12,7 @@ use torus_uring::{Blocks, IoError};
 
 use super::reading::Source;
 use super::{LOOK_AGAIN_NS, Op, Shard, What, kind};
-use crate::store::extent::extents::{Extent, ExtentId};
+use crate::store::extent::extents::ExtentId;
 use crate::store::extent::format::{EXTENT_BLOCKS, Sum};
 use crate::store::extent::shared::Counters;
 use crate::store::{BLOCK_BYTES, Disk, Outcome, RequestToken, StoreError};
@@ -50,7 +50,7 @@ pub enum BlockDigest {
 #[derive(Debug)]
 struct Reading {
     extent: ExtentId,
-    slot: u32,
+    half: u8,
     first_block: u16,
     count: u32,
 }
@@ -136,10 +136,10 @@ impl Shard {
                     self.digests.found.extend((0..run).map(|_| BlockDigest::Absent));
                 }
                 (Source::Zeros, Some((id, first))) => {
-                    let sums = &self.extents.get(id).sums[usize::from(first)..][..run as usize];
+                    let end = first + u16::try_from(run).expect("at most an extent's blocks");
                     let digest =
-                        |sum: &Sum| if *sum == Sum::ABSENT { BlockDigest::Absent } else { BlockDigest::Zero };
-                    self.digests.found.extend(sums.iter().map(digest));
+                        |sum: Sum| if sum == Sum::ABSENT { BlockDigest::Absent } else { BlockDigest::Zero };
+                    self.digests.found.extend(self.extents.get(id).sums(first..end).map(digest));
                 }
                 (Source::Lost, Some(_)) => {
                     self.digests.found.extend((0..run).map(|_| BlockDigest::Lost));
@@ -185,9 +185,9 @@ impl Shard {
             return false;
         }
         let count = u32::try_from(blocks.len()).expect("a few");
-        let slot = self.extents.get(id).slot;
-        self.digests.reading = Some(Reading { extent: id, slot, first_block, count });
-        let offset_bytes = self.block_offset(id, first_block);
+        let half = self.begin_reading(id, first_block);
+        self.digests.reading = Some(Reading { extent: id, half, first_block, count });
+        let offset_bytes = self.half_offset(id, half, first_block);
         let token = self.token(kind::DIGEST, 0);
         disk.read(offset_bytes, blocks, token);
         true
@@ -201,16 +201,15 @@ impl Shard {
         outcomes: &mut Vec<Outcome>,
     ) {
         let Some(reading) = self.digests.reading.take() else { unreachable!("such a read was in flight") };
-        let is_there = |(_, extent): (ExtentId, &Extent)| !extent.ended && extent.slot == reading.slot;
         // A layer that is given up goes whoever compares it: what is there now is looked at anew.
-        if self.extents.at(reading.extent.0).is_some_and(is_there) {
+        if !self.extents.get(reading.extent).ended {
             let extent = self.extents.get(reading.extent);
             let region = Arc::clone(disk.pool().region());
-            let sums = &extent.sums[usize::from(reading.first_block)..];
             let mut mismatches = 0;
             match result {
                 Ok(()) => {
-                    for (chunk, &recorded_sum) in blocks.iter().zip(sums) {
+                    for (block, chunk) in (reading.first_block..).zip(blocks.iter()) {
+                        let recorded_sum = extent.sum(block);
                         let bytes = region.bytes(chunk);
                         let found_sum = Sum::of(bytes);
                         let is_taken_for_good = extent.suspect && mutants::is(Mutant::SuspectGood);
@@ -232,6 +231,7 @@ impl Shard {
             }
             Counters::add(&self.shared.counters.checksum_errors, mismatches);
         }
+        self.end_reading(reading.extent, reading.half);
         self.recycle(blocks, disk.pool());
         self.advance_digests(disk, outcomes);
     }

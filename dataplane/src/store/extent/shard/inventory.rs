@@ -29,6 +29,24 @@ impl Shard {
         place.is_some_and(|place| self.pending.contains_key(&place))
     }
 
+    /// What was done with extents that have two slots.
+    #[cfg(test)]
+    pub fn twin_tally(&self) -> super::twins::TwinTally {
+        self.twins.tally
+    }
+
+    /// How many second slots do not come back by themselves.
+    #[cfg(test)]
+    pub fn blocked_twins(&self) -> usize {
+        self.twins.blocked()
+    }
+
+    /// Whether the last batch says what lies beside the journal.
+    #[cfg(test)]
+    pub fn has_unproved(&self) -> bool {
+        self.twins.has_unproved()
+    }
+
     /// How many extents wait for the stable mark to end.
     #[cfg(test)]
     pub fn hollow_extents(&self) -> usize {

@@ -21,6 +21,7 @@ const RETRY_NS: u64 = 1_000_000_000;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Placement {
     extent: ExtentId,
+    half: u8,
     first_block: u16,
     count: u16,
 }
@@ -70,16 +71,20 @@ impl Shard {
         let mut at = 0;
         while at < unsent.len() {
             let (id, first_block) = unsent[at];
-            let is_next = |(next, (other, block)): &(u16, &(ExtentId, u16))| *other == id && *block == *next;
+            let extent = self.extents.get(id);
+            let half = extent.half_of(first_block);
+            let is_next = |(next, (other, block)): &(u16, &(ExtentId, u16))| {
+                *other == id && *block == *next && extent.half_of(*block) == half
+            };
             let run = (first_block..).zip(&unsent[at..]).take(BLOCKS_LONG_MAX).take_while(is_next).count();
-            self.place(id, first_block, run, disk);
+            self.place((id, half), first_block, run, disk);
             at += run;
         }
         unsent.clear();
         self.unsent = unsent;
     }
 
-    fn place(&mut self, id: ExtentId, first_block: u16, run: usize, disk: &mut impl Disk) {
+    fn place(&mut self, (id, half): (ExtentId, u8), first_block: u16, run: usize, disk: &mut impl Disk) {
         let count = u16::try_from(run).expect("at most a long request");
         let mut blocks = self.list_for(run);
         for block in first_block..first_block + count {
@@ -89,9 +94,9 @@ impl Shard {
             pending.placing_lsn = pending.lsn;
             blocks.push(disk.pool().share(&pending.chunk));
         }
-        self.extents.get_mut(id).writes_in_flight += 1;
-        let offset_bytes = self.block_offset(id, first_block);
-        let at = self.placements.insert(Placement { extent: id, first_block, count });
+        self.extents.get_mut(id).half_mut(half).writes_in_flight += 1;
+        let offset_bytes = self.half_offset(id, half, first_block);
+        let at = self.placements.insert(Placement { extent: id, half, first_block, count });
         let token = self.token(kind::PLACE, at);
         disk.write(offset_bytes, blocks, Durable::AtSync, token);
     }
@@ -102,11 +107,11 @@ impl Shard {
         result: Result<(), IoError>,
         disk: &mut impl Disk,
     ) {
-        let Placement { extent: id, first_block, count } = self.placements.remove(index);
+        let Placement { extent: id, half, first_block, count } = self.placements.remove(index);
         let extent = self.extents.get_mut(id);
-        extent.writes_in_flight -= 1;
+        extent.half_mut(half).writes_in_flight -= 1;
         if extent.ended {
-            self.give_slot_back_if_quiet(id);
+            self.give_slot_back_if_quiet(id, half);
             return;
         }
         if let Err(error) = result {

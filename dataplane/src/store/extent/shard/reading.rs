@@ -129,7 +129,7 @@ impl Shard {
         let Some(id) = self.extents.find(object, number) else { return (room, Source::Zeros, None) };
         let extent = self.extents.get(id);
         let source_of = |block: u16| {
-            let sum = extent.sums[usize::from(block)];
+            let sum = extent.sum(block);
             if !self.pending.is_empty() && self.pending.contains_key(&(id.0, block)) {
                 Source::Memory
             } else if sum.is_data() {
@@ -141,7 +141,12 @@ impl Shard {
             }
         };
         let first = source_of(within);
-        let same = |block: &u16| std::mem::discriminant(&source_of(*block)) == std::mem::discriminant(&first);
+        let is_twin = extent.is_twin() && matches!(first, Source::Device);
+        let half = extent.half_of(within);
+        let same = |block: &u16| {
+            std::mem::discriminant(&source_of(*block)) == std::mem::discriminant(&first)
+                && !(is_twin && extent.half_of(*block) != half)
+        };
         let room = u16::try_from(room).expect("at most an extent's blocks");
         let run = (within..within + room).take_while(same).count();
         (u32::try_from(run).expect("at most an extent's blocks"), first, Some((id, within)))
@@ -158,8 +163,9 @@ impl Shard {
     ) {
         match (source, place) {
             (Source::Device, Some((extent, first_block))) => {
-                let offset_bytes = self.block_offset(extent, first_block);
-                let part = self.reads.insert(ReadPart { op: at, position, extent, first_block });
+                let half = self.begin_reading(extent, first_block);
+                let offset_bytes = self.half_offset(extent, half, first_block);
+                let part = self.reads.insert(ReadPart { op: at, position, extent, half, first_block });
                 self.ops[at as usize].reading += 1;
                 let token = self.token(kind::READ, part);
                 disk.read(offset_bytes, run, token);
@@ -183,8 +189,23 @@ impl Shard {
         self.ops[at as usize].add_part(position, run);
     }
 
-    pub(super) fn block_offset(&self, extent: ExtentId, block: u16) -> u64 {
-        self.layout.data_offset(self.extents.get(extent).slot) + u64::from(block) * BLOCK
+    /// Where a block would lie in one of its extent's slots, bytes.
+    pub(super) fn half_offset(&self, extent: ExtentId, half: u8, block: u16) -> u64 {
+        self.layout.data_offset(self.extents.get(extent).half(half).slot) + u64::from(block) * BLOCK
+    }
+
+    /// A read of a block begins; which of its extent's slots it is of.
+    pub(super) fn begin_reading(&mut self, id: ExtentId, block: u16) -> u8 {
+        let extent = self.extents.get_mut(id);
+        let half = extent.half_of(block);
+        extent.half_mut(half).reads_in_flight += 1;
+        half
+    }
+
+    /// It has ended, and what was read was looked at.
+    pub(super) fn end_reading(&mut self, id: ExtentId, half: u8) {
+        self.extents.get_mut(id).half_mut(half).reads_in_flight -= 1;
+        self.give_slot_back_if_quiet(id, half);
     }
 
     pub(super) fn read_ended(
@@ -200,6 +221,7 @@ impl Shard {
             Ok(()) => self.verify(&part, &blocks, disk.pool()).err(),
             Err(error) => Some(StoreError::Unreadable(error)),
         };
+        self.end_reading(part.extent, part.half);
         let op = &mut self.ops[part.op as usize];
         op.reading -= 1;
         let salvages = op.what == What::Salvage;
@@ -211,6 +233,7 @@ impl Shard {
         op.add_part(part.position, blocks);
         match op.what {
             What::Read | What::Salvage => self.end_read_if_done(part.op, disk, outcomes),
+            What::Move => self.move_if_read(part.op, disk, outcomes),
             _ => self.merge_if_read(part.op, disk, outcomes),
         }
     }
@@ -219,9 +242,11 @@ impl Shard {
     fn verify(&self, part: &ReadPart, blocks: &Blocks, pool: &Pool) -> Result<(), StoreError> {
         let extent = self.extents.get(part.extent);
         let region = pool.region();
-        let sums = &extent.sums[usize::from(part.first_block)..];
-        let bad =
-            blocks.iter().zip(sums).filter(|(chunk, sum)| Sum::of(region.bytes(chunk)) != **sum).count();
+        // What was moved to the other slot meanwhile is the same.
+        let bad = (part.first_block..)
+            .zip(blocks.iter())
+            .filter(|(block, chunk)| Sum::of(region.bytes(chunk)) != extent.sum(*block))
+            .count();
         if bad == 0 || extent.suspect && mutants::is(Mutant::SuspectGood) {
             return Ok(());
         }

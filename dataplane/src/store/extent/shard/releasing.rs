@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use super::Shard;
 use super::batch::Applied;
-use crate::store::extent::extents::ExtentId;
+use crate::store::extent::extents::{ExtentId, Half};
 use crate::store::extent::format::Record;
 
 /// Extents that are looked at in one go: some ten microseconds.
@@ -75,7 +75,7 @@ impl Shard {
     pub(super) fn release_hollow(&mut self) {
         let mut records = 0;
         for _ in 0..STEPS_MAX {
-            if self.releases.due == 0 || records == RECORDS_MAX || !self.next.has_room_for(1) {
+            if self.releases.due == 0 || records == RECORDS_MAX || !self.next.has_room_for(2) {
                 break;
             }
             self.releases.due -= 1;
@@ -102,10 +102,16 @@ impl Shard {
     /// Gives the batch in the making the end of an extent, which `op` waits for.
     pub(super) fn end_extent(&mut self, id: ExtentId, op: Option<u32>) {
         let version = self.newest_version(id);
+        let home = self.extents.get(id).home();
+        // One that is on its way out needs no other record.
+        if self.extents.get(id).halves[usize::from(home ^ 1)].as_ref().is_some_and(Half::stays) {
+            self.free_half(id, home ^ 1);
+        }
         let extent = self.extents.get_mut(id);
         extent.ending = true;
-        let (slot, object) = (extent.slot, extent.object);
+        let (slot, object, number) = (extent.slot(), extent.object, extent.number);
         self.shared.begin_giving_back();
-        self.next.record(Record::Free { slot, object, version }, Applied::Freed { op, extent: id });
+        let record = Record::Free { slot, object, extent: number, goes_on: false, version };
+        self.next.record(record, Applied::Freed { op, extent: id });
     }
 }

@@ -52,7 +52,7 @@ pub struct ScrubProgress {
 #[derive(Debug, Clone, Copy)]
 struct Reading {
     extent: ExtentId,
-    slot: u32,
+    half: u8,
     first_block: u16,
     tries: u8,
     /// It verifies a suspect region, and is no part of a run.
@@ -223,11 +223,12 @@ impl Shard {
     fn next_run(&self, id: ExtentId, block: u16) -> Option<(u16, u16)> {
         let extent = self.extents.get(id);
         let blocks = u16::try_from(EXTENT_BLOCKS).expect("1024");
-        let in_place = |block: &u16| {
-            extent.sums[usize::from(*block)].is_data() && !self.pending.contains_key(&(id.0, *block))
-        };
+        let in_place =
+            |block: &u16| extent.sum(*block).is_data() && !self.pending.contains_key(&(id.0, *block));
         let first = (block..blocks).find(in_place)?;
-        let run = (first..blocks.min(first + READ_BLOCKS)).take_while(in_place).count();
+        let half = extent.half_of(first);
+        let same = |block: &u16| in_place(block) && extent.half_of(*block) == half;
+        let run = (first..blocks.min(first + READ_BLOCKS)).take_while(same).count();
         Some((first, u16::try_from(run).expect("at most a read")))
     }
 
@@ -250,14 +251,14 @@ impl Shard {
                 }
             }
         }
-        let slot = self.extents.get(id).slot;
-        self.scrub.reading = Some(Reading { extent: id, slot, first_block, tries, suspect });
+        let half = self.begin_reading(id, first_block);
+        self.scrub.reading = Some(Reading { extent: id, half, first_block, tries, suspect });
         if let Some(task) = self.scrub.task {
             let bytes = u64::from(count) * BLOCK;
             let pause_ns = bytes.saturating_mul(1_000_000_000) / task.rate_bytes_per_s.max(1);
             self.scrub.next_ns = self.shared.next_scrub_ns(self.now_ns, pause_ns);
         }
-        let offset_bytes = self.block_offset(id, first_block);
+        let offset_bytes = self.half_offset(id, half, first_block);
         let token = self.token(kind::SCRUB, 0);
         disk.read(offset_bytes, blocks, token);
         true
@@ -266,20 +267,23 @@ impl Shard {
     pub(super) fn scrub_ended(&mut self, blocks: Blocks, result: Result<(), IoError>, disk: &mut impl Disk) {
         let Some(reading) = self.scrub.reading.take() else { unreachable!("a scrub read was in flight") };
         let id = reading.extent;
-        let same =
-            self.extents.at(id.0).is_some_and(|(_, extent)| !extent.ended && extent.slot == reading.slot);
+        let same = !self.extents.get(id).ended;
         let region = std::sync::Arc::clone(disk.pool().region());
         let mut bad = Vec::new();
         if same {
             for (block, chunk) in (reading.first_block..).zip(blocks.iter()) {
-                let sum = self.extents.get(id).sums[usize::from(block)];
-                let written = self.pending.contains_key(&(id.0, block)) || self.batches_have(id, block);
+                let extent = self.extents.get(id);
+                let sum = extent.sum(block);
+                let written = extent.half_of(block) != reading.half
+                    || self.pending.contains_key(&(id.0, block))
+                    || self.batches_have(id, block);
                 let settled = sum.is_data() && !written;
                 if settled && (result.is_err() || Sum::of(region.bytes(chunk)) != sum) {
                     bad.push(block);
                 }
             }
         }
+        self.end_reading(id, reading.half);
         self.recycle(blocks, disk.pool());
         match bad.first() {
             Some(&block) if reading.tries < RETRIES || bad.len() > 1 => {

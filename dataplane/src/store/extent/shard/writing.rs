@@ -10,9 +10,10 @@ use torus_uring::Blocks;
 
 use super::batch::{Applied, Beside};
 use super::reading::locate;
+use super::twins::UNITS_FOR_PIECE;
 use super::{Copies, Op, Shard, What};
 use crate::store::extent::extents::{Extent, ExtentId};
-use crate::store::extent::format::{EXTENT_BLOCKS, Record, Sum};
+use crate::store::extent::format::{DataAt, EXTENT_BLOCKS, Record, Sum};
 use crate::store::{BLOCK_BYTES, Crcs, Disk, Outcome, RequestToken, StoreError, put_into};
 
 /// What is written, beside the blocks.
@@ -203,6 +204,7 @@ impl Shard {
             }
             What::Reserve => self.take_reserve(at),
             What::Persist => self.take_persist(at),
+            What::Move => self.take_move(at, data_max, disk),
             What::Lose { to_block, copies, version } => self.take_lose(at, to_block, copies, version),
             What::Read | What::Salvage | What::Digest => unreachable!("reads need no batch"),
         }
@@ -222,7 +224,8 @@ impl Shard {
             if op.queued == op.count {
                 return Taken::Whole;
             }
-            if !self.next.has_room_for(RECORDS_NEEDED) {
+            // What is left of a run that goes on in the next batch is to have room to be redirected.
+            if !self.next.has_room_for(RECORDS_NEEDED + 2 * UNITS_FOR_PIECE) {
                 return Taken::Part;
             }
             let Some((number, block)) = locate(op.first_block + u64::from(op.queued)) else {
@@ -255,8 +258,17 @@ impl Shard {
                 // Its region must be in the log, durably, before the device sees the data.
                 return Taken::Later;
             }
-            if !in_place && self.next.data.len() >= data_max {
-                return Taken::Part;
+            if in_place && self.twins.awaits_proof(id) {
+                return Taken::Later;
+            }
+            if !in_place && self.next.journaled >= data_max {
+                self.redirect(false);
+                if self.next.journaled >= data_max {
+                    return Taken::Part;
+                }
+            }
+            if self.twins.is_moving(id, std::iter::once(block)) {
+                return Taken::Later;
             }
             debug_assert!(!self.batches_have(id, block), "the caller orders writes of one block");
             if in_place && self.pending.contains_key(&(id.0, block)) {
@@ -284,18 +296,19 @@ impl Shard {
         let sum = known.map_or_else(|| Sum::of(disk.pool().region().bytes(&chunk)), Sum::of_crc);
         let extent = self.extents.get_mut(id);
         extent.touched = true;
-        let before = extent.sums[usize::from(block)];
-        let slot = extent.slot;
-        let record = Record::Set { slot, block, sum, before, version, in_journal: !in_place };
+        let (before, half) = (extent.sum(block), extent.half_of(block));
+        let slot = extent.half(half).slot;
+        let data = if in_place { DataAt::Place } else { DataAt::Journal };
+        let record = Record::Set { slot, block, sum, before, version, data };
         let kept = if in_place {
-            self.next.beside.push(Beside { extent: id, block, chunk });
+            self.next.beside.push(Beside { extent: id, half, block, chunk });
             None
         } else {
-            self.next.data.push(disk.pool().share(&chunk));
+            self.next.count_journaled(id, block);
             Some(chunk)
         };
         self.next.sets += 1;
-        self.next.record(record, Applied::Set { op: at, extent: id, block, sum, version, chunk: kept });
+        self.next.record(record, Applied::Set { op: at, extent: id, half, block, sum, version, chunk: kept });
         self.ops[at as usize].queued += 1;
     }
 
@@ -348,10 +361,11 @@ impl Shard {
 
     /// Gives the batch in the making a change of blocks to a state without data.
     fn clear(&mut self, op: u32, id: ExtentId, blocks: Range<u16>, state: Sum, version: u64, hollow: bool) {
-        let (slot, block) = (self.extents.get(id).slot, blocks.start);
-        let count = blocks.end - blocks.start;
+        let extent = self.extents.get(id);
+        let (half, block) = (extent.home(), blocks.start);
+        let (slot, count) = (extent.half(half).slot, blocks.end - blocks.start);
         let record = Record::Clear { slot, block, count, state, version, hollow };
-        let applied = Applied::Cleared { op, extent: id, block, count, state, version, hollow };
+        let applied = Applied::Cleared { op, extent: id, half, block, count, state, version, hollow };
         self.next.record(record, applied);
     }
 
@@ -375,7 +389,7 @@ impl Shard {
         if let Some(id) = self.extents.find(object, number) {
             let extent = self.extents.get(id);
             // Its allocation, or its end, is in a batch that has not ended.
-            if extent.ending || extent.allocated_lsn > self.journal.lsn {
+            if extent.ending || extent.allocated_lsn() > self.journal.lsn {
                 return Taken::Later;
             }
             if !extent.hollow {
@@ -385,7 +399,7 @@ impl Shard {
             if !self.next.has_room_for(1) {
                 return Taken::Part;
             }
-            let slot = extent.slot;
+            let slot = extent.slot();
             self.next.record(Record::Keep { slot }, Applied::Kept { op: at, extent: id });
             self.ops[at as usize].queued = 1;
             return Taken::Whole;
@@ -408,8 +422,8 @@ impl Shard {
         let free = self.shared.free.pop()?;
         let slot = free.slot;
         let id = self.extents.insert(Extent::allocated(object, number, free, self.next_lsn()));
-        self.next
-            .record(Record::Allocate { slot, object, extent: number }, Applied::Allocated { extent: id, op });
+        let record = Record::Allocate { slot, object, extent: number };
+        self.next.record(record, Applied::Allocated { extent: id, op });
         Some(id)
     }
 
@@ -428,7 +442,7 @@ impl Shard {
         }
         let extent = self.extents.get_mut(id);
         extent.activating = true;
-        let slot = extent.slot;
+        let slot = extent.slot();
         self.active.push_back(id);
         self.next.record(Record::Activate { slot }, Applied::Activated { extent: id });
     }
@@ -449,14 +463,14 @@ impl Shard {
             let extent = self.extents.get_mut(id);
             // The next one to open the store must know of a suspect region too.
             let kept = extent.activating || extent.suspect || extent.ending;
-            let busy = extent.writes_in_flight > 0 || !is_stable || kept;
+            let busy = extent.is_written() || !is_stable || kept;
             if std::mem::take(&mut extent.touched) || busy || self.batches_concern(id) {
                 self.active.push_back(id);
                 continue;
             }
             let extent = self.extents.get_mut(id);
             extent.deactivating = true;
-            let slot = extent.slot;
+            let slot = extent.slot();
             self.next.record(Record::Deactivate { slot }, Applied::Deactivated { extent: id });
             return true;
         }
@@ -507,9 +521,12 @@ impl Shard {
                 let ends = !replicated && is_whole(&gone);
                 let extent = self.extents.get(id);
                 // An end that is not durable is not to be acknowledged as one.
+                // Nor may a slot go with the batch that says what was written to it beside the journal: who gets the slot then writes there,
+                // and the batch would look torn. What every copy does by itself nobody orders behind writes.
                 let waits = extent.ending
+                    || !is_known && self.next.redirects(id)
                     || !ends && (replicated && extent.deactivating || self.is_pending_in(id, &gone));
-                let needed = if replicated { RECORDS_NEEDED } else { 1 };
+                let needed = if replicated { RECORDS_NEEDED } else { 2 };
                 let is_full = records >= UNMAP_RECORDS_MAX || !self.next.has_room_for(needed);
                 if !gone.is_empty() && (waits || is_full) {
                     break;
@@ -545,9 +562,7 @@ impl Shard {
     /// since another copy may have something, and the change's version must be found.
     fn take_blocks(&mut self, at: u32, id: ExtentId, blocks: Range<u16>, replicated: bool, version: u64) {
         let extent = self.extents.get_mut(id);
-        let has_some = extent.sums[usize::from(blocks.start)..usize::from(blocks.end)]
-            .iter()
-            .any(|sum| *sum != Sum::ABSENT);
+        let has_some = extent.sums(blocks.clone()).any(|sum| sum != Sum::ABSENT);
         if blocks.is_empty() || !(has_some || replicated) {
             return;
         }
@@ -563,10 +578,12 @@ impl Shard {
         self.count_queued(at);
     }
 
-    /// Whether data of these blocks are on their way to their place: what is written there later must not be overtaken.
+    /// Whether data of these blocks are on their way to their place, or to another slot: what is written there later must not be
+    /// overtaken.
     fn is_pending_in(&self, id: ExtentId, blocks: &Range<u16>) -> bool {
-        !self.pending.is_empty()
-            && self.pending.keys().any(|(extent, block)| *extent == id.0 && blocks.contains(block))
+        self.twins.is_moving(id, blocks.clone())
+            || !self.pending.is_empty()
+                && self.pending.keys().any(|(extent, block)| *extent == id.0 && blocks.contains(block))
     }
 
     /// Lets requests that waited for a slot try again.

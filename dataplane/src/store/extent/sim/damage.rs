@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::store::BLOCK_BYTES;
 use crate::store::extent::format::{
-    BLOCK, BatchHeader, CheckpointHeader, EXTENT_BLOCKS, JournalName, LayerState, RECORDS_MAX, Record,
-    ReplicaState, ShardName, Sum, Superblock, decode_batch, encode_batch,
+    BLOCK, BatchHeader, CheckpointHeader, DataAt, EXTENT_BLOCKS, JournalName, LayerState, RECORDS_MAX,
+    Record, ReplicaState, ShardName, Sum, Superblock, decode_batch, encode_batch,
 };
 use crate::store::extent::recovery::{self, RecoveryError};
 
@@ -123,19 +123,22 @@ pub(super) fn rot_everywhere(plan: &Plan, seed: u64, lab: &mut Lab) {
             *key == (u32::MAX, 0)
                 || (key.0 == extent.object && key.1 / u64::from(EXTENT_BLOCKS) == u64::from(extent.number))
         };
-        for which in 0..2 {
+        let slots: Vec<u32> = extent.live().map(|(_, half)| half.slot).collect();
+        for (slot, which) in slots.iter().flat_map(|slot| [(*slot, 0), (*slot, 1)]) {
             let mut media = rested.media.clone();
-            if media.rot(pages + 2 * u64::from(extent.slot) + which, rng.index(BLOCK_BYTES)) {
+            if media.rot(pages + 2 * u64::from(slot) + which, rng.index(BLOCK_BYTES)) {
                 outcome(&rested, media, &is_own, lab).unwrap();
             }
         }
-        let data = layout.data_offset(extent.slot) / BLOCK;
-        for block in rested.media.written(data..data + u64::from(EXTENT_BLOCKS)) {
-            let mut media = rested.media.clone();
-            media.rot(block, rng.index(BLOCK_BYTES));
-            let number = u64::from(extent.number) * u64::from(EXTENT_BLOCKS) + (block - data);
-            let is_it = |key: &(u32, u64)| *key == (u32::MAX, 0) || *key == (extent.object, number);
-            outcome(&rested, media, &is_it, lab).unwrap();
+        for slot in slots {
+            let data = layout.data_offset(slot) / BLOCK;
+            for block in rested.media.written(data..data + u64::from(EXTENT_BLOCKS)) {
+                let mut media = rested.media.clone();
+                media.rot(block, rng.index(BLOCK_BYTES));
+                let number = u64::from(extent.number) * u64::from(EXTENT_BLOCKS) + (block - data);
+                let is_it = |key: &(u32, u64)| *key == (u32::MAX, 0) || *key == (extent.object, number);
+                outcome(&rested, media, &is_it, lab).unwrap();
+            }
         }
     }
 }
@@ -174,7 +177,7 @@ pub(super) fn nonsense(plan: &Plan, seed: u64, lab: &mut Lab) {
         let journal = recovery::read(layout, shard, &still).unwrap().recovered.journal;
         let records: Vec<Record> =
             (0..rng.index(RECORDS_MAX / 3)).map(|_| record(layout, &mut rng)).collect();
-        let data = records.iter().filter(|record| matches!(record, Record::Set { in_journal: true, .. }));
+        let data = records.iter().filter(|record| record.is_journaled());
         let header = BatchHeader {
             open_count: layout.open_count,
             lsn: journal.lsn + 1,
@@ -266,10 +269,17 @@ fn record(layout: &Superblock, rng: &mut Rng) -> Record {
             sum: Sum::of_crc(rng.next() as u32),
             before: Sum::ABSENT,
             version,
-            in_journal: rng.one_in(500),
+            data: match rng.below(500) {
+                0 => DataAt::Journal,
+                1 => DataAt::FreshPlace,
+                _ => DataAt::Place,
+            },
         },
         1 => Record::Allocate { slot, object: rng.below(4) as u32, extent: rng.below(4) as u32 },
-        2 => Record::Free { slot, object: rng.below(4) as u32, version },
+        2 => {
+            let (object, extent) = (rng.below(4) as u32, rng.below(4) as u32);
+            Record::Free { slot, object, extent, goes_on: rng.one_in(2), version }
+        }
         3 => Record::Clear {
             slot,
             block,

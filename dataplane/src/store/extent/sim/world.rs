@@ -23,6 +23,8 @@ use crate::store::{BLOCK_BYTES, Crcs, EXTENT_BYTES, Outcome, RequestToken, Store
 use super::model::{Held, Kept, Key, Model, Presences, SECTORS, Values, fill, values_of};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
+/// So few blocks that requests of the same ones follow each other.
+const FEW: u64 = 3;
 
 /// What has been explored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -100,6 +102,16 @@ pub(super) struct Coverage {
     pub(super) hollow_after_crash: u64,
     pub(super) released: u64,
     pub(super) kept_hollow: u64,
+    pub(super) redirected: u64,
+    pub(super) redirected_to_twins: u64,
+    pub(super) moved_blocks: u64,
+    pub(super) moved_states: u64,
+    pub(super) failed_moves: u64,
+    pub(super) vacated: u64,
+    /// Extents with two slots, found after a crash.
+    pub(super) twins_after_crash: u64,
+    pub(super) hollow_twins_after_crash: u64,
+    pub(super) active_twins_after_crash: u64,
 }
 
 /// What a history is like.
@@ -116,6 +128,14 @@ pub(super) struct Plan {
     pub(super) replicated: u64,
     pub(super) chunks: u32,
     pub(super) longest: u64,
+    /// By so much requests that are no writes are rarer.
+    pub(super) writes: u64,
+    /// Of so many requests one is as long as that.
+    pub(super) longs: u64,
+    /// Three of four requests begin in so many blocks of an extent, the others near its end; all of them where these are few.
+    pub(super) within: u64,
+    /// Of so many writes one is of the same bytes everywhere, and one of zeros.
+    pub(super) varied: u64,
     pub(super) objects: u32,
     pub(super) extents: u32,
     pub(super) steps: u32,
@@ -128,6 +148,10 @@ pub(super) struct Plan {
     pub(super) faults: Faults,
     /// Of so many crash points one is gone on from.
     pub(super) nest: u64,
+    /// Of so many of those that leave a last batch which is torn, or names what went beside the journal.
+    pub(super) nest_telling: u64,
+    /// The shard of a torn one is left alone then, mostly, while others go on.
+    pub(super) leaves_alone: bool,
 }
 
 impl Plan {
@@ -242,6 +266,11 @@ pub(super) fn open(
         lab.coverage.wrapped += u64::from(journal.head < journal.tail);
         let active = image.recovered.extents.iter().filter(|(_, extent)| extent.active).count();
         lab.coverage.grown_logs += u64::from(active > layout.active_max as usize);
+        for (_, extent) in image.recovered.extents.iter().filter(|(_, extent)| extent.is_twin()) {
+            lab.coverage.twins_after_crash += 1;
+            lab.coverage.hollow_twins_after_crash += u64::from(extent.hollow);
+            lab.coverage.active_twins_after_crash += u64::from(extent.active);
+        }
     }
     let found = examine(layout, &images, &media, model, excused)?;
     lab.coverage.found_lost += found.iter().filter(|(_, held)| *held == Held::Lost).count() as u64;
@@ -258,31 +287,33 @@ fn examine(
 ) -> Result<Vec<(Key, Held)>, String> {
     let free = recovery::free_slots(layout, images.iter()).ok_or("a slot has two owners")?;
     let mut extents = FoldMap::default();
-    let (mut data_blocks, mut lost_blocks) = (0, 0);
+    let (mut data_blocks, mut lost_blocks, mut taken) = (0, 0, 0);
     for (shard, image) in images.iter().enumerate() {
         for (_, extent) in image.recovered.extents.iter() {
             if extent.object as usize % images.len() != shard {
                 return Err("an extent is on another shard".into());
             }
             extents.insert((extent.object, extent.number), extent);
-            data_blocks += extent.sums.iter().filter(|sum| sum.is_data()).count();
-            lost_blocks += extent.sums.iter().filter(|sum| **sum == Sum::LOST).count();
+            taken += extent.live().count();
+            data_blocks += extent.all_sums().filter(|sum| sum.is_data()).count();
+            lost_blocks += extent.all_sums().filter(|sum| *sum == Sum::LOST).count();
         }
     }
-    if free.len() + extents.len() != layout.slots() as usize {
-        return Err(format!("{} slots are free, {} are taken", free.len(), extents.len()));
+    if free.len() + taken != layout.slots() as usize {
+        return Err(format!("{} slots are free, {taken} are taken", free.len()));
     }
     let mut found = Vec::with_capacity(model.len());
     for (key, known) in model {
         let (number, block) = ((key.1 / u64::from(EXTENT_BLOCKS)) as u32, key.1 % u64::from(EXTENT_BLOCKS));
         let extent = extents.get(&(key.0, number));
-        let sum = extent.map_or(Sum::ABSENT, |extent| extent.sums[block as usize]);
+        let sum = extent.map_or(Sum::ABSENT, |extent| extent.sum(block as u16));
         let mut suspect = false;
         let held = match extent {
             Some(extent) if sum.is_data() => {
                 data_blocks -= 1;
                 suspect = extent.suspect;
-                let data = media.visible(layout.data_offset(extent.slot) / BLOCK + block);
+                let slot = extent.half(extent.half_of(block as u16)).slot;
+                let data = media.visible(layout.data_offset(slot) / BLOCK + block);
                 let bytes = data.map_or(&[0; BLOCK_BYTES], |data| &**data);
                 if Sum::of(bytes) == sum {
                     Held::Values(values_of(bytes).map_err(|error| format!("{key:?}: {error}"))?)
@@ -361,6 +392,8 @@ pub(super) struct World {
     tainted: bool,
     /// The shard that each slot was seen with last.
     owners: FoldMap<u32, usize>,
+    /// A shard that little is asked of.
+    left_alone: Option<usize>,
 }
 
 impl World {
@@ -441,6 +474,7 @@ impl World {
             depth,
             tainted,
             owners: FoldMap::default(),
+            left_alone: None,
         };
         // Before the first request: see `RESERVE_CHUNKS`.
         for shard in &mut world.shards {
@@ -656,9 +690,12 @@ impl World {
     fn begin_op(&mut self, lab: &mut Lab) {
         let object = self.rng.below(self.plan.objects.into()) as u32;
         let extent = self.rng.below(self.plan.extents.into());
+        if self.left_alone == Some(self.shard_of(object)) && !self.rng.one_in(16) {
+            return;
+        }
         let within = match self.rng.below(4) {
-            0 => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
-            _ => self.rng.below(6),
+            0 if self.plan.within > FEW => u64::from(EXTENT_BLOCKS) - 1 - self.rng.below(3),
+            _ => self.rng.below(self.plan.within),
         };
         let mut object = object;
         let mut first = extent * u64::from(EXTENT_BLOCKS) + within;
@@ -693,17 +730,17 @@ impl World {
             (object, first) = (of, block);
             is_suspect = suspect.is_some();
         }
-        let count = match self.rng.below(24) {
+        let count = match self.rng.below(self.plan.longs) {
             0 => 1 + self.rng.below(self.plan.longest),
             _ => 1 + self.rng.below(3.min(self.plan.longest)),
         };
         if self.conflicts(object, first, count) {
             return;
         }
-        if self.rng.one_in(12) {
+        if self.rng.one_in(12 * self.plan.writes) {
             return self.begin_lose(object, first, lab);
         }
-        if self.rng.one_in(if is_suspect { 3 } else { 8 }) {
+        if self.rng.one_in(if is_suspect { 3 } else { 8 * self.plan.writes }) {
             return self.begin_digest(object, first, lab);
         }
         let mut blocks = Blocks::with_capacity(count as usize);
@@ -714,12 +751,12 @@ impl World {
             }
         }
         let shard = self.shard_of(object);
-        if self.rng.one_in(if is_suspect { 3 } else { 16 }) {
+        if self.rng.one_in(if is_suspect { 3 } else { 16 * self.plan.writes }) {
             let request = self.begun(object, first, count, Doing::Salvage);
             self.shards[shard].salvage(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
             return;
         }
-        if self.rng.one_in(3) {
+        if self.rng.one_in(3 * self.plan.writes) {
             let request = self.begun(object, first, count, Doing::Read);
             self.shards[shard].read(request, object, first, blocks, &mut self.disk, &mut self.outcomes);
             return;
@@ -735,13 +772,13 @@ impl World {
         masks[count as usize - 1] &= u8::MAX >> tail;
         self.next_value += 1;
         let write = self.next_value;
-        let special = self.rng.below(6);
+        let special = self.rng.below(self.plan.varied);
         let mut values = Vec::new();
         for (index, mask) in masks.iter().enumerate() {
             let block = first + index as u64;
             let one = std::array::from_fn(|sector| match special {
-                0 => 0,
-                1 => 5,
+                0 => 5,
+                1 => 0,
                 _ => write << 12 | (block & 0xff) << 3 | sector as u64,
             });
             self.model.entry((object, block)).or_default().begin(*mask, one);
@@ -1001,7 +1038,8 @@ impl World {
     /// Takes what the shards tell.
     fn collect(&mut self, lab: &mut Lab) {
         // Extents that went since the last time are still counted here.
-        if self.held_back.is_empty() && self.presences.most() >= self.layout.slots() as usize {
+        let blocked: usize = self.shards.iter().map(Shard::blocked_twins).sum();
+        if self.held_back.is_empty() && self.presences.most() + blocked >= self.layout.slots() as usize {
             self.ops.iter_mut().for_each(|op| op.met_full = true);
         }
         for outcome in std::mem::take(&mut self.outcomes) {
@@ -1278,11 +1316,16 @@ impl World {
         }
         for (shard, image) in opened.images.iter().enumerate() {
             for (_, extent) in image.recovered.extents.iter() {
-                let before = self.owners.insert(extent.slot, shard);
-                lab.coverage.moved_slots += u64::from(before.is_some_and(|before| before != shard));
+                for (_, half) in extent.live() {
+                    let before = self.owners.insert(half.slot, shard);
+                    lab.coverage.moved_slots += u64::from(before.is_some_and(|before| before != shard));
+                }
             }
         }
-        if self.depth < 2 && rng.one_in(self.plan.nest) {
+        let torn = opened.images.iter().position(|image| image.findings.torn_tail);
+        let is_telling = torn.is_some() || self.shards.iter().any(Shard::has_unproved);
+        let nest = if is_telling { self.plan.nest_telling } else { self.plan.nest };
+        if self.depth < 2 && rng.one_in(nest) {
             let mut layout = (*self.layout).clone();
             if rng.one_in(6)
                 && let Some(grown) =
@@ -1298,6 +1341,7 @@ impl World {
             let model = self.model.clone();
             let mut child = World::on(&plan, layout, opened, model, rng, self.depth + 1, tainted, lab);
             child.version = self.version;
+            child.left_alone = torn.filter(|_| self.plan.leaves_alone && child.rng.one_in(2));
             child.next_value = self.next_value + (1 << 30) * (1 + child.rng.below(1 << 8));
             child.run(lab);
             if child.rng.one_in(2) {
@@ -1312,6 +1356,14 @@ impl World {
         lab.coverage.checkpoints +=
             self.shared.counters.checkpoints.load(std::sync::atomic::Ordering::Relaxed);
         lab.coverage.faults += self.disk.injected;
+        for tally in self.shards.iter().map(Shard::twin_tally) {
+            lab.coverage.redirected += tally.redirected;
+            lab.coverage.redirected_to_twins += tally.to_twins;
+            lab.coverage.moved_blocks += tally.moved;
+            lab.coverage.moved_states += tally.moved_states;
+            lab.coverage.failed_moves += tally.failed;
+            lab.coverage.vacated += tally.vacated;
+        }
     }
 
     /// Leaves everything as it is.
