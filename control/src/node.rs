@@ -582,7 +582,7 @@ impl Follower {
             view: &known.view,
             revision: known.revision,
             is_followed: known.usable() && known.connected && published,
-            published: self.published.as_deref(),
+            published: self.published.as_deref().filter(|published| published.version > 0),
             observed: observed.as_deref(),
             is_silent: self.silent(observed.as_deref()),
         };
@@ -599,6 +599,9 @@ impl Follower {
             }
             (Work::TakeOver(batch), Err(error)) => {
                 tracing::warn!(%error, from = %batch.head(), "cannot replace a silent head: keeps trying");
+            }
+            (Work::Renew(_), Err(error)) => {
+                tracing::warn!(%error, "cannot take this node's heads over anew, as is due after a loss of the map: keeps trying");
             }
             (Work::Move(_), Err(error)) => {
                 tracing::warn!(%error, "cannot name the successor of a head: it goes on by itself");
@@ -705,6 +708,9 @@ impl Follower {
             self.use_map(map);
         }
         let Some(before) = self.in_map()? else { return Ok(()) };
+        if !self.decisions.may_publish(&known.view, Some(&*before).filter(|before| before.version > 0)) {
+            return Ok(());
+        }
         let answers = self.changes.answers(known);
         let mut made_of = MadeOf { revision: known.revision, answers, running, missing_since: None };
         let missing = self.made_of.as_ref().is_some_and(|made_of| made_of.missing_since.is_some());
@@ -800,10 +806,12 @@ async fn carry_out(meta: Arc<dyn MetaStore>, work: Work) -> (Work, Result<Outcom
         Work::TakeOver(batch) => takeover::commit(meta.as_ref(), batch)
             .await
             .map(|made| made.map_or(Outcome::Conflict, Outcome::Committed)),
-        Work::Move(txn) | Work::Change(txn) => meta.txn(txn.clone()).await.map(|outcome| match outcome {
-            TxnOutcome::Committed(revision) => Outcome::Committed(revision),
-            TxnOutcome::Conflict => Outcome::Conflict,
-        }),
+        Work::Move(txn) | Work::Renew(txn) | Work::Change(txn) => {
+            meta.txn(txn.clone()).await.map(|outcome| match outcome {
+                TxnOutcome::Committed(revision) => Outcome::Committed(revision),
+                TxnOutcome::Conflict => Outcome::Conflict,
+            })
+        }
     };
     (work, outcome)
 }
