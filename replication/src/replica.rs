@@ -291,7 +291,8 @@ impl<B> Replicas<B> {
     pub fn grant(&mut self, from: Site, request: GrantRequest, now_ns: u64) {
         self.now_ns = now_ns;
         let passed = self.passed.remove(&from).unwrap_or_default();
-        let excluded = if mutants::is(Mutant::RenewAfterOpen) { Vec::new() } else { passed.into_iter().collect() };
+        let excluded =
+            if mutants::is(Mutant::RenewAfterOpen) { Vec::new() } else { passed.into_iter().collect() };
         self.granted_ns.insert(from, now_ns);
         self.outputs.push_back(Output::Grant(from, GrantAnswer { asked_ns: request.asked_ns, excluded }));
     }
