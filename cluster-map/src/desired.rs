@@ -761,7 +761,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// What the former level wrote, which knew of no hand-overs and no rate.
+    /// What the former level wrote, which knew of no hand-overs, editions and no rate.
     #[test]
     fn the_former_level_is_read() {
         let desired = Desired {
@@ -769,14 +769,14 @@ pub(crate) mod tests {
             start: 5,
             cluster_key: ClusterKey([1; 32]),
             listen: Some(PeerAddr { ip: [127, 0, 0, 1].into(), base_port: 4330 }),
-            heads: vec![DesiredHead { is_moving: true, ..some_head() }],
+            heads: vec![DesiredHead { is_moving: true, edition: 7, ..some_head() }],
             resync_bytes_per_s: 9,
             ..Desired::default()
         };
         let head_len = std::mem::offset_of!(Head, resync_bytes_per_s);
         // Cores, interfaces, stores, volumes, exports, the pool, answers and peers come before the heads.
         let heads = 8;
-        let stride = |table, stride| if table == heads { stride - 1 } else { stride };
+        let stride = |table, stride| if table == heads { stride - 1 - size_of::<u64>() } else { stride };
         let former = relaid(&encoded(&desired), (LEVEL - 1, LEVEL - 1), head_len, TABLES, stride);
         let expected = Desired { heads: vec![some_head()], resync_bytes_per_s: 0, ..desired };
         assert_eq!(Desired::decode(&former, 0), Ok(expected));

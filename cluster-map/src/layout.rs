@@ -28,7 +28,7 @@ pub const LEVEL: u32 = 5;
 /// The lowest level that can read what this program writes: its predecessor's, level 1 being the first.
 ///
 /// Level 2 brought the records of clients and what initiators see and change of exports; level 3 scrubs and checksums of
-/// stores, of which a reader of level 2 need not know; level 4 what replicated volumes need; level 5 hand-overs. An observed state
+/// stores, of which a reader of level 2 need not know; level 4 what replicated volumes need; level 5 hand-overs and editions. An observed state
 /// with a head in it that has handed over is for readers of level 5 only.
 pub(crate) const LOWEST_READER: u32 = if LEVEL > 1 { LEVEL - 1 } else { 1 };
 

@@ -128,6 +128,8 @@ pub struct DesiredHead {
     pub partitions: Vec<HeadPartition>,
     /// Members that miss writes.
     pub stale: Vec<StaleMark>,
+    /// Which of the record's changes was the last, counted in the record: tells it from a restored one. 0: not counted.
+    pub edition: u64,
     /// Another node is to be head: finish what is in progress, give the grants back, and say so ([`HeadState::HandedOver`]).
     pub is_moving: bool,
 }
@@ -405,11 +407,12 @@ struct HeadRecord {
     stale: U32,
     /// From here on absent at level 4.
     is_moving: u8,
+    edition: U64,
 }
 
 impl Record for HeadRecord {
     const NAME: &'static str = "head";
-    /// Without the hand-over.
+    /// Without the hand-over and the edition.
     const LEAST: usize = std::mem::offset_of!(Self, is_moving);
 }
 
@@ -426,6 +429,7 @@ impl HeadRecord {
             partitions: count(head.partitions.len(), MAX_PARTITIONS, "partitions of a volume")?,
             stale: count(head.stale.len(), MAX_CHANGED_MEMBERS, "stale members of a volume")?,
             is_moving: head.is_moving.into(),
+            edition: head.edition.into(),
         })
     }
 }
@@ -489,6 +493,7 @@ impl HeadTables {
                 partitions,
                 stale: take(&mut stale, head.stale, MAX_CHANGED_MEMBERS, "stale members of a volume")?,
                 is_moving: flag(head.is_moving, "is_moving")?,
+                edition: head.edition.get(),
             })
         };
         let heads = from.added_table(&self.heads, head)?;
@@ -709,18 +714,21 @@ pub(crate) mod strategies {
 
     /// Heads of different volumes.
     pub(crate) fn heads() -> impl Strategy<Value = Vec<DesiredHead>> {
-        let numbers = (any::<u64>(), any::<u64>(), any::<u8>(), any::<bool>());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u8>(), any::<bool>(), any::<u64>());
         let of_one = (numbers, vec(partition(), 1..4), vec(mark(), 0..3));
         btree_map(any::<[u8; 16]>(), of_one, 0..4).prop_map(|heads| {
             let head =
-                |(volume, ((takeover, revision, min_copies, is_moving), partitions, stale))| DesiredHead {
-                    volume: VolumeId(volume),
-                    takeover,
-                    revision,
-                    min_copies,
-                    partitions,
-                    stale,
-                    is_moving,
+                |(volume, ((takeover, revision, min_copies, is_moving, edition), partitions, stale))| {
+                    DesiredHead {
+                        volume: VolumeId(volume),
+                        takeover,
+                        revision,
+                        min_copies,
+                        partitions,
+                        stale,
+                        is_moving,
+                        edition,
+                    }
                 };
             heads.into_iter().map(head).collect()
         })

@@ -7,7 +7,8 @@
 //! - The take-over number only grows.
 //! - Who is wished to be head next has a copy in sync; the wish ends with the next take-over.
 //!
-//! The record's modification revision is the *revision* that heads compute their wishes from; every change compares it.
+//! The record's modification revision is the *revision* that heads compute their wishes from; every change compares it. Every change also
+//! counts the *edition* up, which replicas keep: unlike revisions it goes back when the metadata store is restored from a backup (I14).
 
 use std::collections::BTreeSet;
 
@@ -72,6 +73,9 @@ pub struct StaleRecord {
 pub struct HeadsRecord {
     /// Grows with every take-over, from 1.
     pub takeover: u64,
+    /// Grows with every change of the record, from 1; 0 in one of before they were counted (I14).
+    #[serde(default)]
+    pub edition: u64,
     /// The node that is to be head.
     #[serde(with = "text")]
     pub head: NodeId,
@@ -113,7 +117,17 @@ impl HeadsRecord {
             PartitionRecord { epoch: 1, owners, incomplete: Vec::new() }
         };
         let partitions = (0..SPREAD).map(partition).collect();
-        Self { takeover: 1, head, min_copies, lane, members, partitions, stale: Vec::new(), move_to: None }
+        Self {
+            takeover: 1,
+            edition: 1,
+            head,
+            min_copies,
+            lane,
+            members,
+            partitions,
+            stale: Vec::new(),
+            move_to: None,
+        }
     }
 
     /// Whether the record keeps the invariants; what it breaks, in words.
@@ -248,6 +262,17 @@ impl HeadsRecord {
         after.check().is_ok().then_some(after)
     }
 
+    /// The record as the change of another one, which the metadata store has at this revision.
+    #[must_use]
+    pub fn following(self, before: &Self, revision: Revision) -> Self {
+        Self { edition: before.counted(revision).saturating_add(1), ..self }
+    }
+
+    /// Its edition; that of one that does not count yet is its revision.
+    fn counted(&self, revision: Revision) -> u64 {
+        if self.edition > 0 { self.edition } else { revision.0.unsigned_abs() }
+    }
+
     /// What the data plane of the head is told.
     #[must_use]
     pub fn desired(&self, volume: VolumeId, revision: Revision) -> DesiredHead {
@@ -268,6 +293,7 @@ impl HeadsRecord {
             volume,
             takeover: self.takeover,
             revision: revision.0.unsigned_abs(),
+            edition: self.counted(revision),
             min_copies: self.min_copies,
             partitions: self.partitions.iter().map(partition).collect(),
             stale: stale.collect(),
@@ -422,6 +448,7 @@ mod tests {
         let of_head = Record {
             partitions: partitions.collect(),
             revision: desired.revision,
+            edition: desired.edition,
             takeover: desired.takeover,
             head: Some(record.head),
             stale: desired.stale.iter().map(|s| (member(s.member), Version(s.mark))).collect(),

@@ -98,7 +98,7 @@ pub fn move_head(view: &View, name: &str, node: &str) -> Result<Plan<VolumeId>, 
         }
         fitness(view, record, to).map_err(|unfit| refusal(unfit, name, node))?;
     }
-    let after = HeadsRecord { move_to, ..record.clone() };
+    let after = HeadsRecord { move_to, ..record.clone() }.following(record, heads.revision);
     let key = keys::heads(id);
     Ok(Plan::Commit(
         Txn::new().when(Compare::Revision(key.clone(), heads.revision)).put(key, encode(&after)),
@@ -226,7 +226,7 @@ fn step(
     } else {
         return None;
     };
-    Some(Step { key, compares, after: encode(&after) })
+    Some(Step { key, compares, after: encode(&after.following(&heads.record, heads.revision)) })
 }
 
 /// Whom the heads of a node that is stopped go to: the wishes that are missing, and how many heads are to go in all.
@@ -244,7 +244,8 @@ pub fn leaving(view: &View, node: NodeId) -> (Vec<Txn>, usize) {
         let Some(to) = nodes.min_by_key(|other| (order(*id, *other), *other)) else { continue };
         going += 1;
         if heads.record.move_to.is_none() {
-            let (key, after) = (keys::heads(*id), HeadsRecord { move_to: Some(to), ..heads.record.clone() });
+            let after = HeadsRecord { move_to: Some(to), ..heads.record.clone() };
+            let (key, after) = (keys::heads(*id), after.following(&heads.record, heads.revision));
             let compares = vec![Compare::Revision(key.clone(), heads.revision)];
             steps.push(Step { key, compares, after: encode(&after) });
         }

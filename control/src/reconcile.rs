@@ -3,7 +3,7 @@
 //! State goes both ways as a whole and by versions, never as a command: each function may be called again with the same
 //! input at any time. What a data plane reports counts only for what its node's records say (I2, I12): *purged* is believed
 //! of a volume that is recorded as purging, and an export's end only of a data plane that has applied a desired state
-//! without it.
+//! without it, and that no former head can answer beside.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -198,7 +198,7 @@ fn wished_changes(view: &View, node: NodeId, published: &Desired, observed: &Obs
         if !by_its_head || volume.record.state == VolumeState::Purging {
             return None;
         }
-        let after = heads.record.changed(&wish.eject, &wish.join)?;
+        let after = heads.record.changed(&wish.eject, &wish.join)?.following(&heads.record, heads.revision);
         Some((keys::heads(wish.volume), heads.revision, encode(&after)))
     });
     let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
@@ -334,7 +334,20 @@ fn replica_change(
     })
 }
 
-/// Exports of this node that are recorded as ending and that the data plane has let go of.
+/// Whether the data plane has been able to answer as the head of the volume's latest take-over: then every replica in sync has opened that
+/// generation, and whoever was head before can answer nothing any more, whatever it has heard of (I12).
+fn is_fenced(view: &View, id: VolumeId, published: &Desired, observed: &Observed) -> bool {
+    let Some(heads) = view.heads.get(&id) else {
+        // The only copy is on this node, where one data plane at a time has the store.
+        return true;
+    };
+    observed.heads.iter().any(|head| {
+        (head.volume, head.takeover, head.start) == (id, heads.record.takeover, published.start)
+            && head.state == HeadState::Serving
+    })
+}
+
+/// Exports of this node that are recorded as ending, that the data plane has let go of, and that no former head serves.
 fn ended_exports<'a>(
     view: &'a View,
     node: NodeId,
@@ -344,16 +357,25 @@ fn ended_exports<'a>(
     let ending = view.exports.iter().filter(|(_, e)| e.record.ending);
     ending.filter_map(move |(address, export)| {
         let volume = view.volumes.get(&export.record.volume)?;
+        let fence = view.heads.get(&export.record.volume).map(|heads| heads.revision);
         let at = |shelf, slot| Address { shelf, slot } == *address;
         let still_wanted = published.exports.iter().any(|e| at(e.shelf, e.slot));
         let still_there = observed.exports.iter().any(|e| at(e.shelf, e.slot));
-        if view.serving_node(export.record.volume) != Some(node) || still_wanted || still_there {
+        let is_here = view.serving_node(export.record.volume) == Some(node);
+        if !is_here
+            || still_wanted
+            || still_there
+            || !is_fenced(view, export.record.volume, published, observed)
+        {
             return None;
         }
         let freed = VolumeRecord { export: None, ..volume.record.clone() };
+        let mut txn = Txn::new();
+        if let Some(revision) = fence {
+            txn = txn.when(Compare::Revision(keys::heads(export.record.volume), revision));
+        }
         Some(
-            Txn::new()
-                .when(Compare::Revision(keys::export(*address), export.revision))
+            txn.when(Compare::Revision(keys::export(*address), export.revision))
                 .when(Compare::Revision(keys::volume(export.record.volume), volume.revision))
                 .delete(keys::export(*address))
                 .delete(keys::mac(export.record.mac))

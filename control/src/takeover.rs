@@ -9,6 +9,8 @@
 //! - Candidates are ordered by a hash of volume and node; each waits for those before it.
 //! - A head that was just named gets time to open.
 //! - That a lease is gone replaces nobody, and without a fresh answer of the metadata store nobody is replaced.
+//! - But for one case: an export is to end, and the node that serves it cannot hear of that. Then its head is replaced whoever grants it
+//!   something, since the address is free only when no former head answers there (I12).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -74,6 +76,13 @@ fn vetoers(heads: &HeadsRecord, node: NodeId) -> BTreeSet<NodeId> {
     nodes.filter(|other| *other != node && *other != heads.head).collect()
 }
 
+/// Whether an export of the volume is to end whose head's node does not hear of it: no grant keeps that head.
+fn is_to_be_fenced(view: &View, id: VolumeId, heads: &HeadsRecord) -> bool {
+    let address = view.volumes.get(&id).and_then(|volume| volume.record.export);
+    let export = address.and_then(|address| view.exports.get(&address));
+    export.is_some_and(|export| export.record.ending) && !view.live.contains_key(&heads.head)
+}
+
 /// How this node stands to the head of a volume. `observed` is what its own running data plane says.
 #[must_use]
 pub fn stand(view: &View, id: VolumeId, heads: &HeadsRecord, node: NodeId, observed: &Observed) -> Stand {
@@ -96,8 +105,9 @@ pub fn stand(view: &View, id: VolumeId, heads: &HeadsRecord, node: NodeId, obser
     if !heads.members_in_sync().any(|own| own.node == node && is_open(own.store, own.incarnation)) {
         return Stand::Rests(Why::NotInSync);
     }
+    let is_kept = !is_to_be_fenced(view, id, heads);
     let grants = observed.granting.iter().find(|grant| grant.node == head);
-    if grants.is_none_or(|grant| grant.is_granting) {
+    if is_kept && grants.is_none_or(|grant| grant.is_granting) {
         return Stand::Rests(Why::Grants);
     }
     let is_live = |other: &NodeId| view.live.contains_key(other);
@@ -105,7 +115,7 @@ pub fn stand(view: &View, id: VolumeId, heads: &HeadsRecord, node: NodeId, obser
         is_live(other) && view.status.get(other).is_some_and(|status| status.granting.contains(&head))
     };
     let others = vetoers(heads, node);
-    if let Some(by) = others.iter().find(|other| grants(other)) {
+    if let Some(by) = others.iter().find(|other| is_kept && grants(other)) {
         return Stand::Rests(Why::Vetoed(*by));
     }
     let own = (order(id, node), node);
@@ -191,6 +201,8 @@ struct TakeOver {
     revision: Revision,
     after: Vec<u8>,
     vetoers: BTreeSet<NodeId>,
+    /// It is made only while the head's node has no session.
+    is_forced: bool,
 }
 
 /// Take-overs from one head, in one transaction.
@@ -204,7 +216,7 @@ impl Batch {
     fn has_room_for(&self, other: &TakeOver) -> bool {
         let all = || self.take_overs.iter().chain([other]);
         let vetoers: BTreeSet<_> = all().flat_map(|one| &one.vetoers).collect();
-        let compares = all().count() + vetoers.len();
+        let compares = all().count() + vetoers.len() + usize::from(other.is_forced);
         let bytes: usize = all().map(|one| one.after.len() + 256).sum();
         compares <= MAX_TXN_OPS && bytes <= MAX_TXN_BYTES / 2
     }
@@ -228,9 +240,16 @@ pub fn batches(view: &View, node: NodeId, due: &[VolumeId]) -> Vec<Batch> {
     for volume in due {
         let Some(Entry { record, revision }) = view.heads.get(volume) else { continue };
         let Some(after) = record.taken_over(node) else { continue };
-        let vetoers = vetoers(record, node);
-        let one = TakeOver { volume: *volume, revision: *revision, after: encode(&after), vetoers };
-        let fits = |batch: &&mut Batch| batch.head == record.head && batch.has_room_for(&one);
+        let after = after.following(record, *revision);
+        let is_forced = is_to_be_fenced(view, *volume, record);
+        let vetoers = if is_forced { BTreeSet::new() } else { vetoers(record, node) };
+        let one =
+            TakeOver { volume: *volume, revision: *revision, after: encode(&after), vetoers, is_forced };
+        // What needs the session to be gone would keep the others from being made once it is back.
+        let fits = |batch: &&mut Batch| {
+            let are_alike = batch.take_overs.iter().all(|other| other.is_forced == is_forced);
+            batch.head == record.head && are_alike && batch.has_room_for(&one)
+        };
         match batches.iter_mut().rev().find(fits) {
             Some(batch) => batch.take_overs.push(one),
             None => batches.push(Batch { head: record.head, take_overs: vec![one] }),
@@ -243,7 +262,7 @@ pub fn batches(view: &View, node: NodeId, due: &[VolumeId]) -> Vec<Batch> {
 pub(crate) fn renewals(view: &View, node: NodeId, volumes: impl Iterator<Item = VolumeId>) -> Vec<Txn> {
     let renewal = |volume: VolumeId| {
         let Entry { record, revision } = view.heads.get(&volume).filter(|heads| heads.record.head == node)?;
-        Some((keys::heads(volume), *revision, encode(&record.taken_over(node)?)))
+        Some((keys::heads(volume), *revision, encode(&record.taken_over(node)?.following(record, *revision))))
     };
     let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
     for (key, revision, after) in volumes.filter_map(renewal) {
@@ -287,6 +306,9 @@ impl Batch {
             let key = keys::heads(one.volume);
             txn = txn.when(Compare::Revision(key.clone(), one.revision)).put(key, one.after.clone());
             compared.extend(&one.vetoers);
+        }
+        if !txn.ops.is_empty() && self.take_overs.iter().any(|one| one.is_forced) {
+            txn = txn.when(Compare::Absent(keys::live(self.head)));
         }
         for other in compared {
             let key = keys::status(other);

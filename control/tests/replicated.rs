@@ -773,6 +773,36 @@ async fn a_vigil_waits_for_those_before_and_for_heads_that_were_just_named() {
     assert_eq!(look, at(2 * PATIENCE));
 }
 
+/// What replicas tell a record of the past by (I14).
+#[tokio::test]
+async fn every_change_of_a_record_counts_and_one_from_before_counts_from_its_revision() {
+    let meta = replicated().await;
+    let edition = |seen: &View| (heads(seen).edition, desired(seen, heads(seen).head.0[0]).heads[0].edition);
+    let first = view(&meta).await;
+    assert_eq!(edition(&first), (1, 1));
+    for txn in changes_for(&first, 1, wish(&first, &[(3, 5)], &[])) {
+        meta.txn(txn).await.unwrap();
+    }
+    assert_eq!(edition(&view(&meta).await), (2, 2), "an ejection");
+    move_to(&meta, "n2").await.unwrap();
+    assert_eq!(edition(&view(&meta).await), (3, 3), "a wish for another head");
+    follow_moves(&meta, &mut Moves::default(), 1, true, 0).await;
+    let moved = view(&meta).await;
+    assert_eq!((heads(&moved).head, edition(&moved)), (node_id(2), (4, 4)));
+    // A record of before changes were counted.
+    let former = HeadsRecord { edition: 0, ..heads(&moved).clone() };
+    let mut value: serde_json::Value = serde_json::from_slice(&encode(&former)).unwrap();
+    value.as_object_mut().unwrap().remove("edition").unwrap();
+    meta.txn(Txn::new().put(keys::heads(volume_id(1)), value.to_string().into_bytes())).await.unwrap();
+    let former = view(&meta).await;
+    let revision = former.heads[&volume_id(1)].revision.0.unsigned_abs();
+    assert_eq!(edition(&former), (0, revision));
+    for batch in takeover::batches(&former, node_id(1), &[volume_id(1)]) {
+        takeover::commit(&meta, &batch).await.unwrap();
+    }
+    assert_eq!(edition(&view(&meta).await), (revision + 1, revision + 1));
+}
+
 #[tokio::test]
 async fn a_silent_head_is_replaced_once_and_the_new_one_serves() {
     let meta = replicated().await;
@@ -800,6 +830,79 @@ async fn a_silent_head_is_replaced_once_and_the_new_one_serves() {
     assert_eq!((wished.exports.len(), wished.heads[0].takeover), (1, 2));
     // What the former head wished is nothing any more.
     assert!(changes_for(&seen, 1, MemberWish { takeover: 1, ..wish(&seen, &[(2, 1)], &[]) }).is_empty());
+}
+
+/// An exported volume whose export is to end, at three nodes that all say that they grant its head, node 1, something.
+async fn ending() -> MemoryStore {
+    let meta = replicated().await;
+    let at = NewExport { volume: "v1".into(), ..NewExport::default() };
+    change(&meta, |v| ops::export(v, &at)).await.unwrap();
+    for n in 1..=3 {
+        round(&meta, n, &[]).await;
+    }
+    change(&meta, |v| ops::unexport(v, "v1", &mut None)).await.unwrap();
+    meta
+}
+
+#[tokio::test]
+async fn an_export_ends_when_no_former_head_can_answer() {
+    type Change = fn(&mut ObservedHead);
+    let meta = ending().await;
+    let seen = view(&meta).await;
+    let published = desired(&seen, 1);
+    let mut observed = obedient(&published, 1, &[]);
+    let ends = |observed: &Observed| reconcile::changes(&seen, node_id(1), &published, observed, 5).len();
+    assert_eq!(ends(&observed), 1);
+    let cases: [(&str, Change); 4] = [
+        ("its head has not opened its generation everywhere", |head| head.state = HeadState::Opening),
+        ("its head is replaced", |head| head.state = HeadState::Replaced),
+        ("it is an earlier take-over that is served", |head| head.takeover = 0),
+        ("it is an earlier start that is told of", |head| head.start = START - 1),
+    ];
+    for (what, case) in cases {
+        let mut observed = observed.clone();
+        case(&mut observed.heads[0]);
+        assert_eq!(ends(&observed), 0, "{what}");
+    }
+    observed.heads.clear();
+    assert_eq!(ends(&observed), 0, "nothing is told of the head");
+    // A take-over meanwhile: who was head then has nothing to say any more.
+    let txn = reconcile::changes(&seen, node_id(1), &published, &obedient(&published, 1, &[]), 5).remove(0);
+    let taken = heads(&seen).taken_over(node_id(2)).unwrap();
+    meta.txn(Txn::new().put(keys::heads(volume_id(1)), encode(&taken))).await.unwrap();
+    assert!(!meta.txn(txn).await.unwrap().committed());
+    round(&meta, 2, &[]).await;
+    assert!(view(&meta).await.exports.is_empty());
+}
+
+#[tokio::test]
+async fn who_does_not_hear_that_its_export_is_to_end_is_replaced_though_it_is_granted() {
+    let meta = ending().await;
+    let stands = |seen: &View| {
+        let observed = obedient(&desired(seen, 2), 2, &[]);
+        stand(seen, volume_id(1), heads(seen), node_id(2), &observed)
+    };
+    let seen = view(&meta).await;
+    assert_eq!(stands(&seen), Stand::Rests(Why::Grants), "it hears");
+    meta.txn(Txn::new().delete(keys::live(node_id(1)))).await.unwrap();
+    let deaf = view(&meta).await;
+    assert!(matches!(stands(&deaf), Stand::Candidate { .. }));
+    let batches = takeover::batches(&deaf, node_id(2), &[volume_id(1)]);
+    // Its session is back: it ends the export itself.
+    let live = LiveRecord { pid: 1, version: "1".into(), boot: String::new() };
+    meta.txn(Txn::new().put(keys::live(node_id(1)), encode(&live))).await.unwrap();
+    assert_eq!(takeover::commit(&meta, &batches[0]).await, Ok(None));
+    meta.txn(Txn::new().delete(keys::live(node_id(1)))).await.unwrap();
+    assert!(takeover::commit(&meta, &batches[0]).await.unwrap().is_some());
+    assert_eq!(heads(&view(&meta).await).head, node_id(2));
+    round(&meta, 2, &[]).await;
+    let after = view(&meta).await;
+    assert!(after.exports.is_empty() && after.volumes[&volume_id(1)].record.export.is_none());
+    // Without an export to end, grants keep a head whose session is gone.
+    meta.txn(Txn::new().delete(keys::live(node_id(2)))).await.unwrap();
+    let kept = view(&meta).await;
+    let observed = obedient(&desired(&kept, 3), 3, &[]);
+    assert_eq!(stand(&kept, volume_id(1), heads(&kept), node_id(3), &observed), Stand::Rests(Why::Grants));
 }
 
 #[tokio::test]

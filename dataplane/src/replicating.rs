@@ -21,7 +21,7 @@ use af_xdp::region::Pool;
 use cluster_map::VolumeId;
 use slab::Slab;
 use smallvec::SmallVec;
-use torus_replication::head::{End, Failure, Token};
+use torus_replication::head::{End, Failure, Head, Token};
 use torus_replication::membership::{Change, Membership, Partition, Record};
 use torus_replication::message::{Digest, Fault, Held, Memory, Message};
 use torus_replication::replica::{Durable, Ended, Share, Work, WorkId};
@@ -604,9 +604,9 @@ impl Replicating {
     /// Time has passed.
     pub fn tick<D: Devices>(&mut self, ground: &mut Ground<'_, D>) {
         self.drive(ground, |engine, memory, boot_ns| engine.tick(memory, boot_ns));
-        let boot_ns = ground.devices.boot_ns();
         let before = self.opening.len();
-        self.opening.retain(|volume| !self.engine.is_serving(*volume, boot_ns));
+        // An owner may be gone again: that is found out by what is asked.
+        self.opening.retain(|volume| !self.engine.head(*volume).is_some_and(Head::has_served));
         self.has_opened |= self.opening.len() < before;
     }
 
@@ -802,7 +802,7 @@ fn durable_of(state: &ReplicaState) -> Durable {
     Durable {
         generation: Generation { takeover: state.takeover, start: state.start },
         head: state.head,
-        revision: state.revision,
+        edition: state.revision,
         epochs: epochs.collect(),
     }
 }
@@ -814,7 +814,7 @@ fn state_of(durable: &Durable) -> Option<ReplicaState> {
         takeover: durable.generation.takeover,
         start: durable.generation.start,
         head: durable.head,
-        revision: durable.revision,
+        revision: durable.edition,
         epochs: Epochs::new(epochs.collect())?,
     })
 }

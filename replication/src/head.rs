@@ -7,7 +7,8 @@
 //! * `leaving` – it hands over to another head that is wished for.
 //!
 //! Invariants (I1, I5 to I9):
-//! * A request is begun, and answered, only while grants of every needed owner of its extents cover the volume.
+//! * A request is begun, and answered, only while grants of every needed owner of its extents cover the volume, and when each of them keeps
+//!   durably that the record says so since this edition (I14): whoever is in sync can tell a record of the past.
 //! * A write is answered well only when every needed owner has it durably; it holds its blocks until everybody it was sent to, learners
 //!   included, has answered or left. Nothing else touches a block meanwhile.
 //! * A member leaves only by the volume's record. Its mark is below every write that it may miss.
@@ -229,6 +230,10 @@ pub struct Head<B> {
     /// When an idle head last said what is stable.
     stable_told: Version,
     leaving: Leaving,
+    /// Since which edition the record has had these members, in sync as they are.
+    members_since: u64,
+    /// It has been able to answer.
+    has_served: bool,
     outputs: VecDeque<Output<B>>,
     end: Option<End>,
 }
@@ -240,6 +245,7 @@ impl<B> Head<B> {
         let mut head = Head {
             node,
             generation,
+            members_since: membership.record().edition,
             membership,
             peers: BTreeMap::new(),
             ops: BTreeMap::new(),
@@ -257,6 +263,7 @@ impl<B> Head<B> {
             survey_at_ns: 0,
             stable_told: Version(0),
             leaving: Leaving::No { until_ns: 0 },
+            has_served: false,
             outputs: VecDeque::new(),
             end: None,
         };
@@ -298,10 +305,17 @@ impl<B> Head<B> {
             && needed.all(|owner| self.is_granted_by(owner, grants, now_ns))
     }
 
-    /// Whether an owner has the generation open, and a grant of its node covers that.
+    /// Whether it has been able to answer at some time.
+    #[must_use]
+    pub fn has_served(&self) -> bool {
+        self.has_served
+    }
+
+    /// Whether an owner has the generation open, by a record that has the members of the present one, and a grant of its node covers that.
     fn is_granted_by(&self, owner: &Owner, grants: &Grants, now_ns: u64) -> bool {
-        let opened = self.peers.get(&owner.member).and_then(|peer| peer.opened);
-        opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
+        let Some(peer) = self.peers.get(&owner.member) else { return false };
+        peer.has_record_of(self.members_since)
+            && peer.opened.is_some_and(|opened| grants.covers(owner.site, opened, now_ns))
     }
 
     /// Extents that are being made equal, or are to be, on copies that are in sync and on those that are being brought up to date.
@@ -324,18 +338,18 @@ impl<B> Head<B> {
         self.ops.is_empty() && self.jobs.is_empty() && self.unequal.is_empty() && self.repairs.is_empty()
     }
 
-    /// Whether time and grants mean nothing to it: everybody that it reaches is open, nothing is asked or to be made equal, and all have
+    /// Whether time and grants mean nothing to it: it has been able to answer, everybody that it reaches is open, nothing is asked or to be made equal, and all have
     /// been told that everything is stable.
     #[must_use]
     pub(crate) fn is_resting(&self) -> bool {
         let rests = |member: &Member| {
             self.peers.get(member).is_none_or(|peer| {
-                let is_missing = !peer.was_opened && self.membership.is_needed_somewhere(*member);
                 let is_to_learn = peer.is_open() && self.membership.is_behind_somewhere(*member);
-                peer.is_resting() && !is_missing && !is_to_learn
+                peer.is_resting() && !is_to_learn
             })
         };
         self.is_quiet()
+            && self.has_served
             && self.retry_at_ns == u64::MAX
             && !self.is_leaving()
             && !self.membership.record().is_moving
@@ -561,6 +575,7 @@ impl<B> Head<B> {
         if self.has_left() && !mutants::is(Mutant::HandedBackEarly) {
             return;
         }
+        self.has_served = self.has_served || self.is_serving(grants, now_ns);
         self.eject_the_silent(grants);
         if now_ns >= self.survey_at_ns {
             self.survey_at_ns = now_ns + RETRY_NS;
@@ -586,6 +601,9 @@ impl<B> Head<B> {
             return;
         }
         let before = self.membership.record().clone();
+        if (&record.partitions, &record.stale) != (&before.partitions, &before.stale) {
+            self.members_since = record.edition;
+        }
         self.membership.settle(record);
         self.follow_record(&before, memory);
         self.advance(grants, memory);
@@ -1032,7 +1050,7 @@ impl<B> Head<B> {
         memory: &mut impl Memory<Blocks = B>,
     ) -> Option<(Ask<B>, Option<Extent>)> {
         let (ask, extent) = match purport {
-            Purport::Open => return Some((Ask::Open { revision: self.membership.record().revision }, None)),
+            Purport::Open => return Some((Ask::Open { edition: self.membership.record().edition }, None)),
             Purport::List { from, .. } => return Some((Ask::List { from }, None)),
             Purport::Stable => return Some((Ask::Stable, None)),
             Purport::Close => return Some((Ask::Close, None)),
@@ -1105,7 +1123,11 @@ impl<B> Head<B> {
         let (partition, epoch) = extent.map_or((0, Epoch(0)), |extent| self.membership.epoch(extent));
         let stable = self.stable();
         let (volume, generation) = (self.membership.volume, self.generation);
-        let Some(peer) = self.peers.get(&member) else { return };
+        let edition = self.membership.record().edition;
+        let Some(peer) = self.peers.get_mut(&member) else { return };
+        if purport == Purport::Open {
+            peer.told_edition = edition;
+        }
         let request = Request { to: member, volume, generation, partition, epoch, id, stable, ask };
         self.outputs.push_back(Output::Send(peer.site, request));
     }

@@ -55,8 +55,11 @@ impl Partition {
 pub struct Record {
     /// Its spread: extent number modulo their count says which partition has an extent. The count stays.
     pub partitions: Vec<Partition>,
-    /// Of the record's last change.
+    /// Of the record's last change, in the metadata store.
     pub revision: u64,
+    /// Grows with every change of the record, and stands in it: of two it tells which is the newer one, whatever became of the metadata store
+    /// since (I14).
+    pub edition: u64,
     /// Grows with every take-over.
     pub takeover: u64,
     /// The node that is to be its head.
@@ -313,6 +316,7 @@ mod tests {
         let record = Record {
             partitions: vec![partition],
             revision: 1,
+            edition: 1,
             takeover: 1,
             head: None,
             stale,

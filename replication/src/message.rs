@@ -78,7 +78,7 @@ pub enum Ask<B> {
     /// Open the generation: accept nothing of a lower one any more.
     Open {
         /// Of the record that the head serves under.
-        revision: u64,
+        edition: u64,
     },
     /// The head answers nothing any more and has nothing in flight: its grants count no longer, unless it opens the generation again
     /// before a higher one is asked for.
@@ -171,7 +171,7 @@ pub enum Refusal {
     #[error("the partition is in epoch {}", .0.0)]
     Epoch(Epoch),
     /// The head serves under a record older than one that was seen here (I14).
-    #[error("the record was at revision {0} already")]
+    #[error("the record was at edition {0} already")]
     Past(u64),
     /// The store is in another incarnation.
     #[error("the store is in another incarnation")]
@@ -295,7 +295,7 @@ impl<B> Ask<B> {
             Ask::Write { version, span, blocks, is_sole } => {
                 Ask::Write { version, span, blocks: change(blocks), is_sole }
             }
-            Ask::Open { revision } => Ask::Open { revision },
+            Ask::Open { edition } => Ask::Open { edition },
             Ask::Close => Ask::Close,
             Ask::Reserve { extent } => Ask::Reserve { extent },
             Ask::Unmap { version, span } => Ask::Unmap { version, span },

@@ -10,7 +10,7 @@
 //! * Of a generation whose head has given its grants back nothing is done, unless that head opens it again.
 //! * A new head numbers its writes above every stable mark: what was said to be everywhere is never said of a write of its own.
 //! * A request for a partition under a higher epoch is done after that epoch is durable; one under a lower epoch is refused.
-//! * A record older than one that was served under is refused.
+//! * A record older than one that was served under is refused; that a newer one is served under is durable before that is.
 //! * What a store no longer owns is given up only when no request that takes it for an owner can be done any more (`retiring`).
 //!
 //! A request that is sent again is done again: its range is locked at the head until it is answered, and what it writes is the same.
@@ -37,7 +37,7 @@ pub struct Durable {
     /// Whose it is.
     pub head: NodeId,
     /// Of the newest record that was served under.
-    pub revision: u64,
+    pub edition: u64,
     /// The highest epoch of each partition.
     pub epochs: BTreeMap<u32, Epoch>,
 }
@@ -152,7 +152,7 @@ struct Wanted {
     generation: Generation,
     from: Site,
     id: u64,
-    revision: u64,
+    edition: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -189,6 +189,8 @@ enum What {
     Open(Site, u64, Generation),
     PersistGeneration,
     PersistEpoch,
+    /// With the edition before.
+    PersistEdition(u64),
     /// A step of giving up a partition.
     Retire(u32),
 }
@@ -323,9 +325,9 @@ impl<B> Replicas<B> {
             return;
         }
         let key = (request.to, request.volume);
-        if let Ask::Open { revision } = request.ask {
+        if let Ask::Open { edition } = request.ask {
             self.volumes.entry(key).or_insert_with(|| Volume::new(Durable::default()));
-            self.open(key, from, request, revision);
+            self.open(key, from, request, edition);
             return;
         }
         if matches!(request.ask, Ask::Close) {
@@ -366,7 +368,13 @@ impl<B> Replicas<B> {
                 }
             }
             What::PersistGeneration => self.generation_persisted(key, &ended),
-            What::PersistEpoch => self.epoch_persisted(key, &ended),
+            What::PersistEpoch => self.persisted(key, &ended),
+            What::PersistEdition(before) => {
+                if let Some(volume) = self.volumes.get_mut(&key).filter(|_| !ended_is_done(&ended)) {
+                    volume.durable.edition = before;
+                }
+                self.persisted(key, &ended);
+            }
             What::Retire(partition) => self.retire_worked(key, partition, &ended),
         }
     }
@@ -438,6 +446,19 @@ impl<B> Replicas<B> {
         self.start(key, Work::Persist(durable), What::PersistEpoch);
     }
 
+    /// The open generation is served under a newer record: that is durable before the head is told that it is open.
+    fn persist_edition(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>, edition: u64) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        volume.waiting.push_back((from, request));
+        if volume.is_persisting {
+            return;
+        }
+        let before = std::mem::replace(&mut volume.durable.edition, edition);
+        volume.is_persisting = true;
+        let durable = volume.durable.clone();
+        self.start(key, Work::Persist(durable), What::PersistEdition(before));
+    }
+
     /// Writes up to this one are on all in-sync members.
     fn is_stable(&mut self, key: (Member, VolumeId), stable: Version) {
         if let Some(volume) = self.volumes.get_mut(&key) {
@@ -465,11 +486,14 @@ impl<B> Replicas<B> {
         self.advance_opening(key);
     }
 
-    fn open(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>, revision: u64) {
+    fn open(&mut self, key: (Member, VolumeId), from: Site, request: Request<B>, edition: u64) {
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         let generation = request.generation;
-        if revision < volume.durable.revision {
-            let past = volume.durable.revision;
+        // Another take-over is a later change: with the same edition it is one of a record that was restored.
+        let is_another = generation.takeover != volume.durable.generation.takeover;
+        if edition < volume.durable.edition || is_another && edition == volume.durable.edition && edition > 0
+        {
+            let past = volume.durable.edition;
             self.refuse(from, request, Refusal::Past(past));
             return;
         }
@@ -479,6 +503,10 @@ impl<B> Replicas<B> {
             return;
         }
         if generation == volume.durable.generation {
+            if edition > volume.durable.edition {
+                self.persist_edition(key, from, request, edition);
+                return;
+            }
             // Grants that are given from now on count again.
             volume.is_handed_back &= mutants::is(Mutant::HandedBackForGood);
             self.survey(key, from, request.id, generation);
@@ -492,7 +520,7 @@ impl<B> Replicas<B> {
                 self.refuse(from, request, Refusal::Replaced(generation));
             }
         }
-        let wanted = Wanted { generation, from, id: request.id, revision };
+        let wanted = Wanted { generation, from, id: request.id, edition };
         self.begin_opening(key, wanted);
     }
 
@@ -554,10 +582,9 @@ impl<B> Replicas<B> {
             return;
         }
         opening.stage = Stage::Persist;
-        let Wanted { generation, from, revision, .. } = opening.wanted;
-        let revision = revision.max(volume.durable.revision);
-        let durable =
-            Durable { generation, head: from.node, revision, epochs: volume.durable.epochs.clone() };
+        let Wanted { generation, from, edition, .. } = opening.wanted;
+        let edition = edition.max(volume.durable.edition);
+        let durable = Durable { generation, head: from.node, edition, epochs: volume.durable.epochs.clone() };
         volume.is_persisting = true;
         self.start(key, Work::Persist(durable), What::PersistGeneration);
     }
@@ -568,11 +595,11 @@ impl<B> Replicas<B> {
         let later = volume.later.take();
         let Some(Opening { wanted, .. }) = volume.opening.take() else { return };
         self.opening.remove(&key);
-        let Wanted { generation, from, id, revision } = wanted;
+        let Wanted { generation, from, id, edition } = wanted;
         if ended_is_done(ended) {
             volume.durable.generation = generation;
             volume.durable.head = from.node;
-            volume.durable.revision = revision.max(volume.durable.revision);
+            volume.durable.edition = edition.max(volume.durable.edition);
             volume.is_handed_back = false;
             if mutants::is(Mutant::PassedForgotten) {
                 for volumes in self.passed.values_mut() {
@@ -597,7 +624,8 @@ impl<B> Replicas<B> {
         self.advance_retiring(key);
     }
 
-    fn epoch_persisted(&mut self, key: (Member, VolumeId), ended: &Ended<B>) {
+    /// An epoch or a edition is durable, or could not be made so.
+    fn persisted(&mut self, key: (Member, VolumeId), ended: &Ended<B>) {
         let is_done = ended_is_done(ended);
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         volume.is_persisting = false;

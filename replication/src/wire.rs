@@ -119,7 +119,7 @@ struct RawRequest {
     id: U64,
     stable: U64,
     version: U64,
-    revision: U64,
+    edition: U64,
     extent: U32,
     count: U16,
     reserved: U16,
@@ -297,7 +297,7 @@ impl Header {
             return Err(WireError::Value("the number of blocks"));
         }
         let ask = match raw.ask {
-            ask::OPEN => Ask::Open { revision: raw.revision.get() },
+            ask::OPEN => Ask::Open { edition: raw.edition.get() },
             ask::CLOSE => Ask::Close,
             ask::RESERVE => Ask::Reserve { extent: span.extent },
             ask::WRITE => Ask::Write { version, span, blocks, is_sole: raw.flags & IS_SOLE != 0 },
@@ -504,7 +504,7 @@ fn encode_request(request: &Request<BlockCrcs>, out: &mut Vec<u8>) -> usize {
         id: request.id.into(),
         stable: request.stable.0.into(),
         version: version.0.into(),
-        revision: if let Ask::Open { revision } = request.ask { revision.into() } else { 0.into() },
+        edition: if let Ask::Open { edition } = request.ask { edition.into() } else { 0.into() },
         extent: span.extent.0.into(),
         count: span.count.into(),
         reserved: 0.into(),
@@ -553,7 +553,7 @@ fn encode_answer(answer: &Answer<BlockCrcs>, out: &mut Vec<u8>) -> usize {
                 Refusal::Replaced(by) => (1, by.takeover, by.start),
                 Refusal::NotOpen => (2, 0, 0),
                 Refusal::Epoch(epoch) => (3, epoch.0, 0),
-                Refusal::Past(revision) => (4, *revision, 0),
+                Refusal::Past(edition) => (4, *edition, 0),
                 Refusal::Stranger => (5, 0, 0),
             };
             reply::REFUSED
@@ -638,7 +638,7 @@ mod tests {
             },
         );
         prop_oneof![
-            any::<u64>().prop_map(|revision| Ask::Open { revision }),
+            any::<u64>().prop_map(|edition| Ask::Open { edition }),
             Just(Ask::Close),
             any::<u32>().prop_map(|extent| Ask::Reserve { extent: Extent(extent) }),
             write,

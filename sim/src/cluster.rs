@@ -445,6 +445,7 @@ fn placed(plan: &Plan, volume: usize, nodes: &[Node], placing: &mut Random) -> H
     };
     HeadsRecord {
         takeover: 1,
+        edition: 1,
         head: node_id(owned[0][0]),
         min_copies: 0,
         lane: volume as u16,

@@ -136,3 +136,58 @@ fn a_head_goes_around_all_nodes_and_no_request_fails() -> Result<()> {
     assert!(report.number("/longest_gap_ms") <= STOPPED_WITHIN_MS, "{:#}", report.0);
     lab.passed()
 }
+
+/// Which exports answer a query for all addresses, each with its config string.
+fn answering(lab: &Lab) -> Result<Vec<String>> {
+    let said = lab.sh("exec ini -- timeout 20 aoecfg -t 1 eth0")?;
+    Ok(said.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
+}
+
+#[test]
+fn an_address_is_free_only_when_nobody_answers_there_who_has_not_heard_of_it() -> Result<()> {
+    let lab = Lab::up("--nodes 3 --etcd 3 --store file --size 512MiB --mtu 9000")?;
+    for volume in ["v", "w"] {
+        lab.sh(&format!("torusctl volume create {volume} 32MiB --copies 3"))?;
+    }
+    lab.sh("torusblk aoe v 1.1")?;
+    lab.sh("torusblk config v --set of-v")?;
+    eventually("all copies are in sync at first", HEALED_WITHIN, || is_whole(&lab))?;
+    let log = lab.file("log-address");
+    let log_path = log.to_str().context("a path in UTF-8")?;
+
+    // Its control process is gone, its data plane serves on and is granted what it needs.
+    let head = lab.json("torusctl volume show v --json")?["volume"]["node"].clone();
+    let head = head.as_str().context("a name")?;
+    lab.sh(&format!("kill {head} control"))?;
+    let options = "--mixed 30 --window 16 --block 4KiB --size 8MiB --verify --seconds 2 --seed 1";
+    lab.bench("1.1", &format!("{options} --verify-log {log_path}"))?.finish()?.assert_verified(100.0);
+    lab.sh("torusblk unexport v --no-wait")?;
+    let taken = lab.try_run(&["torusblk", "aoe", "w", "1.1"])?;
+    let said = String::from_utf8_lossy(&taken.stderr);
+    ensure!(!taken.status.success() && said.contains("ending"), "the address was free at once: {said}");
+
+    let begun = Instant::now();
+    eventually("the export has ended", HEALED_WITHIN, || {
+        Ok(lab.json("torusctl volume show v --json")?["volume"]["export"].is_null())
+    })?;
+    println!("the export ended {} ms after it was asked for", begun.elapsed().as_millis());
+    ensure!(answering(&lab)?.is_empty(), "who has not heard of the end answers: {:?}", answering(&lab)?);
+    lab.sh("torusblk aoe w 1.1")?;
+    lab.sh("torusblk config w --set of-w")?;
+    let mut load =
+        lab.bench("1.1", "--mixed 30 --window 16 --block 4KiB --size 8MiB --verify --seconds 5 --seed 3")?;
+    while load.is_running()? {
+        let answers = answering(&lab)?;
+        ensure!(answers.iter().all(|answer| answer == "1.1 of-w"), "two volumes at one address: {answers:?}");
+        sleep(Duration::from_millis(100));
+    }
+    load.finish()?.assert_verified(100.0);
+    ensure!(answering(&lab)? == ["1.1 of-w"], "{:?}", answering(&lab)?);
+
+    // What was written before is there, at another address.
+    lab.sh(&format!("start {head}"))?;
+    lab.sh("torusblk aoe v 1.2")?;
+    eventually("all copies are in sync again", HEALED_WITHIN, || is_whole(&lab))?;
+    lab.bench("1.2", &format!("--check-log {log_path}"))?.finish()?.assert_verified(100.0);
+    lab.passed()
+}

@@ -204,6 +204,8 @@ impl Replication {
         Record {
             partitions: head.partitions.iter().map(partition).collect(),
             revision: head.revision,
+            // A record from before they were counted has not been changed since.
+            edition: if head.edition > 0 { head.edition } else { head.revision },
             takeover: head.takeover,
             head: Some(self.own),
             stale: head.stale.iter().map(|stale| (member_of(stale.member), Version(stale.mark))).collect(),

@@ -111,6 +111,8 @@ struct Core {
     stores: Vec<Option<ExtentStore>>,
     devices: MemoryDevices,
     outcomes: Vec<Outcome>,
+    /// Its disk ends nothing.
+    is_stalled: bool,
     /// Requests that have ended, with what was read.
     answers: HashMap<u32, (Result<(), StoreError>, Vec<u8>)>,
 }
@@ -131,6 +133,7 @@ impl Core {
             stores: vec![Some(store)],
             devices,
             outcomes: Vec::new(),
+            is_stalled: false,
             answers: HashMap::new(),
         };
         core.replicating.open_store(member(number), [(VOLUME, PLACE)], &core.stores);
@@ -160,7 +163,7 @@ impl Core {
 
     /// Goes on with what has ended; whether there was anything.
     fn work(&mut self) -> bool {
-        if let Some((token, blocks)) = self.devices.ended.pop_front() {
+        if let Some((token, blocks)) = self.devices.ended.pop_front_if(|_| !self.is_stalled) {
             let store = self.stores[0].as_mut().unwrap();
             store.finished(token, blocks, Ok(()), &mut MemoryDisk(&mut self.devices), &mut self.outcomes);
             return true;
@@ -181,7 +184,7 @@ impl Core {
         if store.needs_turn(self.devices.boot_ns) {
             let now_ns = self.devices.boot_ns;
             store.turn(now_ns, &mut MemoryDisk(&mut self.devices), &mut self.outcomes);
-            return !self.devices.ended.is_empty() || !self.outcomes.is_empty();
+            return !(self.devices.ended.is_empty() || self.is_stalled) || !self.outcomes.is_empty();
         }
         false
     }
@@ -196,6 +199,8 @@ struct Cluster {
     record: Record,
     /// Which cores are cut off from the others.
     cut: [bool; 3],
+    /// Whose grants get lost.
+    ungranting: Option<usize>,
     /// On the way, in order.
     travelling: VecDeque<Travelling>,
     next_token: u32,
@@ -208,6 +213,7 @@ impl Cluster {
         let record = Record {
             partitions: vec![partition_of(&[0, 1, 2])],
             revision: 1,
+            edition: 1,
             takeover: 0,
             head: None,
             stale: BTreeMap::new(),
@@ -218,6 +224,7 @@ impl Cluster {
             cores: (0..3).map(Core::new).collect(),
             record,
             cut: [false; 3],
+            ungranting: None,
             travelling: VecDeque::new(),
             next_token: 0,
             model: HashMap::new(),
@@ -257,6 +264,7 @@ impl Cluster {
     /// The record names that core as head, under a new take-over.
     fn take_over(&mut self, core: usize) {
         self.record.revision += 1;
+        self.record.edition += 1;
         self.record.takeover += 1;
         self.record.head = Some(site(self.cores[core].number).node);
         let generation = Generation { takeover: self.record.takeover, start: self.start };
@@ -270,6 +278,7 @@ impl Cluster {
     fn tell(&mut self, head: usize, change: impl FnOnce(&mut Record)) {
         change(&mut self.record);
         self.record.revision += 1;
+        self.record.edition += 1;
         let record = self.record.clone();
         self.cores[head].with(|replicating, ground| replicating.record(VOLUME, record, ground));
         self.work();
@@ -331,6 +340,9 @@ impl Cluster {
     fn deliver(&mut self, from: usize, to: usize, is_question: bool, head: &[u8], bytes: &[u8]) {
         let (header, body) = head.split_first_chunk::<HEADER_BYTES>().unwrap();
         let frame = Header::decode(header).unwrap().decode_body(body).unwrap();
+        if matches!(frame, Frame::GrantAnswer(_)) && self.ungranting == Some(from) {
+            return;
+        }
         let pool = &mut self.cores[to].devices.pool;
         let mut blocks = take_blocks(pool, bytes.len() / BLOCK_BYTES).unwrap();
         for (at, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
@@ -362,6 +374,7 @@ impl Cluster {
                 if wish.revision == self.record.revision {
                     self.record = wish.change.applied(&self.record);
                     self.record.revision += 1;
+                    self.record.edition += 1;
                 }
                 let record = self.record.clone();
                 self.cores[core].with(|replicating, ground| replicating.record(VOLUME, record, ground));
@@ -623,6 +636,35 @@ fn another_head_takes_over_when_the_grants_have_run_out() {
 }
 
 #[test]
+fn who_is_gone_after_it_has_opened_is_left_out_though_nothing_is_asked() {
+    let mut cluster = Cluster::new();
+    cluster.ungranting = Some(2);
+    cluster.take_over(0);
+    cluster.pass(100 * MS);
+    let is_serving =
+        |cluster: &Cluster| cluster.cores[0].replicating.is_serving(VOLUME, cluster.cores[0].devices.boot_ns);
+    assert!(!is_serving(&cluster), "one has opened and granted nothing");
+    cluster.set_cut(2, true);
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.record.stale.keys().copied().collect::<Vec<_>>(), [member(2)]);
+    assert!(is_serving(&cluster));
+}
+
+#[test]
+fn a_head_that_could_answer_for_a_moment_is_told_of() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xface));
+    cluster.take_over(0);
+    cluster.work();
+    cluster.set_cut(2, true);
+    cluster.pass(100 * MS);
+    assert!(cluster.cores[0].replicating.has_opened(VOLUME));
+    let waits = cluster.write(0, &mut random);
+    assert!(cluster.take_answer(0, waits).is_none());
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+}
+
+#[test]
 fn a_restarted_replica_knows_what_it_has_opened() {
     let (mut cluster, mut random) = (Cluster::new(), Random(0xf00d));
     cluster.take_over(0);
@@ -637,7 +679,8 @@ fn a_restarted_replica_knows_what_it_has_opened() {
     cluster.run(0, &mut random, 20);
     // One from before cannot come back.
     let generation = Generation { takeover: 0, start: 9 };
-    let record = Record { revision: 1, takeover: 0, head: Some(site(1).node), ..cluster.record.clone() };
+    let record =
+        Record { revision: 1, edition: 1, takeover: 0, head: Some(site(1).node), ..cluster.record.clone() };
     let membership = Membership::new(VOLUME, record, None);
     cluster.cores[1].with(|replicating, ground| replicating.begin(generation, membership, ground));
     cluster.pass(100 * MS);
@@ -645,6 +688,76 @@ fn a_restarted_replica_knows_what_it_has_opened() {
     assert!(matches!(ended, Some((_, End::Past | End::Replaced))));
     cluster.check(0);
     cluster.assert_equal_copies();
+}
+
+/// The metadata store is restored from a backup of before one was left out: whoever kept on being in sync knows.
+#[test]
+fn who_is_in_sync_refuses_a_record_from_before_another_was_left_out() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0xba5e));
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.run(0, &mut random, 20);
+    let backup = cluster.record.clone();
+    cluster.set_cut(2, true);
+    let waits = cluster.write(0, &mut random);
+    cluster.pass(1500 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+    let begin = |cluster: &mut Cluster, core: usize, generation, record: &Record| -> Option<End> {
+        let membership = Membership::new(VOLUME, record.clone(), None);
+        cluster.cores[core].with(|replicating, ground| replicating.begin(generation, membership, ground));
+        cluster.pass(1500 * MS);
+        let ended = cluster.cores[core].replicating.ended().get(&VOLUME).copied();
+        ended.filter(|(of, _)| *of == generation).map(|(_, end)| end)
+    };
+    // The one that was left out is head by the backup; restored more than once, so that the store's revisions are higher than ever.
+    let takeover = backup.takeover + 1;
+    let head = Some(site(cluster.cores[2].number).node);
+    let edition = backup.edition + 1;
+    let restored = Record { revision: 1000, edition, takeover, head, ..backup.clone() };
+    cluster.set_cut(2, false);
+    let end = begin(&mut cluster, 2, Generation { takeover, start: 1 }, &restored);
+    assert_eq!(end, Some(End::Past));
+    // And the head itself, started again, by the backup as it was.
+    let generation = Generation { takeover: backup.takeover, start: 2 };
+    cluster.cores[0].restart();
+    for other in [1, 2] {
+        cluster.set_cut(other, true);
+    }
+    for other in [1, 2] {
+        cluster.set_cut(other, false);
+    }
+    assert_eq!(begin(&mut cluster, 0, generation, &backup), Some(End::Past));
+    // By a change of the record as it was, above all that was opened, nothing is lost.
+    let generation = Generation { takeover: takeover + 1, start: 3 };
+    cluster.record.takeover = generation.takeover;
+    cluster.record.edition += 1;
+    cluster.record.revision = 2000;
+    let newest = cluster.record.clone();
+    assert_eq!(begin(&mut cluster, 0, generation, &newest), None);
+    cluster.run(0, &mut random, 20);
+    cluster.check(0);
+}
+
+/// Nothing is acknowledged without who is left out before those who stay keep that durably.
+#[test]
+fn an_ejection_is_kept_by_those_who_stay_before_it_counts() {
+    let (mut cluster, mut random) = (Cluster::new(), Random(0x1dea));
+    cluster.take_over(0);
+    cluster.pass(300 * MS);
+    cluster.set_cut(2, true);
+    let waits = cluster.write(0, &mut random);
+    // Whoever stays has the write, but cannot keep anything more.
+    cluster.cores[1].is_stalled = true;
+    cluster.pass(2000 * MS);
+    assert_eq!(cluster.record.stale.keys().copied().collect::<Vec<_>>(), [member(2)]);
+    assert!(cluster.take_answer(0, waits).is_none(), "one in sync does not know that another is left out");
+    cluster.cores[1].is_stalled = false;
+    cluster.pass(100 * MS);
+    assert_eq!(cluster.take_answer(0, waits).map(|answer| answer.0), Some(Ok(())));
+    for core in &cluster.cores[..2] {
+        let state = core.stores[0].as_ref().unwrap().state(PLACE.object).unwrap();
+        assert_eq!(state.revision, cluster.record.edition);
+    }
 }
 
 #[test]

@@ -63,6 +63,7 @@ impl Cluster {
             partitions: vec![partition],
             stale: Vec::new(),
             is_moving: false,
+            edition: 0,
         };
         let written = vec![0; usize::try_from(BLOCKS.end - BLOCKS.start).unwrap()];
         let station = Station::open();

@@ -41,6 +41,10 @@ pub(super) struct Peer {
     pub(super) was_opened: bool,
     /// It has opened it on this connection, when this was the newest grant of its site.
     pub(super) opened: Option<GrantIndex>,
+    /// Of the record that it was last asked to open it by; one such question is on its way at a time.
+    pub(super) told_edition: u64,
+    /// Of the record that it has opened it by: it keeps that durably.
+    kept_edition: u64,
     unanswered: BTreeMap<u64, Asked>,
     /// Writes of before it left that may still be on their way.
     abandoned: BTreeSet<u64>,
@@ -60,6 +64,8 @@ impl Peer {
             is_connected: false,
             was_opened: false,
             opened: None,
+            told_edition: 0,
+            kept_edition: 0,
             unanswered: BTreeMap::new(),
             abandoned: BTreeSet::new(),
             learner: None,
@@ -72,6 +78,11 @@ impl Peer {
     /// Whether it can be asked.
     pub(super) fn is_open(&self) -> bool {
         self.opened.is_some()
+    }
+
+    /// Whether it keeps a record of this edition, or of a later one.
+    pub(super) fn has_record_of(&self, edition: u64) -> bool {
+        self.kept_edition >= edition
     }
 
     /// Whether nothing is asked of it, or to be.
@@ -217,6 +228,7 @@ impl<B> Head<B> {
         let Some(peer) = self.peers.get_mut(&from) else { return };
         // Asked once more on the same connection it has it open since the first time.
         peer.opened.get_or_insert(grants.index(peer.site));
+        peer.kept_edition = peer.told_edition;
         peer.suspects = active.iter().filter(|held| held.is_suspect).map(|held| held.extent).collect();
         if !std::mem::replace(&mut peer.was_opened, true) {
             if !mutants::is(Mutant::SequenceRestarts) {
@@ -231,6 +243,22 @@ impl<B> Head<B> {
             }
         }
         self.resend(from, memory);
+        self.have_record_kept(memory);
+    }
+
+    /// Has those who are in sync keep the edition since which they are it: by opening the generation once more.
+    fn have_record_kept(&mut self, memory: &mut impl Memory<Blocks = B>) {
+        let lacks_it = |member: &Member, peer: &Peer| {
+            peer.is_open()
+                && !peer.has_record_of(self.members_since)
+                && !peer.is_asked(Purport::Open)
+                && self.membership.is_needed_somewhere(*member)
+        };
+        let members = self.peers.iter().filter(|(member, peer)| lacks_it(member, peer));
+        let members: Vec<Member> = members.map(|(member, _)| *member).collect();
+        for member in members {
+            self.send(member, Purport::Open, memory);
+        }
     }
 
     /// Sends what is not on its way, in order.
@@ -413,10 +441,10 @@ impl<B> Head<B> {
         }
     }
 
-    /// Whether something waits that a partition of this member has a part in. Everything does before it has opened: until then nobody is
-    /// told that there is a head, so that nothing is asked of it.
+    /// Whether something waits that a partition of this member has a part in. Everything does before it could answer for the first time:
+    /// until then nobody is told that there is a head, so that nothing is asked of it.
     fn is_wanted(&self, member: Member) -> bool {
-        if self.peers.get(&member).is_some_and(|peer| !peer.was_opened) {
+        if !self.has_served {
             return true;
         }
         let owns = |extent: Extent| self.membership.owns(member, extent);
@@ -562,6 +590,7 @@ impl<B> Head<B> {
                 self.drop_reads(member, memory);
             }
         }
+        self.have_record_kept(memory);
     }
 
     /// Nobody waits for it any more, where it is not needed.

@@ -86,6 +86,7 @@ impl Peers {
         let record = Record {
             partitions: vec![partition],
             revision: 1,
+            edition: 1,
             takeover: 1,
             head: Some(OWN.node),
             stale: BTreeMap::new(),
@@ -183,7 +184,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let answer = |id, reply| Frame::Answer(Answer { from: MEMBER, volume: VOLUME, generation, id, reply });
     let blocks: BlockCrcs = [1, 2].into_iter().collect();
     let write = Ask::Write { version: Version(6), span, blocks: blocks.clone(), is_sole: false };
-    let open = request(1, Ask::Open { revision: 1 });
+    let open = request(1, Ask::Open { edition: 1 });
     let opened = |id| answer(id, Reply::Opened { highest: Version(5), active: Vec::new() });
     let grant = Frame::GrantRequest(GrantRequest { asked_ns: 1 });
     let named = [

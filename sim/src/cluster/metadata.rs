@@ -99,6 +99,7 @@ fn record_of(heads: &HeadsRecord, revision: Revision) -> Record {
         stale: heads.stale.iter().map(|stale| (member(stale.member), Version(stale.mark))).collect(),
         min_copies: heads.min_copies,
         is_moving: heads.move_to.is_some_and(|to| to != heads.head),
+        edition: heads.edition,
     }
 }
 
@@ -236,7 +237,9 @@ impl World {
     /// Changes a volume's record, whatever stands between.
     pub(super) fn edit(&mut self, volume: usize, heads: &HeadsRecord) {
         let now_ns = self.now_ns();
-        let txn = Txn::new().put(keys::heads(volume_id(volume)), encode(heads));
+        let (before, revision) = self.metadata.heads(volume);
+        let heads = heads.clone().following(before, revision);
+        let txn = Txn::new().put(keys::heads(volume_id(volume)), encode(&heads));
         self.metadata.etcd.apply(now_ns, to_etcd(txn)).expect("it is valid");
         self.follow_records();
     }
@@ -311,6 +314,7 @@ impl World {
     pub(super) fn force_head(&mut self, node: usize, volume: usize) {
         let (heads, revision) = self.metadata.heads(volume);
         let Some(after) = heads.taken_over(node_id(node)) else { return };
+        let after = after.following(heads, revision);
         let key = keys::heads(volume_id(volume));
         self.order(Txn::new().when(Compare::Revision(key.clone(), revision)).put(key, encode(&after)));
     }
