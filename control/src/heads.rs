@@ -197,6 +197,15 @@ impl HeadsRecord {
         wanted.min(complete).max(1)
     }
 
+    /// How many owners of a partition no change may go below.
+    fn must_stay(&self, partition: &PartitionRecord) -> usize {
+        #[cfg(mutants)]
+        if torus_replication::mutants::is(torus_replication::mutants::Mutant::EjectBelowMin) {
+            return 1;
+        }
+        self.min_in_sync(partition)
+    }
+
     /// Copies in sync, in the partition that has fewest.
     #[must_use]
     pub fn copies_in_sync(&self) -> usize {
@@ -240,7 +249,7 @@ impl HeadsRecord {
         after.move_to = after.move_to.filter(is_fit);
         let ejects_too_many = self.partitions.iter().any(|partition| {
             let left = after.in_sync(partition);
-            left < self.in_sync(partition) && left < self.min_in_sync(partition)
+            left < self.in_sync(partition) && left < self.must_stay(partition)
         });
         (after != *self && !ejects_too_many && after.check().is_ok()).then_some(after)
     }

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
+pub mod decisions;
 pub mod heads;
 pub mod known;
 pub mod meta;

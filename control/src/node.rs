@@ -6,27 +6,27 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cluster_map::{
     ChangeAnswer, ClusterKey, ControlMap, Desired, Geometry, MapError, MapReader, NodeId, Observed,
-    StoreState,
 };
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::aoe_changes::AoeChanges;
+use crate::decisions::{self, Decisions, Outcome, Seen, Work};
 use crate::known::{Knowledge, Known};
 use crate::meta::reflector::{Backoff, Reflector};
 use crate::meta::{LeaseId, MetaError, MetaStore, Revision, Txn, TxnOutcome};
 use crate::model::{LiveRecord, NodeRecord, PREFIX, StatusRecord, View, encode, keys};
-use crate::moves::Moves;
 use crate::ops::{self, Plan, Refusal, RefusalKind};
 use crate::reconcile::{self, Settings};
 use crate::starts::StartsInMap;
 use crate::supervise::{DataPlane, Wish};
-use crate::takeover::{self, Batch, Vigil};
+use crate::takeover;
 
 /// Lifetime of the node's lease.
 const LEASE_TTL: Duration = Duration::from_secs(9);
@@ -431,17 +431,10 @@ pub struct Follower {
     made_of: Option<MadeOf>,
     /// The newest observed state.
     observation: Option<Arc<Observed>>,
-    /// Metadata revision, desired and observed version of which all changes are recorded.
-    recorded: Option<(Revision, u64, u64)>,
     /// What the status was last made of: desired version, if the data plane runs, observed version, and how it is.
     reported: Option<(Option<u64>, Option<u64>, String)>,
     changes: AoeChanges,
-    vigil: Vigil,
-    moves: Moves,
-    /// When a take-over is due, if nothing changes.
-    take_over_at: Option<Instant>,
-    /// Changes are not computed on a view older than the last one made.
-    seen_after: Revision,
+    decisions: Decisions,
     started: Instant,
 }
 
@@ -467,6 +460,7 @@ impl Follower {
     ) -> Self {
         let Links { announce_map, starts, wish, status } = links;
         let changes = AoeChanges::new(Arc::clone(&node));
+        let decisions = Decisions::new(node.id);
         let mut follower = Self {
             node,
             settings,
@@ -480,13 +474,9 @@ impl Follower {
             published: None,
             made_of: None,
             observation: None,
-            recorded: None,
             reported: None,
             changes,
-            vigil: Vigil::default(),
-            moves: Moves::default(),
-            take_over_at: None,
-            seen_after: Revision(0),
+            decisions,
             started: Instant::now(),
         };
         if let Some(map) = map {
@@ -525,9 +515,15 @@ impl Follower {
         let mut data_plane = self.node.data_plane.clone();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // While a change waits for its outcome, what is read is published all the same, and starts get their numbers.
+        let mut commit: Option<Commit> = None;
         loop {
             let begun = Instant::now();
-            let retry = !self.step().await;
+            let retry = !self.step() || self.decisions.is_to_be_tried_again();
+            if commit.is_none() {
+                let next = self.decisions.begin();
+                commit = next.map(|work| Box::pin(carry_out(Arc::clone(&self.node.meta), work)) as _);
+            }
             // Where there is much to publish, changes are taken together, and half of a CPU at most goes into it.
             let rest = begun.elapsed().min(LONGEST_REST);
             tokio::select! {
@@ -537,7 +533,13 @@ impl Follower {
                     return;
                 }
             }
+            let is_idle = commit.is_none();
+            let take_over_at = self.decisions.take_over_at().filter(|_| is_idle).map(|at| self.started + at);
             tokio::select! {
+                (work, outcome) = outcome(&mut commit) => {
+                    commit = None;
+                    self.ended(&work, outcome);
+                }
                 _ = known.changed() => {}
                 _ = observed.changed() => {}
                 Ok(()) = starts.changed() => {}
@@ -548,14 +550,14 @@ impl Follower {
                     return;
                 }
                 _ = tick.tick() => {}
-                () = until(self.take_over_at) => {}
+                () = until(take_over_at) => {}
                 () = tokio::time::sleep(RETRY), if retry => {}
             }
         }
     }
 
-    /// Publishes, records, reports; false if something failed and is to be tried again.
-    async fn step(&mut self) -> bool {
+    /// Publishes, reports, decides; false if something failed and is to be tried again.
+    fn step(&mut self) -> bool {
         self.beat();
         let known = self.node.known();
         let observed = self.observe();
@@ -576,70 +578,40 @@ impl Follower {
             self.changes.begin(&observed.changes, &known);
         }
         self.report(observed.as_deref());
-        let due = self.due(&known, observed.as_deref());
-        let silent = self.look_for_silent_heads(&known, observed.as_deref());
-        let moves = self.look_for_moves(&known, observed.as_deref());
-        drop(known);
-        // First what initiators wait for.
-        let moved = self.move_heads(moves).await;
-        let taken_over = self.take_over(silent).await && moved;
-        published && self.record(due).await && taken_over
+        let seen = Seen {
+            view: &known.view,
+            revision: known.revision,
+            is_followed: known.usable() && known.connected && published,
+            published: self.published.as_deref().filter(|published| published.version > 0),
+            observed: observed.as_deref(),
+            is_silent: self.silent(observed.as_deref()),
+        };
+        self.decisions.look(&seen, self.started.elapsed(), unix_s(SystemTime::now()));
+        published
     }
 
-    /// The heads to replace now. Nobody is replaced on what may be out of date: of the metadata, or of the node's own data plane.
-    fn look_for_silent_heads(&mut self, known: &Known, observed: Option<&Observed>) -> Vec<Batch> {
-        let current = known.usable() && known.connected && known.revision >= self.seen_after;
-        let observed = observed.filter(|_| current && !self.silent(observed));
-        let look = self.vigil.look(&known.view, self.node.id, observed, self.started.elapsed());
-        self.take_over_at = look.next.map(|next| self.started + next);
-        takeover::batches(&known.view, self.node.id, &look.due)
-    }
-
-    /// What is to be changed for heads of this node that are to move.
-    fn look_for_moves(&mut self, known: &Known, observed: Option<&Observed>) -> Vec<Txn> {
-        if !known.usable() || !known.connected || known.revision < self.seen_after {
-            return Vec::new();
-        }
-        let told = self.published.as_deref().zip(observed);
-        self.moves.look(&known.view, self.node.id, told, self.started.elapsed())
-    }
-
-    /// Names the successors of heads that have handed over, and gives up what cannot be; false if it is to be tried again.
-    async fn move_heads(&mut self, txns: Vec<Txn>) -> bool {
-        for txn in txns {
-            match self.node.meta.txn(txn).await {
-                Ok(TxnOutcome::Committed(revision)) => self.seen_after = self.seen_after.max(revision),
-                Ok(TxnOutcome::Conflict) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "cannot name the successor of a head: it goes on by itself");
-                    return false;
-                }
+    /// Takes what became of a change.
+    fn ended(&mut self, work: &Work, outcome: Result<Outcome, MetaError>) {
+        match (work, &outcome) {
+            (Work::TakeOver(batch), Ok(Outcome::Committed(_))) => {
+                let volumes = batch.volumes().count();
+                tracing::info!(from = %batch.head(), volumes, "this node is head now: the former one is silent");
             }
-        }
-        true
-    }
-
-    /// Becomes head in place of heads that are silent; false if it is to be tried again.
-    async fn take_over(&mut self, batches: Vec<Batch>) -> bool {
-        let mut done = true;
-        for batch in batches {
-            let outcome = takeover::commit(self.node.meta.as_ref(), &batch).await;
-            match outcome {
-                Ok(Some(revision)) => {
-                    self.seen_after = self.seen_after.max(revision);
-                    let volumes = batch.volumes().count();
-                    tracing::info!(from = %batch.head(), volumes, "this node is head now: the former one is silent");
-                }
-                // Somebody else was first, or vetoes.
-                Ok(None) => self.vigil.put_off(batch.volumes(), self.started.elapsed()),
-                Err(error) => {
-                    tracing::warn!(%error, from = %batch.head(), "cannot replace a silent head: keeps trying");
-                    self.vigil.put_off(batch.volumes(), self.started.elapsed());
-                    done = false;
-                }
+            (Work::TakeOver(batch), Err(error)) => {
+                tracing::warn!(%error, from = %batch.head(), "cannot replace a silent head: keeps trying");
             }
+            (Work::Renew(_), Err(error)) => {
+                tracing::warn!(%error, "cannot take this node's heads over anew, as is due after a loss of the map: keeps trying");
+            }
+            (Work::Move(_), Err(error)) => {
+                tracing::warn!(%error, "cannot name the successor of a head: it goes on by itself");
+            }
+            (Work::Change(_), Err(error)) => {
+                tracing::warn!(%error, "cannot record what the data plane has done: keeps trying");
+            }
+            (_, Ok(_)) => {}
         }
-        done
+        self.decisions.ended(work, outcome.unwrap_or(Outcome::Failed), self.started.elapsed());
     }
 
     /// What the running data plane says, if one runs and has said anything.
@@ -736,6 +708,9 @@ impl Follower {
             self.use_map(map);
         }
         let Some(before) = self.in_map()? else { return Ok(()) };
+        if !self.decisions.may_publish(&known.view, Some(&*before).filter(|before| before.version > 0)) {
+            return Ok(());
+        }
         let answers = self.changes.answers(known);
         let mut made_of = MadeOf { revision: known.revision, answers, running, missing_since: None };
         let missing = self.made_of.as_ref().is_some_and(|made_of| made_of.missing_since.is_some());
@@ -784,38 +759,6 @@ impl Follower {
         Ok(())
     }
 
-    /// What follows from the data plane's report and is not recorded yet, with the versions that it follows from.
-    fn due(&self, known: &Known, observed: Option<&Observed>) -> Option<(Vec<Txn>, (Revision, u64, u64))> {
-        if !known.usable() || !known.connected || known.revision < self.seen_after {
-            return None;
-        }
-        let (desired, observed) = (self.published.as_deref()?, observed?);
-        let versions = (known.revision, desired.version, observed.version);
-        if self.recorded == Some(versions) {
-            return None;
-        }
-        let now = unix_s(SystemTime::now());
-        Some((reconcile::changes(&known.view, self.node.id, desired, observed, now), versions))
-    }
-
-    /// Commits what is due; false if it is to be tried again.
-    async fn record(&mut self, due: Option<(Vec<Txn>, (Revision, u64, u64))>) -> bool {
-        let Some((txns, versions)) = due else { return true };
-        for txn in txns {
-            match self.node.meta.txn(txn).await {
-                Ok(TxnOutcome::Committed(revision)) => self.seen_after = self.seen_after.max(revision),
-                // Somebody changed it first; the next view tells.
-                Ok(TxnOutcome::Conflict) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "cannot record what the data plane has done: keeps trying");
-                    return false;
-                }
-            }
-        }
-        self.recorded = Some(versions);
-        true
-    }
-
     /// Hands the status to the session, if it has changed.
     fn report(&mut self, observed: Option<&Observed>) {
         let mut words = self.node.data_plane().words();
@@ -829,21 +772,8 @@ impl Follower {
         if self.reported.as_ref() == Some(&made_of) {
             return;
         }
-        let status = match running {
-            Some((desired, observed)) => reconcile::status(desired, observed, &made_of.2),
-            None => {
-                // Nothing is served: only the stores are kept, as not ready.
-                let mut observed = self.observation.as_deref().cloned().unwrap_or_default();
-                observed.links.clear();
-                observed.exports.clear();
-                observed.volumes.clear();
-                observed.heads.clear();
-                observed.granting.clear();
-                observed.replicates = false;
-                observed.stores.iter_mut().for_each(|store| store.state = StoreState::Opening);
-                reconcile::status(&Desired::default(), &observed, &made_of.2)
-            }
-        };
+        let observation = self.observation.as_deref();
+        let status = decisions::status(published.as_deref(), observation, running.is_some(), &made_of.2);
         self.reported = Some(made_of);
         self.status.send_if_modified(|now| {
             let changed = *now != status;
@@ -864,6 +794,33 @@ impl Follower {
             Err(error) => tracing::error!(%error, "cannot tell the data plane to drain"),
         }
         self.wish.send_replace(Wish::Drain);
+    }
+}
+
+/// Something is being committed.
+type Commit = Pin<Box<dyn Future<Output = (Work, Result<Outcome, MetaError>)> + Send>>;
+
+/// Carries out what was decided.
+async fn carry_out(meta: Arc<dyn MetaStore>, work: Work) -> (Work, Result<Outcome, MetaError>) {
+    let outcome = match &work {
+        Work::TakeOver(batch) => takeover::commit(meta.as_ref(), batch)
+            .await
+            .map(|made| made.map_or(Outcome::Conflict, Outcome::Committed)),
+        Work::Move(txn) | Work::Renew(txn) | Work::Change(txn) => {
+            meta.txn(txn.clone()).await.map(|outcome| match outcome {
+                TxnOutcome::Committed(revision) => Outcome::Committed(revision),
+                TxnOutcome::Conflict => Outcome::Conflict,
+            })
+        }
+    };
+    (work, outcome)
+}
+
+/// Waits for what is being carried out, if anything is.
+async fn outcome<F: Future + Unpin>(commit: &mut Option<F>) -> F::Output {
+    match commit {
+        Some(commit) => commit.await,
+        None => std::future::pending().await,
     }
 }
 

@@ -18,7 +18,9 @@ use std::time::Duration;
 use cluster_map::{NodeId, Observed, StoreState, VolumeId};
 
 use crate::heads::HeadsRecord;
-use crate::meta::{Compare, MAX_TXN_BYTES, MAX_TXN_OPS, MetaError, MetaStore, Revision, Txn, TxnOutcome};
+use crate::meta::{
+    Compare, KeyValue, MAX_TXN_BYTES, MAX_TXN_OPS, MetaError, MetaStore, Revision, Txn, TxnOutcome,
+};
 use crate::model::{Entry, StatusRecord, View, VolumeState, decode, encode, keys};
 
 /// How long each candidate waits for the one before it.
@@ -256,50 +258,79 @@ pub fn batches(view: &View, node: NodeId, due: &[VolumeId]) -> Vec<Batch> {
     batches
 }
 
+/// Take-overs of heads of this node by itself.
+pub(crate) fn renewals(view: &View, node: NodeId, volumes: impl Iterator<Item = VolumeId>) -> Vec<Txn> {
+    let renewal = |volume: VolumeId| {
+        let Entry { record, revision } = view.heads.get(&volume).filter(|heads| heads.record.head == node)?;
+        Some((keys::heads(volume), *revision, encode(&record.taken_over(node)?.following(record, *revision))))
+    };
+    let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
+    for (key, revision, after) in volumes.filter_map(renewal) {
+        if txn.ops.len() == MAX_TXN_OPS || bytes + after.len() > MAX_TXN_BYTES / 2 {
+            txns.push(std::mem::take(&mut txn));
+            bytes = 0;
+        }
+        bytes += after.len();
+        txn = txn.when(Compare::Revision(key.clone(), revision)).put(key, after);
+    }
+    if !txn.ops.is_empty() {
+        txns.push(txn);
+    }
+    txns
+}
+
+/// What stands at the keys of nodes' statuses; `None` where the status went with its node's lease.
+pub type Statuses = BTreeMap<NodeId, Option<KeyValue>>;
+
+impl Batch {
+    /// The nodes whose statuses are to be read before it is committed.
+    #[must_use]
+    pub fn vetoers(&self) -> BTreeSet<NodeId> {
+        self.take_overs.iter().flat_map(|one| &one.vetoers).copied().collect()
+    }
+
+    /// The transaction, without the volumes that somebody vetoes as of now; `None` if that are all. A status that has changed since
+    /// makes it fail.
+    #[must_use]
+    pub fn transaction(&self, statuses: &Statuses) -> Option<Txn> {
+        let vetoes = |(key, found): (String, &Option<KeyValue>)| {
+            let status = found.as_ref().map(|found| decode::<StatusRecord>(&key, &found.value));
+            status.is_some_and(|status| status.is_ok_and(|status| status.granting.contains(&self.head)))
+        };
+        let found = |node: &NodeId| statuses.get(node).unwrap_or(&None);
+        let is_vetoed =
+            |one: &&TakeOver| one.vetoers.iter().any(|other| vetoes((keys::status(*other), found(other))));
+        let mut txn = Txn::new();
+        let mut compared: BTreeSet<NodeId> = BTreeSet::new();
+        for one in self.take_overs.iter().filter(|one| !is_vetoed(one)) {
+            let key = keys::heads(one.volume);
+            txn = txn.when(Compare::Revision(key.clone(), one.revision)).put(key, one.after.clone());
+            compared.extend(&one.vetoers);
+        }
+        if !txn.ops.is_empty() && self.take_overs.iter().any(|one| one.is_forced) {
+            txn = txn.when(Compare::Absent(keys::live(self.head)));
+        }
+        for other in compared {
+            let key = keys::status(other);
+            txn = txn.when(match found(&other) {
+                None => Compare::Absent(key),
+                Some(found) => Compare::Revision(key, found.mod_revision),
+            });
+        }
+        (!txn.ops.is_empty()).then_some(txn)
+    }
+}
+
 /// Commits a batch, without the volumes that somebody vetoes as of now. `None`: nothing was changed.
 ///
 /// # Errors
 /// The metadata store gives no fresh answer, or the outcome is not known: what is read of the records next tells.
 pub async fn commit(meta: &dyn MetaStore, batch: &Batch) -> Result<Option<Revision>, MetaError> {
-    let mut guards: BTreeMap<NodeId, Compare> = BTreeMap::new();
-    let mut vetoing = BTreeSet::new();
-    for other in batch.take_overs.iter().flat_map(|one| &one.vetoers) {
-        if guards.contains_key(other) || vetoing.contains(other) {
-            continue;
-        }
-        let key = keys::status(*other);
-        let guard = match meta.get(&key).await? {
-            // It went with its node's lease.
-            None => Compare::Absent(key),
-            Some(found) => {
-                let status = decode::<StatusRecord>(&key, &found.value);
-                if status.is_ok_and(|status| status.granting.contains(&batch.head)) {
-                    vetoing.insert(*other);
-                    continue;
-                }
-                Compare::Revision(key, found.mod_revision)
-            }
-        };
-        guards.insert(*other, guard);
+    let mut statuses = Statuses::new();
+    for other in batch.vetoers() {
+        statuses.insert(other, meta.get(&keys::status(other)).await?);
     }
-    let mut txn = Txn::new();
-    let mut compared: BTreeSet<NodeId> = BTreeSet::new();
-    for one in batch.take_overs.iter().filter(|one| one.vetoers.is_disjoint(&vetoing)) {
-        let key = keys::heads(one.volume);
-        txn = txn.when(Compare::Revision(key.clone(), one.revision)).put(key, one.after.clone());
-        compared.extend(&one.vetoers);
-    }
-    if batch.take_overs.iter().any(|one| one.is_forced) {
-        txn = txn.when(Compare::Absent(keys::live(batch.head)));
-    }
-    if txn.ops.is_empty() {
-        return Ok(None);
-    }
-    for (other, guard) in guards {
-        if compared.contains(&other) {
-            txn = txn.when(guard);
-        }
-    }
+    let Some(txn) = batch.transaction(&statuses) else { return Ok(None) };
     match meta.txn(txn).await? {
         TxnOutcome::Committed(revision) => Ok(Some(revision)),
         TxnOutcome::Conflict => Ok(None),

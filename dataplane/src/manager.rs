@@ -10,7 +10,7 @@
 
 mod changes;
 mod links;
-mod replication;
+pub mod replication;
 mod start;
 mod stores;
 

@@ -14,6 +14,7 @@ use aoe_xdp::link::{Pool, Region, RxFrame};
 use aoe_xdp::order::RequestId;
 use aoe_xdp::target::{Io, IoKind};
 use aoe_xdp::wire::{ATA_DATA_OFFSET, SECTOR_LEN};
+use cluster_map::VolumeId;
 use torus_uring::{BLOCKS_MAX, Blocks};
 
 use crate::clients::ClientId;
@@ -25,9 +26,10 @@ pub const RIDERS_PER_REQUEST_MAX: u8 = 32;
 
 const NONE: u32 = u32::MAX;
 
-/// In place of a configuration's parity: a volume's head has the request, which may keep it for long. What a configuration names – stores,
-/// positions, keys – it does not need: its export goes when its head has ended.
-pub const AT_HEAD: u8 = 2;
+/// In place of a configuration's parity: the request is for a volume's head, which may keep it, and what waits behind it, for as long as a
+/// member is silent. No configuration waits for that: what one names – stores, positions, keys – the request does not need, since it
+/// names its head itself.
+pub const FOR_HEAD: u8 = 2;
 
 /// Sectors of a volume, side by side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,10 +138,11 @@ pub struct Request {
     pub export: u32,
     /// Who asked for it.
     pub client: ClientId,
-    /// Parity of the configuration that it was admitted under; [`AT_HEAD`] once its head has it.
+    /// Parity of the configuration that it was admitted under; [`FOR_HEAD`] if a head is to have it.
     pub epoch: u8,
-    /// Take-over of the head that its export was served by when it was admitted; `None` where a store is behind it. It is for no other head.
-    pub takeover: Option<u64>,
+    /// The head that its export was served by when it was admitted, by volume and take-over; `None` where a store is behind it. It is for
+    /// no other one.
+    pub head: Option<(VolumeId, u64)>,
     /// The store has it.
     pub started: bool,
     /// It was made for a part of a block, and takes in neighbours while it has not started.
@@ -173,7 +176,7 @@ impl Request {
             export,
             client,
             epoch,
-            takeover: None,
+            head: None,
             started: false,
             growing: !range.is_whole_blocks(),
             device: 0,
@@ -231,6 +234,7 @@ impl Requests {
     ///
     /// # Errors
     /// The request, when there is no [room](Requests::room).
+    #[expect(clippy::result_large_err, reason = "it goes back as it came, to be released")]
     pub fn insert(&mut self, request: Request, rider: Rider) -> Result<RequestId, Request> {
         if self.room() == 0 {
             return Err(request);
@@ -316,17 +320,6 @@ impl Requests {
         self.by_epoch[usize::from(request.epoch)] -= 1;
         self.free.push(id.0);
         request
-    }
-
-    /// The head of its volume takes a request.
-    ///
-    /// # Panics
-    /// If there is none of that number.
-    pub fn to_head(&mut self, id: RequestId) {
-        let request = self.slots[id.0 as usize].as_mut().expect("a request in progress");
-        self.by_epoch[usize::from(request.epoch)] -= 1;
-        request.epoch = AT_HEAD;
-        self.by_epoch[usize::from(AT_HEAD)] += 1;
     }
 
     /// Requests admitted under configurations of this parity.

@@ -37,7 +37,7 @@ use crate::exchange::{Backing, Report, Served};
 use crate::fairness::{DEVICES_MAX, Limits, Turns, may_take};
 use crate::replicating::{Ground, Outgoing, Payload, Place, Replicating, Wanted};
 use crate::request::{
-    AT_HEAD, RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload,
+    FOR_HEAD, RIDERS_PER_REQUEST_MAX, Range, Request, Requests, Rider, copy_payload, is_same_payload,
     share_blocks, take_blocks,
 };
 use crate::store::extent::ExtentStore;
@@ -222,7 +222,7 @@ impl Serving {
         self.epoch ^= 1;
     }
 
-    /// Whether no request is left that came before the present configuration.
+    /// Whether no request is left that came before the present configuration and needs what that named. Those for heads do not.
     #[must_use]
     pub fn is_settled(&self) -> bool {
         self.requests.of_epoch(self.epoch ^ 1) == 0
@@ -264,12 +264,11 @@ impl Serving {
             self.take(client, &io, around.now_ns);
             return;
         }
-        let takeover = match served(around.served, key).map(|place| place.backing) {
-            Some(Backing::Head(_, takeover)) => Some(takeover),
-            Some(Backing::Layer(_)) | None => None,
-        };
         let mut request = Request::new(&io, key, client, self.epoch);
-        request.takeover = takeover;
+        request.head = head_of(around.served, key);
+        if request.head.is_some() {
+            request.epoch = FOR_HEAD;
+        }
         let range = request.range;
         if io.kind == IoKind::Write {
             let pool = around.devices.pool();
@@ -316,6 +315,8 @@ impl Serving {
         around: &mut Around<'_, impl Devices>,
     ) -> bool {
         let (export, range) = (arrival.export.key, Range::of(&arrival.io));
+        let head = head_of(around.served, export);
+        let epoch = if head.is_some() { FOR_HEAD } else { self.epoch };
         let (first, last) = (range.first_block(), range.last_block());
         // One that has all its blocks has the first; a neighbour may have any of them, or one beyond its edge.
         let partial = !range.is_whole_blocks();
@@ -324,7 +325,7 @@ impl Serving {
         let other_end = Some(last).filter(|_| partial && last != first);
         for block in [Some(first), other_end, before, after].into_iter().flatten() {
             let host = self.order.newest(export, block).take(HOSTS_LOOKED_AT_MAX).find(|&host| {
-                suits(self.requests.get(host), arrival.io.kind, client, self.epoch, range)
+                suits(self.requests.get(host), arrival.io.kind, client, (epoch, head), range)
                     && self.order.may_join(host, export, first, last)
             });
             if let Some(host) = host
@@ -400,14 +401,13 @@ impl Serving {
         request.started = true;
         request.device = device;
         let place = served(around.served, request.export);
-        let layer = match place.map(|place| place.backing) {
-            Some(Backing::Head(volume, takeover)) if request.takeover == Some(takeover) => {
-                self.ask_head(id, (volume, takeover), around);
+        let layer = match (place.map(|place| place.backing), request.head) {
+            (Some(Backing::Head(volume, takeover)), Some(head)) if head == (volume, takeover) => {
+                self.ask_head(id, head, around);
                 return true;
             }
-            Some(Backing::Head(..)) => None,
-            Some(Backing::Layer(layer)) => Some(layer),
-            None => None,
+            (Some(Backing::Layer(layer)), None) => Some(layer),
+            (Some(Backing::Head(..) | Backing::Layer(_)) | None, _) => None,
         };
         let store = place.and_then(|place| self.stores.get_mut(place.store)?.as_mut());
         let (Some(place), Some(object), Some(store)) = (place, layer, store) else {
@@ -458,7 +458,6 @@ impl Serving {
                 keep_tail_bytes: range.tail_bytes(),
             },
         };
-        self.requests.to_head(id);
         let (replicating, mut ground) = self.replicating(around);
         replicating.start(token, head, wanted, &mut ground);
     }
@@ -633,12 +632,26 @@ fn rider(arrival: &Arrival<'_>, now_ns: u64) -> Rider {
     Rider { io: arrival.io, interface: arrival.interface, arrived_ns: now_ns }
 }
 
+/// The head that an export is served by now, if it is by one.
+fn head_of(all: &[Option<Served>], key: u32) -> Option<(VolumeId, u64)> {
+    match served(all, key)?.backing {
+        Backing::Head(volume, takeover) => Some((volume, takeover)),
+        Backing::Layer(_) => None,
+    }
+}
+
 /// Whether an AoE request may be a rider of this one for all that the two of them are; the range order and, for a write of
 /// the same sectors, the bytes decide the rest.
-fn suits(host: &Request, kind: IoKind, client: ClientId, epoch: u8, range: Range) -> bool {
+fn suits(
+    host: &Request,
+    kind: IoKind,
+    client: ClientId,
+    behind: (u8, Option<(VolumeId, u64)>),
+    range: Range,
+) -> bool {
     if host.kind != kind
         || host.client != client
-        || (host.epoch != epoch && host.epoch != AT_HEAD)
+        || (host.epoch, host.head) != behind
         || host.rider_count() >= RIDERS_PER_REQUEST_MAX
     {
         return false;

@@ -68,6 +68,8 @@ pub enum Mutant {
     EjectionInDoubtDone,
     /// A change is made whatever the record has become since.
     ChangeWithoutCompare,
+    /// A data plane that starts anew does not know what its predecessor wished for.
+    WishForgotten,
     /// Ejections leave one member in sync where two must be.
     EjectBelowMin,
     /// Members are read that are not in sync.
@@ -119,7 +121,7 @@ impl Mutant {
     ];
 
     /// Those that the simulation of clusters must catch.
-    pub const CLUSTER: [Mutant; 39] = [
+    pub const CLUSTER: [Mutant; 40] = [
         Mutant::MarkRaised,
         Mutant::RetireWithoutFence,
         Mutant::OwnerCompleteAtOnce,
@@ -151,6 +153,7 @@ impl Mutant {
         Mutant::JoinInDoubtUndone,
         Mutant::EjectionInDoubtDone,
         Mutant::ChangeWithoutCompare,
+        Mutant::WishForgotten,
         Mutant::EjectBelowMin,
         Mutant::StaleRead,
         Mutant::BadBlockMerged,

@@ -5,7 +5,9 @@
 //! * `exports` – what a node serves, frames in and answers out.
 //! * `peers` – what nodes say to each other, as on the wire.
 //! * [`disk`] – the real store on a simulated disk.
-//! * `metadata` – the volume's record and who changes it.
+//! * `manager` – what of a data plane is not its core: heads, replicas and exports, by the map.
+//! * `control` – a node's control process: the real decisions, between etcd and the map.
+//! * `metadata` – the records in etcd, and what is looked at in each of their states.
 //! * `moves` – partitions that go to other owners, and what the former ones give up.
 //! * [`client`] – an initiator's workload by AoE frames, and the checker that sees all of it.
 //! * `sectors` – a sector's bytes and its number.
@@ -19,9 +21,11 @@
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a simulation are small")]
 
 pub mod client;
+mod control;
 mod counters;
 pub mod disk;
 mod exports;
+mod manager;
 mod metadata;
 mod moves;
 mod node;
@@ -36,12 +40,12 @@ use std::fmt;
 use std::rc::Rc;
 
 use cluster_map::{NodeId, StoreId, VolumeId};
-use torus_replication::membership::{Owner, Partition, Record};
-use torus_replication::terms::{EXTENT_BLOCKS, Epoch, Extent, Generation, Member, Site};
+use torus_control::heads::{HeadsRecord, PartitionRecord};
+use torus_replication::terms::{EXTENT_BLOCKS, Extent, Generation, Member, Site};
 
 use self::client::{Client, Kind};
 use self::disk::{StoreForm, contents};
-use self::metadata::{Metadata, Outcome, Wish};
+use self::metadata::{Metadata, member_record};
 use self::node::Node;
 use self::script::Step;
 use self::sectors::{Block, SECTORS, ZEROS};
@@ -92,6 +96,10 @@ pub struct Plan {
     pub is_flooded: bool,
     /// How long initiators go on in peace: what they write hides what has gone wrong before.
     pub linger_ns: u64,
+    /// Every node is a member of each volume, also if it owns nothing of it: so that it may be head.
+    pub is_open_to_all: bool,
+    /// Nothing that breaks touches a data plane, a disk or the network.
+    pub is_calm: bool,
     /// What happens in order, besides.
     pub script: Vec<Step>,
 }
@@ -99,13 +107,23 @@ pub struct Plan {
 /// A kind of trouble.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trouble {
-    /// A data plane is killed and starts again at once.
+    /// A data plane is killed and is started again.
     Restart,
+    /// A control process is killed, and another one starts at once or in a while.
+    RestartControl,
+    /// A node is stopped in good order, and starts again in a while.
+    Leave,
+    /// A node loses its lease, or all do, though their processes are alive.
+    Leases,
+    /// Changes that watches have not delivered cannot be had any more.
+    Compaction,
+    /// The metadata store is slow, refuses changes, and loses answers.
+    SlowMetadata,
     /// A node is off for a while.
     Off,
     /// All nodes lose power at the same time.
     PowerCut,
-    /// A process stands still for a while.
+    /// A process, or both of a node, stand still for a while.
     Pause,
     /// Two groups of nodes do not hear each other.
     Partition,
@@ -113,7 +131,7 @@ pub enum Trouble {
     OneWay,
     /// A link comes and goes.
     Flap,
-    /// Another node takes a volume over though nothing is wrong.
+    /// A node is made head though nothing is wrong, whatever the rules say.
     TakeOver,
     /// The metadata store cannot be reached.
     NoMetadata,
@@ -145,8 +163,13 @@ pub enum Trouble {
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Trouble; 21] = [
+    pub const ALL: [Trouble; 26] = [
         Trouble::Restart,
+        Trouble::RestartControl,
+        Trouble::Leave,
+        Trouble::Leases,
+        Trouble::Compaction,
+        Trouble::SlowMetadata,
         Trouble::Off,
         Trouble::PowerCut,
         Trouble::Pause,
@@ -190,12 +213,12 @@ enum Event {
     Disk { node: usize, life: u64, number: u64 },
     /// A core is given another configuration.
     Configure { node: usize, life: u64 },
-    /// A wish arrives at the metadata store.
-    Wish(Wish),
-    /// What became of it arrives at the node.
-    Outcome { node: usize, volume: usize, life: u64, outcome: Outcome },
-    /// A control process looks whether a volume needs it.
-    Watch { node: usize },
+    /// A manager looks around.
+    Manage { node: usize, life: u64 },
+    /// A control process looks around.
+    Control { node: usize, life: u64 },
+    /// It is looked whether partitions can go on to their owners.
+    Moves,
     /// An initiator does something.
     Client { client: usize },
     /// Something breaks.
@@ -323,6 +346,10 @@ pub enum Checker {
     Memory,
     /// Not everything has come to its end.
     Rest,
+    /// A head was replaced, or I/O has stopped, though nothing but the metadata was troubled.
+    Calm,
+    /// A head's wish has not been answered though nothing was in its way.
+    Wishes,
 }
 
 impl fmt::Display for Checker {
@@ -336,6 +363,8 @@ impl fmt::Display for Checker {
             Checker::Store => "store",
             Checker::Memory => "memory",
             Checker::Rest => "rest",
+            Checker::Calm => "calm",
+            Checker::Wishes => "wishes",
         })
     }
 }
@@ -398,6 +427,35 @@ fn volume_of(id: VolumeId) -> usize {
     usize::try_from(u64::from_be_bytes(number)).expect("a volume of the run")
 }
 
+/// Where a volume is at the beginning.
+fn placed(plan: &Plan, volume: usize, nodes: &[Node], placing: &mut Random) -> HeadsRecord {
+    let mut owned: Vec<Vec<usize>> = Vec::new();
+    for _ in 0..plan.spread {
+        let mut order: Vec<usize> = (0..plan.nodes).collect();
+        placing.shuffle(&mut order);
+        owned.push(order[..plan.copies].to_vec());
+    }
+    let is_member = |node: &usize| plan.is_open_to_all || owned.iter().flatten().any(|owner| owner == node);
+    let members: Vec<usize> = (0..plan.nodes).filter(is_member).collect();
+    let index = |node: &usize| members.iter().position(|member| member == node).expect("it is one") as u16;
+    let partition = |owners: &Vec<usize>| PartitionRecord {
+        epoch: 1,
+        owners: owners.iter().map(index).collect(),
+        incomplete: Vec::new(),
+    };
+    HeadsRecord {
+        takeover: 1,
+        edition: 1,
+        head: node_id(owned[0][0]),
+        min_copies: 0,
+        lane: volume as u16,
+        members: members.iter().map(|node| member_record(*node, nodes[*node].stored.layout.shards)).collect(),
+        partitions: owned.iter().map(partition).collect(),
+        stale: Vec::new(),
+        move_to: None,
+    }
+}
+
 impl Plan {
     /// A run of the seed's own choice.
     #[must_use]
@@ -433,6 +491,8 @@ impl Plan {
             // Copies of a write that take two ways of different length are not what a head can put in order.
             is_flooded: is_good && random.coin(),
             linger_ns: if random.coin() { 2_000_000_000 } else { 50_000_000 },
+            is_open_to_all: random.coin(),
+            is_calm: false,
             script: Vec::new(),
         }
     }
@@ -487,37 +547,11 @@ impl World {
             network.set_flooding(segment, plan.is_flooded);
         }
         let mut schedule = Schedule::new();
-        let nodes =
+        let nodes: Vec<Node> =
             (0..plan.nodes).map(|node| Node::new(node, &plan, random.named("node", node as u64))).collect();
-        let mut records = Vec::new();
         let mut placing = random.named("placing", 0);
-        for volume in 0..plan.volumes {
-            let mut of_volume = Vec::new();
-            for _ in 0..plan.spread {
-                let mut order: Vec<usize> = (0..plan.nodes).collect();
-                placing.shuffle(&mut order);
-                let owner = |node: &usize| Owner {
-                    member: member_of(*node),
-                    site: site_of(*node),
-                    is_complete: true,
-                };
-                of_volume.push(Partition {
-                    epoch: Epoch(1),
-                    owners: order[..plan.copies].iter().map(owner).collect(),
-                });
-            }
-            let record = Record {
-                partitions: of_volume,
-                revision: 1 + volume as u64,
-                takeover: 0,
-                head: None,
-                stale: BTreeMap::new(),
-                min_copies: 0,
-                is_moving: false,
-                edition: 1,
-            };
-            records.push(record);
-        }
+        let heads: Vec<HeadsRecord> =
+            (0..plan.volumes).map(|volume| placed(&plan, volume, &nodes, &mut placing)).collect();
         let clients = (0..plan.volumes)
             .map(|volume| {
                 Client::new(
@@ -528,9 +562,6 @@ impl World {
                 )
             })
             .collect();
-        for node in 0..plan.nodes {
-            schedule.at(1 + node as u64, Event::Watch { node });
-        }
         for client in 0..plan.volumes {
             schedule.at(1000, Event::Client { client });
         }
@@ -540,8 +571,9 @@ impl World {
         if !plan.script.is_empty() {
             schedule.at(script::BEGIN_NS, Event::Script);
         }
+        schedule.at(1, Event::Moves);
         let troubles = trouble::Troubles::new(random.named("trouble", 0));
-        let metadata = Metadata::new(records, plan.copies, random.named("metadata", 0));
+        let metadata = Metadata::new(&plan, &heads, random.named("metadata", 0));
         let mut world = World {
             schedule,
             network,
@@ -563,8 +595,10 @@ impl World {
             formatted: None,
             plan,
         };
+        world.follow_records();
         for node in 0..world.nodes.len() {
-            world.boot(node);
+            world.network.set_power(0, Endpoint(node), Power::NoProcess);
+            world.power_on(node);
         }
         world
     }
@@ -597,7 +631,8 @@ impl World {
         let peace_ns = self.plan.trouble_ns;
         let limit_ns = peace_ns + 60_000_000_000;
         loop {
-            let next = self.schedule.next_ns().into_iter().chain(self.network.next_ns()).min();
+            let others = self.network.next_ns().into_iter().chain(self.metadata.etcd.next_ns());
+            let next = self.schedule.next_ns().into_iter().chain(others).min();
             let Some(next_ns) = next else {
                 return Err(Wrong::new(Checker::Rest, "nothing happens any more".into()));
             };
@@ -637,21 +672,24 @@ impl World {
             }
             return Ok(());
         }
+        if self.metadata.etcd.next_ns().is_some_and(|at_ns| at_ns <= next_ns) {
+            let said = self.metadata.etcd.pop(next_ns);
+            self.schedule.advance(next_ns);
+            self.follow_records();
+            if let Some((_, output)) = said {
+                self.etcd_says(output);
+            }
+            return Ok(());
+        }
         let Some((_, event)) = self.schedule.pop() else { return Ok(()) };
         match event {
             Event::Tick { node, life } => self.tick(node, life),
             Event::Turn { node, life } => self.turn(node, life),
             Event::Disk { node, life, number } => self.disk_ends(node, life, number),
             Event::Configure { node, life } => self.configure(node, life),
-            Event::Wish(wish) => self.wish(wish),
-            Event::Outcome { node, volume, life, outcome } => {
-                if self.network.is_paused(Endpoint(node)) {
-                    self.schedule.after(TICK_NS, Event::Outcome { node, volume, life, outcome });
-                } else {
-                    self.outcome(node, volume, life, outcome);
-                }
-            }
-            Event::Watch { node } => self.watch(node),
+            Event::Manage { node, life } => self.manage(node, life),
+            Event::Control { node, life } => self.control_turn(node, life),
+            Event::Moves => self.look_at_moves(),
             Event::Client { client } => self.client_turn(client),
             Event::Break => self.break_something(),
             Event::Mend(number) => self.mend(number),
@@ -684,10 +722,8 @@ impl World {
             && (0..self.plan.volumes).all(|volume| self.is_whole(volume))
             && self.metadata.has_moved_all()
             && self.nodes.iter().all(|node| node.is_quiet() && node.is_idle())
-            && (0..self.plan.volumes).all(|volume| {
-                let head = self.metadata.record(volume).head;
-                head.is_some_and(|head| self.nodes[node_of(head)].serves(volume, self.now_ns()))
-            })
+            && (0..self.plan.volumes)
+                .all(|volume| self.nodes[self.head_of(volume)].serves(volume, self.now_ns()))
     }
 
     /// Whether all copies of a volume are in sync, but for those on stores that were formatted since.

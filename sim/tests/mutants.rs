@@ -62,6 +62,7 @@ fn scenario(mutant: Mutant) -> Scenario {
         Mutant::JoinInDoubtUndone
         | Mutant::EjectionInDoubtDone
         | Mutant::ChangeWithoutCompare
+        | Mutant::WishForgotten
         | Mutant::EjectBelowMin => Scenario::Doubt,
     }
 }

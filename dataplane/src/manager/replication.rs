@@ -17,6 +17,7 @@ use cluster_map::{
 use torus_replication::connection::handshake::{Identity, Start, Versions};
 use torus_replication::head::End;
 use torus_replication::membership::{Change, Membership, Owner, Partition, Record};
+use torus_replication::mutants::{self, Mutant};
 use torus_replication::terms::{Epoch, Generation, Member, Site, Version};
 
 use crate::exchange::{Message, Order, Report, core_of_shard, shard_of_lane};
@@ -48,7 +49,7 @@ pub(super) fn identity(desired: &Desired, core: u16, start: Start) -> Identity {
 
 /// All heads and replicas of the node.
 #[derive(Debug)]
-pub(super) struct Replication {
+pub struct Replication {
     own: NodeId,
     cores: usize,
     /// Number of this start of the data plane.
@@ -67,7 +68,7 @@ pub(super) struct Replication {
 
 impl Replication {
     /// Nothing yet. `left` is what the former data plane of the map wished for.
-    pub(super) fn new(desired: &Desired, left: Vec<MemberWish>, boot_ns: u64) -> Replication {
+    pub fn new(desired: &Desired, left: Vec<MemberWish>, boot_ns: u64) -> Replication {
         let cores = desired.cores.len();
         Replication {
             own: desired.node,
@@ -78,18 +79,18 @@ impl Replication {
             replicas: BTreeMap::new(),
             heads: BTreeMap::new(),
             sites: BTreeMap::new(),
-            left,
+            left: if mutants::is(Mutant::WishForgotten) { Vec::new() } else { left },
             resync_rates: vec![0; cores],
         }
     }
 
     /// Takes a core's report.
-    pub(super) fn take(&mut self, core: usize, report: Report) {
+    pub fn take(&mut self, core: usize, report: Report) {
         self.reports[core] = report;
     }
 
     /// Orders what the desired state wants and cores have not been told. `replicas` are those on open stores, each with its core.
-    pub(super) fn follow(
+    pub fn follow(
         &mut self,
         desired: &Desired,
         replicas: &[(Member, VolumeId, Place, u16)],
@@ -173,7 +174,7 @@ impl Replication {
 
     /// Under which take-over a core has the head of a volume that the desired state wants now, once that has been able to answer; `None`
     /// before, and when there is none any more.
-    pub(super) fn served_takeover(&self, volume: VolumeId) -> Option<u64> {
+    pub fn served_takeover(&self, volume: VolumeId) -> Option<u64> {
         let ordered = self.heads.get(&volume)?;
         let report = self.reports.get(usize::from(ordered.core))?.heads.get(&volume)?;
         let is_served = report.generation == ordered.generation && report.has_opened;
@@ -181,7 +182,7 @@ impl Replication {
     }
 
     /// Whether a core has a head of the volume, or was ordered to and has not said yet that it has ended.
-    pub(super) fn has_head(&self, volume: VolumeId) -> bool {
+    pub fn has_head(&self, volume: VolumeId) -> bool {
         self.heads.contains_key(&volume)
             || self.reports.iter().any(|report| report.heads.contains_key(&volume))
     }
@@ -230,7 +231,7 @@ impl Replication {
     }
 
     /// What is told of heads.
-    pub(super) fn observe_heads(&self) -> Vec<ObservedHead> {
+    pub fn observe_heads(&self) -> Vec<ObservedHead> {
         let mut heads = BTreeMap::new();
         for report in &self.reports {
             for (volume, (generation, end)) in &report.ended {
@@ -261,7 +262,7 @@ impl Replication {
     }
 
     /// What heads wish for, and what a former data plane did.
-    pub(super) fn observe_wishes(&self) -> Vec<MemberWish> {
+    pub fn observe_wishes(&self) -> Vec<MemberWish> {
         let own = self.reports.iter().flat_map(|report| &report.wishes);
         let again = |wish: &MemberWish| (wish.volume, MemberWish { start: self.start, ..wish.clone() });
         let mut wishes: BTreeMap<VolumeId, MemberWish> = self.left.iter().map(again).collect();
@@ -270,7 +271,7 @@ impl Replication {
     }
 
     /// Which nodes' heads are granted to.
-    pub(super) fn observe_granting(&self, desired: &Desired, boot_ns: u64) -> Vec<Granting> {
+    pub fn observe_granting(&self, desired: &Desired, boot_ns: u64) -> Vec<Granting> {
         let is_fresh = boot_ns.saturating_sub(self.started_ns) < GRACE_NS;
         let peers = desired.peers.iter().map(|peer| peer.node).filter(|node| *node != self.own);
         let of_node = |node: NodeId| {

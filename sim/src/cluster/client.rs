@@ -45,6 +45,11 @@ impl Kind {
     }
 }
 
+/// When a cluster has started.
+const START_NS: u64 = 4_000_000_000;
+/// What a request takes at most where nothing is troubled but the metadata.
+const CALM_NS: u64 = 2_000_000_000;
+
 /// A request of the hasty one, by sectors.
 #[derive(Debug, Clone)]
 struct Request {
@@ -52,6 +57,7 @@ struct Request {
     count: usize,
     frame: Rc<[u8]>,
     is_write: bool,
+    begun_ns: u64,
     sent_ns: u64,
 }
 
@@ -265,7 +271,7 @@ impl Client {
         );
         let frame = ata_frame(header, lba, count, values.as_deref());
         let action = values.map_or(Action::Read(count), Action::Write);
-        Some((op, Request { lba, count, frame, is_write, sent_ns: now_ns }, action))
+        Some((op, Request { lba, count, frame, is_write, begun_ns: now_ns, sent_ns: now_ns }, action))
     }
 }
 
@@ -358,6 +364,11 @@ impl World {
         let now_ns = self.now_ns();
         let client = &mut self.clients[at];
         let Driver::Hasty(hasty) = &mut client.driver else { return };
+        let is_late = |doing: &Request| now_ns > doing.begun_ns.max(START_NS) + CALM_NS;
+        if self.plan.is_calm && hasty.doing.values().any(is_late) {
+            let what = format!("a request of initiator {at} is not answered");
+            self.wrong.get_or_insert(Wrong::new(Checker::Calm, what));
+        }
         let mut send = Vec::new();
         for doing in hasty.doing.values_mut() {
             if now_ns >= doing.sent_ns + RESEND_NS {

@@ -28,6 +28,8 @@ pub(super) const INTERFACES: u8 = 2;
 const CONFIGURE_NS: std::ops::Range<u64> = 200_000..20_000_000;
 /// When it looks again whether a configuration can be taken on.
 const AGAIN_NS: u64 = 1_000_000;
+/// Sectors of a volume.
+pub(super) const SIZE_SECTORS: u64 = 1 << 24;
 /// How long a frame lies in the ring before it is looked at, at most.
 const RING_NS: u64 = 20_000;
 
@@ -75,6 +77,18 @@ pub(super) struct Asked {
 /// Which request an answer is to: interface, initiator and tag.
 pub(super) type AskedKey = (u8, [u8; 6], u32);
 
+/// How far a configuration is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Changing {
+    /// The last one has been taken on, and nothing is left from before.
+    #[default]
+    No,
+    /// It is on its way to the core.
+    Coming,
+    /// Requests from before are left.
+    Settling,
+}
+
 /// What a node serves.
 #[derive(Debug, Default)]
 pub(super) struct Exports {
@@ -82,8 +96,9 @@ pub(super) struct Exports {
     pub(super) heads: BTreeMap<usize, u64>,
     pub(super) table: ExportTable,
     pub(super) served: Vec<Option<Served>>,
-    /// The manager is at work.
-    is_changing: bool,
+    pub(super) changing: Changing,
+    /// What is to be served next.
+    next: BTreeMap<usize, u64>,
     /// Requests that were taken in and not answered.
     pub(super) asked: BTreeMap<AskedKey, Asked>,
 }
@@ -93,7 +108,7 @@ fn export(volume: usize) -> Export {
         key: volume as u32,
         address: address_of(volume),
         mac: mac_of(volume, 0),
-        size_sectors: 1 << 24,
+        size_sectors: SIZE_SECTORS,
         read_only: false,
         serial: format!("volume {volume}"),
         config_string: Vec::new(),
@@ -124,16 +139,15 @@ fn release(pool: &mut Pool, segments: Segments) {
 }
 
 impl World {
-    /// Has the manager look at the heads of a node, if its exports are others.
-    pub(super) fn follow_heads(&mut self, node: usize) {
+    /// The manager gives a node's core a configuration with these heads.
+    pub(super) fn begin_configuration(&mut self, node: usize, heads: BTreeMap<usize, u64>) {
         let at = &mut self.nodes[node];
         let life = at.life;
         let Some(process) = &mut at.process else { return };
-        if !process.exports.is_changing && process.heads() != process.exports.heads {
-            process.exports.is_changing = true;
-            let delay_ns = at.random.range(CONFIGURE_NS);
-            self.schedule.after(delay_ns, Event::Configure { node, life });
-        }
+        process.exports.changing = Changing::Coming;
+        process.exports.next = heads;
+        let delay_ns = at.random.range(CONFIGURE_NS);
+        self.schedule.after(delay_ns, Event::Configure { node, life });
     }
 
     /// A node's core takes a configuration on.
@@ -149,8 +163,8 @@ impl World {
             self.schedule.after(AGAIN_NS, Event::Configure { node, life });
             return;
         }
-        process.exports.is_changing = false;
-        let heads = process.heads();
+        process.exports.changing = Changing::Settling;
+        let heads = std::mem::take(&mut process.exports.next);
         let is_new = |(volume, takeover): (&usize, &u64)| process.exports.heads.get(volume) != Some(takeover);
         let announce: Vec<u32> =
             heads.iter().filter(|head| is_new(*head)).map(|(volume, _)| *volume as u32).collect();
@@ -174,6 +188,8 @@ impl World {
         process.serving.begin_configuration();
         process.discovery.announce_heads(announce, boot_ns);
         exports.heads = heads;
+        let now_ns = self.now_ns();
+        self.manage_by(node, now_ns + AGAIN_NS);
         self.pump(node);
     }
 

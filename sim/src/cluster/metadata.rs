@@ -1,331 +1,337 @@
-//! The volumes' records, and what nodes do to have them changed.
+//! The metadata of the cluster: what is there at the beginning, and what the volumes' records come to.
 //!
-//! A change is made if the record is still at the revision it was computed from. Its answer may get lost; then a node makes sure that it
-//! cannot be made any more, by a change of its own that changes nothing, and tells its head what the record is.
+//! They are the records of the control process, as it writes them, in the simulated etcd. Whatever changes a volume's record, each of its
+//! states is looked at here, when it comes about.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
-use torus_replication::membership::{Change, Membership, Partition, Record};
-use torus_replication::mutants::{self, Mutant};
-use torus_replication::terms::Generation;
+use cluster_map::{ClusterId, ClusterKey, StoreId};
+use torus_control::config::ConfigRecord;
+use torus_control::heads::{HeadsRecord, MemberRecord, PartitionRecord};
+use torus_control::meta::{Compare, Op, Revision, Txn};
+use torus_control::model::{
+    Address, ClusterKeyRecord, ClusterRecord, ExportRecord, Mac, MacRecord, NameRecord, NodeNameRecord,
+    NodeRecord, PREFIX, StoreRecord, StoreSpec, View, VolumeRecord, VolumeState, decode, encode, keys,
+};
+use torus_control::settings::ExportSettings;
+use torus_replication::membership::{Owner, Partition, Record};
+use torus_replication::terms::{Epoch, Member, Site, Version};
 
+use super::exports::{SIZE_SECTORS, address_of, mac_of};
 use super::moves::Moves;
-use super::{Checker, Event, World, node_id, volume_id};
+use super::{Checker, Plan, World, member_of, node_id, node_of, volume_id};
+use crate::etcd::{self, ClientId, Etcd, Quality, Request, RequestId, Setup};
 use crate::random::Random;
 
-/// How often a control process looks whether it is wanted.
-const WATCH_NS: u64 = 250_000_000;
-/// How long a head's node is gone before somebody else takes over.
-const GONE_NS: u64 = 1_000_000_000;
-/// When a wish is given up.
-const TIMEOUT_NS: u64 = 1_000_000_000;
+/// Bytes of a store, as far as its record says.
+pub(super) const STORE_BYTES: u64 = 1 << 40;
+/// Where each node has its store.
+pub(super) const STORE_PATH: &str = "/store";
 
-/// What a node asks of the metadata store.
-#[derive(Debug, Clone)]
-pub(super) struct Wish {
-    node: usize,
-    life: u64,
-    volume: usize,
-    what: What,
+/// A volume's record.
+#[derive(Debug)]
+struct Kept {
+    revision: Revision,
+    heads: HeadsRecord,
+    record: Record,
 }
 
-#[derive(Debug, Clone)]
-enum What {
-    Change {
-        revision: u64,
-        change: Change,
-    },
-    /// Make sure of the record.
-    Touch {
-        revision: u64,
-    },
-    Read,
-    TakeOver {
-        revision: u64,
-    },
-    /// The head has handed over: the node that is wished for is head.
-    HandOver {
-        revision: u64,
-    },
-}
-
-/// What became of it.
-#[derive(Debug, Clone)]
-pub(super) struct Outcome {
-    /// The record as it is, and nothing that was asked for before can change it; else it is only what was seen.
-    is_sure: bool,
-    record: Option<Record>,
-}
-
-/// The metadata store.
+/// The metadata store, and what is known of it outside of all nodes.
 #[derive(Debug)]
 pub(super) struct Metadata {
-    records: Vec<Record>,
+    pub(super) etcd: Etcd,
+    kept: Vec<Kept>,
+    seen: etcd::Revision,
     pub(super) moves: Moves,
-    /// Who is wished to be head, of records that are moving.
-    successors: Vec<Option<usize>>,
-    revision: u64,
-    random: Random,
-    /// Nobody reaches it.
-    pub(super) is_away: bool,
-    /// These nodes do not reach it.
-    pub(super) away_from: BTreeSet<usize>,
-    /// Of a hundred answers, how many get lost.
-    pub(super) lost_percent: u64,
+    /// Who gives orders that no node is asked for.
+    operator: ClientId,
+    orders: u64,
+}
+
+/// A transaction of the control process, as etcd takes it.
+pub(super) fn to_etcd(txn: Txn) -> etcd::Txn {
+    let compare = |compare| match compare {
+        Compare::Absent(key) => etcd::Compare::Absent(key),
+        Compare::Exists(key) => etcd::Compare::Exists(key),
+        Compare::Revision(key, revision) => etcd::Compare::Revision(key, etcd::Revision(revision.0)),
+    };
+    let op = |op| match op {
+        Op::Put { key, value, lease } => {
+            etcd::Op::Put { key, value, lease: lease.map(|lease| etcd::LeaseId(lease.0)) }
+        }
+        Op::Delete { key } => etcd::Op::Delete { key },
+    };
+    etcd::Txn {
+        compares: txn.compares.into_iter().map(compare).collect(),
+        ops: txn.ops.into_iter().map(op).collect(),
+    }
+}
+
+/// A key as the control process knows it.
+pub(super) fn of_etcd(entry: etcd::KeyValue) -> torus_control::meta::KeyValue {
+    torus_control::meta::KeyValue {
+        key: entry.key,
+        value: entry.value,
+        mod_revision: Revision(entry.mod_revision.0),
+        lease: entry.lease.map(|lease| torus_control::meta::LeaseId(lease.0)),
+    }
+}
+
+fn record_of(heads: &HeadsRecord, revision: Revision) -> Record {
+    let member = |index: u16| {
+        let MemberRecord { store, incarnation, .. } = heads.members[usize::from(index)];
+        Member { store, incarnation }
+    };
+    let owner = |partition: &PartitionRecord, index: u16| Owner {
+        member: member(index),
+        site: Site { node: heads.members[usize::from(index)].node, core: 0 },
+        is_complete: !partition.incomplete.contains(&index),
+    };
+    let partition = |partition: &PartitionRecord| Partition {
+        epoch: Epoch(partition.epoch),
+        owners: partition.owners.iter().map(|index| owner(partition, *index)).collect(),
+    };
+    Record {
+        partitions: heads.partitions.iter().map(partition).collect(),
+        revision: revision.0.unsigned_abs(),
+        takeover: heads.takeover,
+        head: Some(heads.head),
+        stale: heads.stale.iter().map(|stale| (member(stale.member), Version(stale.mark))).collect(),
+        min_copies: heads.min_copies,
+        is_moving: heads.move_to.is_some_and(|to| to != heads.head),
+        edition: heads.edition,
+    }
+}
+
+/// Every node has one store.
+pub(super) fn member_record(node: usize, shards: u16) -> MemberRecord {
+    let Member { store, incarnation } = member_of(node);
+    MemberRecord { store, incarnation, node: node_id(node), shards }
+}
+
+/// The records of the cluster, its nodes and their stores.
+fn records_of_nodes(plan: &Plan) -> Txn {
+    let cluster = ClusterRecord { id: ClusterId([1; 16]), created_unix_s: 1, extent_size: 4 << 20 };
+    let key = ClusterKeyRecord { key: ClusterKey([7; 32]) };
+    let mut txn = Txn::new().put(keys::CLUSTER, encode(&cluster)).put(keys::CLUSTER_KEY, encode(&key));
+    for node in 0..plan.nodes {
+        let id = node_id(node);
+        let name = format!("n{node}");
+        let record = NodeRecord {
+            name: name.clone(),
+            zone: String::new(),
+            peer_addr: format!("10.0.0.{}:4330", node + 1),
+            cores: 1,
+            api_addr: String::new(),
+            stores: vec![StoreSpec { path: STORE_PATH.into(), size: 0 }],
+        };
+        let store = StoreRecord { node: id, path: STORE_PATH.into(), size: STORE_BYTES };
+        txn = txn
+            .put(keys::node(id), encode(&record))
+            .put(keys::node_name(&name), encode(&NodeNameRecord { node: id }))
+            .put(keys::store(member_of(node).store), encode(&store));
+    }
+    txn
+}
+
+/// The records of a volume with an export.
+fn records_of_volume(volume: usize, plan: &Plan, heads: &HeadsRecord) -> Txn {
+    let id = volume_id(volume);
+    let name = format!("v{volume}");
+    let wire = address_of(volume);
+    let address = Address { shelf: wire.shelf, slot: wire.slot };
+    let mac = Mac(mac_of(volume, 0).0);
+    let record = VolumeRecord {
+        name: name.clone(),
+        size: SIZE_SECTORS * 512,
+        copies: u8::try_from(plan.copies).expect("a few"),
+        store: None::<StoreId>,
+        node: None,
+        state: VolumeState::Ready,
+        export: Some(address),
+        created_unix_s: 1,
+        confirmed: Vec::new(),
+    };
+    let export = ExportRecord {
+        volume: id,
+        mac,
+        read_only: false,
+        ending: false,
+        settings: ExportSettings::default(),
+    };
+    Txn::new()
+        .put(keys::name(&name), encode(&NameRecord { volume: id }))
+        .put(keys::volume(id), encode(&record))
+        .put(keys::heads(id), encode(heads))
+        .put(keys::export(address), encode(&export))
+        .put(keys::mac(mac), encode(&MacRecord { volume: id }))
 }
 
 impl Metadata {
-    pub(super) fn new(records: Vec<Record>, copies: usize, random: Random) -> Metadata {
+    pub(super) fn new(plan: &Plan, heads: &[HeadsRecord], mut random: Random) -> Metadata {
+        let operator = ClientId(plan.nodes);
+        let mut setup = Setup::new(plan.nodes + 1);
+        setup.history_changes = if random.one_in(4) { 4 } else { 500 };
+        let mut etcd = Etcd::new(setup, random.named("etcd", 0));
+        let mut apply = |txn| {
+            etcd.apply(0, to_etcd(txn)).expect("it is valid");
+        };
+        apply(records_of_nodes(plan));
+        if random.one_in(4) {
+            let config = ConfigRecord { resync_rate: Some(random.range(8 << 20..64 << 20)) };
+            apply(Txn::new().put(keys::CONFIG, encode(&config)));
+        }
+        heads.iter().enumerate().for_each(|(volume, heads)| apply(records_of_volume(volume, plan, heads)));
+        let kept = heads.iter().map(|heads| {
+            let revision = Revision(0);
+            Kept { revision, heads: heads.clone(), record: record_of(heads, revision) }
+        });
         Metadata {
-            revision: records.len() as u64 + 1,
-            successors: vec![None; records.len()],
-            records,
-            moves: Moves::new(copies, random.named("moves", 0)),
-            random,
-            is_away: false,
-            away_from: BTreeSet::new(),
-            lost_percent: 0,
+            kept: kept.collect(),
+            seen: etcd::Revision(0),
+            moves: Moves::new(plan.copies, random.named("moves", 0)),
+            operator,
+            orders: 0,
+            etcd,
         }
     }
 
-    pub(super) fn is_away_from(&self, node: usize) -> bool {
-        self.is_away || self.away_from.contains(&node)
+    pub(super) fn record(&self, volume: usize) -> &Record {
+        &self.kept[volume].record
     }
 
-    pub(super) fn record(&self, volume: usize) -> &Record {
-        &self.records[volume]
+    /// A volume's record as it is written, and its revision.
+    pub(super) fn heads(&self, volume: usize) -> (&HeadsRecord, Revision) {
+        let Kept { heads, revision, .. } = &self.kept[volume];
+        (heads, *revision)
     }
 
     /// Whether no partition is on its way to another owner, and nothing is left of former ones.
     pub(super) fn has_moved_all(&self) -> bool {
-        self.moves.are_done(&self.records)
+        self.moves.are_done(self.kept.iter().map(|kept| &kept.record))
     }
 
-    pub(super) fn replace(&mut self, volume: usize, mut record: Record) -> Record {
-        self.revision += 1;
-        (record.revision, record.edition) = (self.revision, record.edition + 1);
-        self.records[volume] = record.clone();
-        record
+    /// Everything that is there now, as somebody sees it who asks for it.
+    pub(super) fn view(&self) -> View {
+        let entries: Vec<_> = self.etcd.peek_prefix(PREFIX).entries.into_iter().map(of_etcd).collect();
+        View::read(&entries).expect("what is written can be read")
+    }
+
+    /// All changes have these troubles from now on.
+    pub(super) fn set_quality(&mut self, quality: &Quality) {
+        for client in (0..=self.operator.0).map(ClientId) {
+            self.etcd.set_quality(client, quality.clone());
+        }
     }
 }
 
 impl World {
-    /// A head wants its record changed.
-    pub(super) fn wish_for_change(&mut self, node: usize, volume: usize, revision: u64, change: Change) {
-        self.note(|| format!("node {node} volume {volume} asks at revision {revision} for {change:?}"));
-        self.send_wish(node, volume, What::Change { revision, change });
+    /// Somebody gives an order that no node has a part in: it arrives, or gets lost.
+    pub(super) fn order(&mut self, txn: Txn) {
+        let now_ns = self.now_ns();
+        let Metadata { etcd, operator, orders, .. } = &mut self.metadata;
+        *orders += 1;
+        etcd.request(now_ns, *operator, RequestId(*orders), Request::Txn(to_etcd(txn)));
     }
 
-    fn send_wish(&mut self, node: usize, volume: usize, what: What) {
-        let life = self.nodes[node].life;
-        let wish = Wish { node, life, volume, what };
-        let delay_ns = self.metadata.random.range(500_000..20_000_000);
-        self.schedule.after(delay_ns, Event::Wish(wish));
+    /// Changes a volume's record, whatever stands between.
+    pub(super) fn edit(&mut self, volume: usize, heads: &HeadsRecord) {
+        let now_ns = self.now_ns();
+        let (before, revision) = self.metadata.heads(volume);
+        let heads = heads.clone().following(before, revision);
+        let txn = Txn::new().put(keys::heads(volume_id(volume)), encode(&heads));
+        self.metadata.etcd.apply(now_ns, to_etcd(txn)).expect("it is valid");
+        self.follow_records();
     }
 
-    pub(super) fn wish(&mut self, wish: Wish) {
-        let Wish { node, life, volume, what } = wish;
-        let is_late = self.metadata.random.below(100) < self.metadata.lost_percent / 4;
-        if self.metadata.is_away_from(node) || is_late {
-            // It may still be carried out, long after its asker has given up.
-            let delay_ns = self.metadata.random.range(100_000_000..3_000_000_000);
-            let again = Wish { node, life, volume, what: what.clone() };
-            if self.metadata.random.coin() {
-                self.schedule.after(delay_ns, Event::Wish(again));
-            }
-            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, record: None });
+    /// Looks at what has become of volumes' records.
+    pub(super) fn follow_records(&mut self) {
+        let revision = self.metadata.etcd.revision();
+        if revision == self.metadata.seen {
             return;
         }
-        let now = self.metadata.records[volume].clone();
-        let (is_sure, record) = match &what {
-            What::Change { revision, change }
-                if now.revision == *revision || mutants::is(Mutant::ChangeWithoutCompare) =>
-            {
-                self.check_change(volume, &now, change);
-                self.coverage.ejections += change.eject.len() as u64;
-                self.coverage.joins += change.join.len() as u64;
-                (true, self.metadata.replace(volume, change.applied(&now)))
+        self.metadata.seen = revision;
+        for volume in 0..self.plan.volumes {
+            let key = keys::heads(volume_id(volume));
+            let Some(found) = self.metadata.etcd.peek(&key) else { continue };
+            let revision = Revision(found.mod_revision.0);
+            if revision == self.metadata.kept[volume].revision {
+                continue;
             }
-            What::Touch { revision } if now.revision == *revision => {
-                (true, self.metadata.replace(volume, now))
-            }
-            What::TakeOver { revision } if now.revision == *revision => {
-                self.coverage.takeovers += 1;
-                (true, self.name_head(volume, now, node))
-            }
-            What::HandOver { revision } if now.revision == *revision && now.is_moving => {
-                self.coverage.takeovers += 1;
-                self.coverage.hand_overs += 1;
-                let successor = self.metadata.successors[volume].unwrap_or(node);
-                (true, self.name_head(volume, now, successor))
-            }
-            // A record that has changed since cannot be changed by what was computed from it.
-            What::Change { .. } => (true, now),
-            What::Touch { .. } | What::TakeOver { .. } | What::HandOver { .. } | What::Read => (false, now),
+            let heads: HeadsRecord = decode(&key, &found.value).expect("it was encoded");
+            let record = record_of(&heads, revision);
+            let after = Kept { revision, heads, record };
+            let before = std::mem::replace(&mut self.metadata.kept[volume], after);
+            let Kept { record, .. } = &self.metadata.kept[volume];
+            let text = format!("metadata: volume {volume}: {record:?}");
+            self.note(|| text);
+            self.check_change(volume, &before);
+        }
+    }
+
+    fn check_change(&mut self, volume: usize, before: &Kept) {
+        let Kept { heads, record: after, .. } = &self.metadata.kept[volume];
+        let (old, coverage) = (&before.record, &mut self.coverage);
+        let is_new = |stale: &BTreeMap<Member, Version>, other: &BTreeMap<Member, Version>| {
+            stale.keys().filter(|member| !other.contains_key(member)).count() as u64
         };
-        self.note(|| format!("metadata: volume {volume} node {node} {what:?}: {is_sure} {record:?}"));
-        let is_lost = self.metadata.random.below(100) < self.metadata.lost_percent;
-        if is_lost {
-            self.coverage.doubts += 1;
-            self.answer_wish(node, life, volume, TIMEOUT_NS, Outcome { is_sure: false, record: None });
-        } else {
-            // Whoever has handed over may be the last to hear of its successor.
-            let is_late = matches!(what, What::HandOver { .. }) && self.metadata.random.coin();
-            let most_ns = if is_late { 1_500_000_000 } else { 20_000_000 };
-            let delay_ns = self.metadata.random.range(500_000..most_ns);
-            self.answer_wish(node, life, volume, delay_ns, Outcome { is_sure, record: Some(record) });
+        coverage.ejections += is_new(&after.stale, &old.stale);
+        coverage.joins += is_new(&old.stale, &after.stale);
+        let mut wrong = None;
+        if after.takeover > old.takeover {
+            coverage.takeovers += 1;
+            coverage.hand_overs += u64::from(before.heads.move_to == Some(heads.head));
+        } else if after.takeover < old.takeover || after.head != old.head {
+            wrong = Some("another head without a take-over".to_owned());
         }
-    }
-
-    fn name_head(&mut self, volume: usize, now: Record, node: usize) -> Record {
-        let after = Record { takeover: now.takeover + 1, head: Some(node_id(node)), is_moving: false, ..now };
-        self.metadata.successors[volume] = None;
-        self.metadata.replace(volume, after)
-    }
-
-    /// Somebody wishes that a node be the head, if it has a copy in sync.
-    pub(super) fn wish_for_move(&mut self, volume: usize, node: usize) {
-        let now = self.metadata.records[volume].clone();
-        let is_owner = |partition: &Partition| {
-            partition.owners.iter().any(|owner| super::node_of(owner.site.node) == node)
-        };
-        let has_copy =
-            now.partitions.iter().any(is_owner) && !now.stale.contains_key(&super::member_of(node));
-        if !self.metadata.is_away && has_copy && now.head.is_some_and(|head| head != node_id(node)) {
-            self.metadata.successors[volume] = Some(node);
-            self.metadata.replace(volume, Record { is_moving: true, ..now });
-        }
-    }
-
-    /// And that it need not be any more.
-    pub(super) fn take_wish_back(&mut self, volume: usize) {
-        let now = self.metadata.records[volume].clone();
-        if !self.metadata.is_away && now.is_moving {
-            self.metadata.replace(volume, Record { is_moving: false, ..now });
-        }
-    }
-
-    /// A head has given its grants back.
-    pub(super) fn handed_over(&mut self, node: usize, volume: usize) {
-        let revision = self.metadata.records[volume].revision;
-        self.nodes[node].is_asking[volume] = true;
-        self.send_wish(node, volume, What::HandOver { revision });
-    }
-
-    /// No ejection leaves fewer members in sync than must be (I5).
-    fn check_change(&mut self, volume: usize, before: &Record, change: &Change) {
-        let after = change.applied(before);
+        let is_needless = self.plan.is_calm && after.head != old.head;
+        // No ejection leaves fewer members in sync than must be (I5).
         for (at, partition) in after.partitions.iter().enumerate() {
             let in_sync = |record: &Record| {
                 let owners = record.partitions[at].owners.iter().filter(|owner| owner.is_complete);
                 owners.filter(|owner| !record.stale.contains_key(&owner.member)).count()
             };
-            let (had, has) = (in_sync(before), in_sync(&after));
+            let (had, has) = (in_sync(old), in_sync(after));
             if has < had && has < partition.min_in_sync(after.min_copies) {
-                let what =
-                    format!("volume {volume} partition {at}: {has} in sync by {change:?} of {before:?}");
-                self.object(Checker::Record, what);
+                wrong.get_or_insert_with(|| format!("partition {at}: {has} in sync"));
             }
+        }
+        for (member, mark) in &after.stale {
+            if old.stale.get(member).is_some_and(|former| former != mark) {
+                wrong.get_or_insert_with(|| format!("the mark of {member:?} moves"));
+            }
+        }
+        if is_needless {
+            let what = format!("volume {volume} has another head: {after:?}, and before {old:?}");
+            self.object(Checker::Calm, what);
+        } else if let Some(wrong) = wrong {
+            let what = format!("volume {volume}: {wrong}: {after:?}, and before {old:?}");
+            self.object(Checker::Record, what);
         }
     }
 
-    fn answer_wish(&mut self, node: usize, life: u64, volume: usize, delay_ns: u64, outcome: Outcome) {
-        self.schedule.after(delay_ns, Event::Outcome { node, volume, life, outcome });
+    /// A node is made head though nothing is wrong, whatever the rules say of who may be: safety does not rest on them.
+    pub(super) fn force_head(&mut self, node: usize, volume: usize) {
+        let (heads, revision) = self.metadata.heads(volume);
+        let Some(after) = heads.taken_over(node_id(node)) else { return };
+        let after = after.following(heads, revision);
+        let key = keys::heads(volume_id(volume));
+        self.order(Txn::new().when(Compare::Revision(key.clone(), revision)).put(key, encode(&after)));
     }
 
-    pub(super) fn outcome(&mut self, node: usize, volume: usize, life: u64, outcome: Outcome) {
-        if self.nodes[node].life != life {
-            return;
-        }
-        self.nodes[node].is_asking[volume] = false;
-        let Some(record) = outcome.record else {
-            if self.nodes[node].is_in_doubt(volume) {
-                self.nodes[node].is_asking[volume] = true;
-                self.send_wish(node, volume, What::Read);
-            }
-            return;
-        };
-        let is_mine = record.head == Some(node_id(node));
-        if !is_mine {
-            self.give_up_head(node, volume, &record);
-            return;
-        }
-        if self.nodes[node].is_in_doubt(volume) && !outcome.is_sure {
-            self.nodes[node].is_asking[volume] = true;
-            self.send_wish(node, volume, What::Touch { revision: record.revision });
-            return;
-        }
-        if outcome.is_sure || !self.nodes[node].has_head(volume) {
-            self.head_record(node, volume, record);
+    /// Somebody wishes that a node be the head; of the one that is head, that it stay.
+    pub(super) fn wish_for_head(&mut self, volume: usize, node: usize) {
+        let view = self.metadata.view();
+        let planned = torus_control::moves::move_head(&view, &format!("v{volume}"), &format!("n{node}"));
+        match planned {
+            Ok(torus_control::ops::Plan::Commit(txn, _)) => self.order(txn),
+            Ok(torus_control::ops::Plan::Done(_)) => {}
+            Err(refusal) => self.note(|| format!("volume {volume} cannot go to node {node}: {refusal}")),
         }
     }
 
-    /// A control process looks at the volumes: is it to be head, or has the head gone?
-    pub(super) fn watch(&mut self, node: usize) {
-        let jitter_ns = self.metadata.random.below(20_000_000);
-        self.schedule.after(WATCH_NS + jitter_ns, Event::Watch { node });
-        let now_ns = self.now_ns();
-        if !self.nodes[node].is_up()
-            || self.network.is_paused(crate::network::Endpoint(node))
-            || self.metadata.is_away_from(node)
-        {
-            return;
-        }
-        self.advance_moves(node);
-        for volume in 0..self.plan.volumes {
-            if self.nodes[node].is_asking[volume] {
-                continue;
-            }
-            let record = self.metadata.records[volume].clone();
-            if record.head == Some(node_id(node)) {
-                if self.nodes[node].has_used(volume, record.takeover) && !self.nodes[node].has_head(volume) {
-                    self.take_over(node, volume);
-                } else if !self.nodes[node].has_head(volume) {
-                    self.nodes[node].is_asking[volume] = true;
-                    self.send_wish(node, volume, What::Touch { revision: record.revision });
-                } else if !self.nodes[node].is_in_doubt(volume)
-                    && self.nodes[node].head_takeover(volume) == Some(record.takeover)
-                    && self.nodes[node].known_revision(volume) < Some(record.revision)
-                {
-                    self.tell_record(node, volume, record);
-                }
-                continue;
-            }
-            if self.nodes[node].has_head(volume) {
-                self.nodes[node].is_asking[volume] = true;
-                self.send_wish(node, volume, What::Read);
-                continue;
-            }
-            let is_gone = record.head.is_none_or(|head| {
-                let head = super::node_of(head);
-                let since = self.nodes[head].down_since_ns;
-                !self.nodes[head].is_up() && since.is_some_and(|since| now_ns > since + GONE_NS)
-            });
-            if is_gone && self.metadata.random.one_in(3) {
-                self.take_over(node, volume);
-            }
-        }
-    }
-
-    /// A node begins to take a volume over.
-    pub(super) fn take_over(&mut self, node: usize, volume: usize) {
-        let revision = self.metadata.records[volume].revision;
-        self.nodes[node].is_asking[volume] = true;
-        self.send_wish(node, volume, What::TakeOver { revision });
-    }
-
-    /// The record names this node: it is the head under it.
-    fn head_record(&mut self, node: usize, volume: usize, record: Record) {
-        let generation = Generation { takeover: record.takeover, start: self.nodes[node].start };
-        if self.nodes[node].head_takeover(volume) == Some(record.takeover) {
-            self.tell_record(node, volume, record);
-            return;
-        }
-        if self.nodes[node].has_used(volume, record.takeover) {
-            return;
-        }
-        self.note(|| format!("node {node} becomes head of volume {volume}, generation {generation}"));
-        let membership = Membership::new(volume_id(volume), record, None);
-        self.begin_head(node, generation, membership);
+    /// The node that is head of a volume.
+    pub(super) fn head_of(&self, volume: usize) -> usize {
+        node_of(self.metadata.heads(volume).0.head)
     }
 }

@@ -1,9 +1,9 @@
 //! A node: the data plane of one core around one store, driven as its reactor drives it.
 //!
 //! What the reactor gives to `Serving` comes from here: frames out of receive rings, ended disk requests, what other nodes say, the
-//! time; and what it takes from there goes to the simulated disk, network and metadata store.
+//! time; and what it takes from there goes to the simulated disk and network, and to its manager.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,18 +13,19 @@ use cluster_map::{CoreStats, VolumeId};
 use torus_dataplane::clients::Clients;
 use torus_dataplane::discovery::Discovery;
 use torus_dataplane::fairness::Limits;
-use torus_dataplane::replicating::{Ground, Payload, Replicating, Wish};
+use torus_dataplane::replicating::{Ground, Payload, Replicating};
 use torus_dataplane::serving::{Around, Serving};
 use torus_dataplane::store::extent::shard::RESERVE_CHUNKS;
 use torus_dataplane::store::extent::shared::Shared;
 use torus_dataplane::store::extent::simulated::{self, SimDisk};
-use torus_replication::membership::{Membership, Record};
 use torus_replication::replica::Share;
 use torus_replication::site::Engine;
 use torus_replication::terms::{Generation, Member};
 
+use super::control::Control;
 use super::disk::{NodeDevices, Stored, object_of};
 use super::exports::{Exports, ingress_of};
+use super::manager::{Manager, Map};
 use super::peers::Peer;
 use super::{
     Checker, Event, Plan, TICK_NS, Travels, World, counters, member_of, site_of, volume_id, volume_of,
@@ -54,11 +55,7 @@ pub(super) struct Process {
     pub(super) timed: u64,
     /// When the core looks around next.
     turn_ns: u64,
-    /// What was heard of heads.
-    wishes: BTreeMap<VolumeId, Wish>,
-    /// Heads that have given their grants back, as they were last seen.
-    handed_over: BTreeMap<VolumeId, Generation>,
-    ended: BTreeMap<VolumeId, Generation>,
+    pub(super) manager: Manager,
 }
 
 impl Process {
@@ -82,18 +79,11 @@ impl Process {
         self.serving.replicated().engine()
     }
 
-    /// The volumes whose head here has opened its generation, with its take-over: they are to be exported.
-    pub(super) fn heads(&self) -> BTreeMap<usize, u64> {
-        let replicating = self.serving.replicated();
-        let heads = self.engine().heads().filter(|(volume, _)| replicating.has_opened(*volume));
-        heads.map(|(volume, head)| (volume_of(volume), head.generation().takeover)).collect()
-    }
-
     /// Under which generation this process is, or was last, head of a volume.
     pub(super) fn generation(&self, volume: usize) -> Option<Generation> {
         let volume = volume_id(volume);
         let head = self.engine().head(volume).map(torus_replication::head::Head::generation);
-        head.or_else(|| self.ended.get(&volume).copied())
+        head.or_else(|| self.manager.reported.ended.get(&volume).map(|(generation, _)| *generation))
     }
 
     /// Whether nothing is in progress.
@@ -112,15 +102,22 @@ impl Process {
 pub(super) struct Node {
     index: usize,
     pub(super) stored: Stored,
-    /// Grown at every start of its data plane.
+    /// Grown durably before every start of its data plane.
     pub(super) start: u64,
     /// Grows whenever its process ends: what was meant for an earlier one is not for this one.
     pub(super) life: u64,
-    pub(super) down_since_ns: Option<u64>,
-    pub(super) is_asking: Vec<bool>,
+    /// Its data plane cannot be started.
+    pub(super) is_held: bool,
     clock: Clock,
     pub(super) random: Random,
     pub(super) process: Option<Process>,
+    /// What both processes share.
+    pub(super) map: Map,
+    pub(super) control: Option<Control>,
+    pub(super) control_life: u64,
+    /// Of all its control processes: what they have asked of etcd.
+    pub(super) requests: u64,
+    pub(super) watches: u64,
 }
 
 impl Node {
@@ -130,11 +127,15 @@ impl Node {
             stored: Stored::new(member_of(index).store, plan.store, &mut random),
             start: 0,
             life: 0,
-            down_since_ns: None,
-            is_asking: vec![false; plan.volumes],
+            is_held: false,
             clock: Clock::drawn(0, 10_000, &mut random),
             random,
             process: None,
+            map: Map::default(),
+            control: None,
+            control_life: 0,
+            requests: 0,
+            watches: 0,
         }
     }
 
@@ -144,31 +145,6 @@ impl Node {
 
     fn engine(&self) -> Option<&Engine<Payload>> {
         self.process.as_ref().map(Process::engine)
-    }
-
-    pub(super) fn has_head(&self, volume: usize) -> bool {
-        self.head_takeover(volume).is_some()
-    }
-
-    pub(super) fn head_takeover(&self, volume: usize) -> Option<u64> {
-        Some(self.engine()?.head(volume_id(volume))?.generation().takeover)
-    }
-
-    /// The revision of the record that its head of the volume knows.
-    pub(super) fn known_revision(&self, volume: usize) -> Option<u64> {
-        Some(self.engine()?.head(volume_id(volume))?.membership().record().revision)
-    }
-
-    /// Whether this process had a head of the volume under that take-over.
-    pub(super) fn has_used(&self, volume: usize, takeover: u64) -> bool {
-        let used = self.engine().and_then(|engine| engine.used(volume_id(volume)));
-        used.is_some_and(|used| used.takeover >= takeover)
-    }
-
-    /// Whether a change that its head asked for has no outcome yet.
-    pub(super) fn is_in_doubt(&self, volume: usize) -> bool {
-        let head = self.engine().and_then(|engine| engine.head(volume_id(volume)));
-        head.is_some_and(|head| head.membership().doubt().is_some())
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -186,7 +162,7 @@ impl Node {
     }
 
     /// Its store, as other nodes are to know it.
-    fn member(&self) -> Member {
+    pub(super) fn member(&self) -> Member {
         Member { incarnation: self.stored.layout.incarnation, ..member_of(self.index) }
     }
 
@@ -208,8 +184,10 @@ impl Node {
             heads.map(|(volume, head)| format!("head of {}: {head:?}", volume_of(volume))).collect();
         let pool = &process.disk.pool;
         format!(
-            "node {}: {} of {} chunks are free, {} disk requests, serving is empty: {}, frames: {}, peers are idle: {}, store has failed: {}; {}",
+            "node {}: follows {} of {}, {} of {} chunks are free, {} disk requests, serving is empty: {}, frames: {}, peers are idle: {}, store has failed: {}; {}",
             self.index,
+            process.follows(),
+            self.map.desired.version,
             pool.free_chunks(),
             pool.chunk_capacity(),
             process.disk.in_flight(),
@@ -234,6 +212,9 @@ impl World {
         let boot_ns = self.boot_ns(node);
         let plan = &self.plan;
         let at = &mut self.nodes[node];
+        if at.map.desired.version == 0 {
+            return;
+        }
         let Some(media) = at.stored.media.take() else { return };
         let opened = simulated::open(&mut at.stored.layout, media, at.stored.flushes_batches);
         let opened = match opened {
@@ -243,9 +224,6 @@ impl World {
                 return;
             }
         };
-        at.start += 1;
-        at.down_since_ns = None;
-        at.is_asking.fill(false);
         let config = RegionConfig { cores: 1, chunks_per_core: plan.chunks, headers_per_core: 64 };
         let pool = Region::new(config).and_then(|region| region.pool(0)).expect("there is memory");
         let (stats, clients) = counters::take();
@@ -269,33 +247,45 @@ impl World {
             requests_leave_chunks: leave_chunks(2),
             timed: 0,
             turn_ns: u64::MAX,
-            wishes: BTreeMap::new(),
-            handed_over: BTreeMap::new(),
-            ended: BTreeMap::new(),
+            manager: Manager::new(&at.map, boot_ns),
             disk: SimDisk::new(opened.media, pool),
         });
-        let rate = at.random.one_in(4).then(|| at.random.range(8 << 20..64 << 20));
-        if let Some((process, bytes_per_s)) = at.process.as_mut().zip(rate) {
-            process.with(boot_ns, |replicating, ground| replicating.set_resync_rate(bytes_per_s, ground));
-        }
         let life = at.life;
         self.network.set_power(now_ns, Endpoint(node), Power::Up);
         self.schedule.after(1000, Event::Tick { node, life });
         self.note(|| format!("node {node} starts"));
+        self.manage_by(node, now_ns + 1000);
         self.pump(node);
     }
 
-    /// Ends a node's process, and what was in flight with it.
+    /// A node's machine is on, and its control process starts; so does the data plane, in time.
+    pub(super) fn power_on(&mut self, node: usize) {
+        self.nodes[node].is_held = false;
+        self.start_control(node);
+        self.wake_supervisor(node);
+    }
+
+    /// Ends a node's data plane, and what was in flight with it; without power its control process too, and the map is lost.
     pub(super) fn kill(&mut self, node: usize, power: Power) {
         let now_ns = self.now_ns();
         let at = &mut self.nodes[node];
         if at.process.is_some() {
             at.life += 1;
-            at.down_since_ns = Some(now_ns);
+        }
+        if power == Power::Off {
+            at.map = Map::default();
+            self.end_control(node);
         }
         self.leave_disk(node, power);
         self.network.set_power(now_ns, Endpoint(node), power);
         self.note(|| format!("node {node} ends: {power:?}"));
+        self.wake_supervisor(node);
+    }
+
+    /// The same, and it does not start again before [`World::power_on`].
+    pub(super) fn hold(&mut self, node: usize, power: Power) {
+        self.nodes[node].is_held = true;
+        self.kill(node, power);
     }
 
     pub(super) fn tick(&mut self, node: usize, life: u64) {
@@ -310,6 +300,8 @@ impl World {
         self.reconnect(node);
         let Some(process) = &mut self.nodes[node].process else { return };
         process.with(boot_ns, |replicating, ground| replicating.tick(ground));
+        self.hear_core(node, true);
+        self.check_wishes(node);
         self.discover(node);
         self.pump(node);
     }
@@ -377,8 +369,7 @@ impl World {
             }
         }
         self.time_disk(node);
-        self.hear_heads(node);
-        self.follow_heads(node);
+        self.hear_core(node, false);
         self.retry_peers(node);
         let at = &self.nodes[node];
         if let Some(process) = &at.process {
@@ -396,52 +387,6 @@ impl World {
         serving.turn_stores(&mut around)
     }
 
-    /// Heads of a node wish for changes, or have ended.
-    fn hear_heads(&mut self, node: usize) {
-        let Some(process) = &mut self.nodes[node].process else { return };
-        let replicating = process.serving.replicated();
-        let mut wishes = Vec::new();
-        for (volume, wish) in replicating.wishes() {
-            if process.wishes.get(volume) != Some(wish) {
-                wishes.push((*volume, wish.clone()));
-            }
-        }
-        let handed_over = replicating.handed_over().clone();
-        let mut ended = Vec::new();
-        for (volume, (generation, end)) in replicating.ended() {
-            if process.ended.insert(*volume, *generation) != Some(*generation) {
-                ended.push((*volume, *end));
-            }
-        }
-        process.wishes.extend(wishes.iter().cloned());
-        let former = std::mem::replace(&mut process.handed_over, handed_over.clone());
-        for (volume, generation) in handed_over {
-            if former.get(&volume) != Some(&generation) {
-                self.note(|| format!("node {node}: volume {} is handed over", volume_of(volume)));
-                self.handed_over(node, volume_of(volume));
-            }
-        }
-        for (volume, end) in ended {
-            let volume = volume_of(volume);
-            self.coverage.replaced += 1;
-            self.note(|| format!("node {node}: head of volume {volume} ends: {end:?}"));
-            self.nodes[node].is_asking[volume] = false;
-        }
-        for (volume, wish) in wishes {
-            let volume = volume_of(volume);
-            self.nodes[node].is_asking[volume] = true;
-            self.wish_for_change(node, volume, wish.revision, wish.change);
-        }
-    }
-
-    /// The record names this node under a generation that has no head yet.
-    pub(super) fn begin_head(&mut self, node: usize, generation: Generation, membership: Membership) {
-        let boot_ns = self.boot_ns(node);
-        let Some(process) = &mut self.nodes[node].process else { return };
-        process.with(boot_ns, |replicating, ground| replicating.begin(generation, membership, ground));
-        self.pump(node);
-    }
-
     /// The store of this node owns a part of a volume no more; whether nothing is left of it.
     pub(super) fn retire(&mut self, node: usize, volume: VolumeId, share: Share) -> bool {
         let boot_ns = self.boot_ns(node);
@@ -453,20 +398,5 @@ impl World {
         process.with(boot_ns, |replicating, ground| replicating.retire(member, volume, share, ground));
         self.pump(node);
         false
-    }
-
-    /// The record of a volume that this node is head of.
-    pub(super) fn tell_record(&mut self, node: usize, volume: usize, record: Record) {
-        let boot_ns = self.boot_ns(node);
-        let Some(process) = &mut self.nodes[node].process else { return };
-        process.with(boot_ns, |replicating, ground| replicating.record(volume_id(volume), record, ground));
-        self.pump(node);
-    }
-
-    /// The record names another node.
-    pub(super) fn give_up_head(&mut self, node: usize, volume: usize, record: &Record) {
-        if self.nodes[node].has_head(volume) {
-            self.tell_record(node, volume, record.clone());
-        }
     }
 }

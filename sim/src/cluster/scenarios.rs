@@ -33,11 +33,15 @@ pub enum Scenario {
     Move,
     /// Frames of initiators and heads are lost or come twice while heads move.
     Frames,
+    /// Nothing is troubled but etcd, the ways to it, and control processes: nobody is replaced, and I/O goes on.
+    Calm,
+    /// Control processes end, and etcd is away, late or forgetful, while members go and come and heads move.
+    Control,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Scenario; 10] = [
+    pub const ALL: [Scenario; 12] = [
         Scenario::Any,
         Scenario::Fence,
         Scenario::Return,
@@ -48,6 +52,8 @@ impl Scenario {
         Scenario::HandOver,
         Scenario::Move,
         Scenario::Frames,
+        Scenario::Calm,
+        Scenario::Control,
     ];
 
     /// One of its runs.
@@ -64,6 +70,8 @@ impl Scenario {
             Scenario::HandOver => hand_over(random),
             Scenario::Move => moves(random),
             Scenario::Frames => frames(random),
+            Scenario::Calm => calm(random),
+            Scenario::Control => control(random),
         }
     }
 }
@@ -90,6 +98,8 @@ fn scripted(random: &mut Random, nodes: usize, copies: usize, script: Vec<Step>)
         initiator: if random.one_in(4) { Kind::Linux(1 + random.index(2)) } else { Kind::Hasty },
         is_flooded: random.coin(),
         linger_ns: if random.one_in(4) { 2_000 * MS } else { 20 * MS },
+        is_open_to_all: true,
+        is_calm: false,
         script,
     }
 }
@@ -216,8 +226,10 @@ fn return_of_a_member(random: &mut Random) -> Plan {
 /// Parts: 0 the head, 1 the member whose state is in doubt, 2 another.
 fn doubt(random: &mut Random) -> Plan {
     let mut script = Vec::new();
-    let doubt = |random: &mut Random| {
-        if random.coin() { Step::AnswersLost(100) } else { Step::MetadataAway(true) }
+    let doubt = |random: &mut Random| match random.index(3) {
+        0 => Step::AnswersLost(100),
+        1 => Step::MetadataAway(true),
+        _ => Step::Late(random.magnitude(50 * MS..4_000 * MS)),
     };
     let is_join = random.coin();
     if is_join {
@@ -244,7 +256,14 @@ fn doubt(random: &mut Random) -> Plan {
             script.extend([Step::TakeOver(2), wait(random, 100, 3_000), Step::Boot(1)]);
         }
         _ => {
-            script.push(Step::Restart(0));
+            match random.index(3) {
+                0 => script.push(Step::Restart(0)),
+                1 => script.extend([Step::KillControl(0), Step::Restart(0), Step::Boot(0)]),
+                _ => script.extend([Step::Kill(0, Power::Off), Step::Boot(0)]),
+            }
+            if random.coin() {
+                script.push(wait(random, 5, 900));
+            }
             script.extend(whole);
             script.extend([wait(random, 100, 2_500), Step::Boot(1)]);
         }
@@ -349,7 +368,7 @@ fn hand_over(random: &mut Random) -> Plan {
         if random.one_in(3) {
             script.push(Step::Abandon);
         }
-        match random.index(9) {
+        match random.index(10) {
             // The head hands over, goes on because nobody hears of it, and is replaced by somebody that it does not hear of.
             0 | 1 => {
                 script.extend([Step::NoMetadata(0), wait(random, 2_000, 2_700), Step::Part(0, 2)]);
@@ -364,6 +383,7 @@ fn hand_over(random: &mut Random) -> Plan {
                 script.push(Step::Boot(successor));
             }
             6 => script.push(Step::Restart(random.index(3))),
+            8 => script.extend([Step::Leave(0), wait(random, 5, 3_500), Step::Boot(0)]),
             7 => script.extend([Step::Reset(0, 1), wait(random, 1, 50), Step::TakeOver(random.index(3))]),
             _ => {}
         }
@@ -431,4 +451,105 @@ fn frames(random: &mut Random) -> Plan {
     let mut ppm = |most: u64| u32::try_from(random.below(most)).expect("below a million");
     let segments = Quality { loss_ppm: ppm(300_000), twice_ppm: ppm(300_000), ..Quality::good() };
     Plan { segments, is_flooded: false, ..plan }
+}
+
+fn calm(random: &mut Random) -> Plan {
+    let mut troubles = vec![
+        Trouble::RestartControl,
+        Trouble::Leases,
+        Trouble::Compaction,
+        Trouble::NoMetadata,
+        Trouble::SlowMetadata,
+        Trouble::Unknown,
+    ];
+    random.shuffle(&mut troubles);
+    troubles.truncate(1 + random.index(6));
+    let nodes = 2 + random.index(4);
+    let copies = 2 + random.index((nodes - 1).min(2));
+    Plan {
+        volumes: 1 + random.index(2),
+        spread: 1 + random.index(3),
+        trouble_ns: random.range(8_000 * MS..25_000 * MS),
+        pause_ns: random.range(200 * MS..3_000 * MS),
+        troubles,
+        is_calm: true,
+        // Who owns nothing grants nothing, and would take over as soon as those who do have lost their leases.
+        is_open_to_all: false,
+        initiator: Kind::Hasty,
+        ..scripted(random, nodes, copies, Vec::new())
+    }
+}
+
+/// Parts: 0 the head, 1 a member that goes and comes.
+fn control(random: &mut Random) -> Plan {
+    let mut script = Vec::new();
+    if random.one_in(6) {
+        // Exports come and go while requests on another volume wait for a member that is silent.
+        script.extend([Step::Kill(1, power_off(random)), wait(random, 1, 900), Step::TakeOther(0)]);
+        script.extend([wait(random, 14_000, 17_000), Step::Boot(1), wait(random, 100, 2_500)]);
+        return Plan { volumes: 2, ..scripted(random, 3, 2, script) };
+    }
+    if random.one_in(6) {
+        // That a member is in sync again is on its way when both end; the head comes back without its map, goes on without the member,
+        // and ends again.
+        script.extend([Step::Kill(1, power_off(random)), wait(random, 1_500, 2_600), Step::Boot(1)]);
+        script.extend([wait(random, 5, 200), Step::Late(random.range(6_000 * MS..9_000 * MS))]);
+        // A replica that has started opens nothing for as long as a grant lasts.
+        script.push(wait(random, 1_000, 2_000));
+        script.extend([Step::Kill(1, power_off(random)), wait(random, 1, 100), Step::Kill(0, Power::Off)]);
+        script.extend([Step::AnswersLost(0), Step::Boot(0), wait(random, 5_000, 9_000)]);
+        if random.coin() {
+            script.extend([Step::Kill(0, power_off(random)), wait(random, 1, 300)]);
+        }
+        script.extend([Step::Boot(1), wait(random, 3_500, 6_000), Step::Boot(0), wait(random, 100, 2_500)]);
+        return scripted(random, 3, 2, script);
+    }
+    for _ in 0..1 + random.index(3) {
+        match random.index(4) {
+            // It is to be called stale, or to be taken in again.
+            0 => script.extend([Step::Kill(1, power_off(random)), wait(random, 800, 1_500)]),
+            1 => {
+                script.extend([Step::Kill(1, power_off(random)), wait(random, 1_500, 2_600), Step::Boot(1)]);
+                script.push(wait(random, 5, 600));
+            }
+            2 => script.extend([Step::HandOver(1), wait(random, 1, 300)]),
+            // Nobody is asked whether the head may be replaced: its silence is waited for.
+            _ => script.extend([Step::Kill(0, power_off(random)), wait(random, 500, 2_500)]),
+        }
+        for _ in 0..1 + random.index(2) {
+            script.push(match random.index(8) {
+                0 => Step::AnswersLost(100),
+                1 => Step::MetadataAway(true),
+                2 => Step::NoMetadata(random.index(3)),
+                3 => Step::Late(random.magnitude(50 * MS..4_000 * MS)),
+                4 => Step::Compact,
+                5 => Step::LoseLease(random.index(3)),
+                6 => Step::LoseLeases,
+                _ => Step::Wait(0),
+            });
+            script.push(wait(random, 1, 500));
+        }
+        let who = random.index(3);
+        match random.index(5) {
+            0 => script.push(Step::RestartControl(who)),
+            1 => script.extend([Step::KillControl(who), wait(random, 5, 3_000), Step::Boot(who)]),
+            2 => script.extend([
+                Step::KillControl(who),
+                Step::Restart(who),
+                wait(random, 5, 900),
+                Step::Boot(who),
+            ]),
+            3 => script.extend([Step::Kill(who, Power::Off), wait(random, 1, 200), Step::Boot(who)]),
+            _ => script.push(Step::Restart(who)),
+        }
+        script.push(wait(random, 5, 1_500));
+        if random.coin() {
+            script.extend([Step::Kill(1, power_off(random)), wait(random, 100, 2_500)]);
+        }
+        script.extend([Step::AnswersLost(0), Step::MetadataAway(false), Step::Boot(0), Step::Boot(1)]);
+        script.extend([wait(random, 100, 3_500), Step::Cast]);
+    }
+    let copies = 2 + random.index(2);
+    let plan = scripted(random, 3, copies, script);
+    Plan { volumes: 1 + random.index(2), ..plan }
 }

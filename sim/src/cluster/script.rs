@@ -3,11 +3,13 @@
 //! A step names nodes by their parts: 0 is the head of volume 0 when the script begins, then come the other owners of its first
 //! partition, then everybody else.
 
+use super::trouble::{late, losing};
 use super::{Event, Trouble, World, node_of};
+use crate::etcd::ClientId;
 use crate::network::{Endpoint, Media, Power};
 
 /// When a script begins: heads have come by then.
-pub(super) const BEGIN_NS: u64 = 1_500_000_000;
+pub(super) const BEGIN_NS: u64 = 2_000_000_000;
 
 /// A node, by its part.
 pub type Part = usize;
@@ -19,12 +21,26 @@ pub enum Step {
     Wait(u64),
     /// The parts are given anew.
     Cast,
-    /// A process ends, or the machine with it, until it is started.
+    /// A data plane ends, or the machine with both processes, until it is started.
     Kill(Part, Power),
     /// It is started.
     Boot(Part),
-    /// A process ends and starts at once.
+    /// A data plane ends and is started again, if there is a control process.
     Restart(Part),
+    /// A control process ends, until the node is started.
+    KillControl(Part),
+    /// A control process ends and another one starts at once.
+    RestartControl(Part),
+    /// A node is stopped in good order, until it is started.
+    Leave(Part),
+    /// The lease of a node is lost, though its processes are alive.
+    LoseLease(Part),
+    /// All leases are lost.
+    LoseLeases,
+    /// Changes that watches have not delivered cannot be had any more.
+    Compact,
+    /// Changes are carried out that much later, after their asker may have ended.
+    Late(u64),
     /// All nodes lose power, and come back.
     PowerCut,
     /// What the one sends does not reach the other.
@@ -41,8 +57,10 @@ pub enum Step {
     Pause(Part),
     /// It goes on.
     Resume(Part),
-    /// A node takes the volume over.
+    /// A node is made head of the volume, whatever the rules say.
     TakeOver(Part),
+    /// A node is made head of the last volume.
+    TakeOther(Part),
     /// It is wished that a node be the head.
     HandOver(Part),
     /// That is wished no longer.
@@ -78,11 +96,11 @@ impl Step {
 
 impl World {
     fn give_parts(&mut self) {
-        let head = self.metadata.record(0).head.map(node_of);
+        let head = self.head_of(0);
         let owners =
             self.metadata.record(0).partitions[0].owners.iter().map(|owner| node_of(owner.site.node));
         let mut cast: Vec<usize> = Vec::new();
-        for node in head.into_iter().chain(owners).chain(0..self.plan.nodes) {
+        for node in std::iter::once(head).chain(owners).chain(0..self.plan.nodes) {
             if !cast.contains(&node) {
                 cast.push(node);
             }
@@ -114,22 +132,28 @@ impl World {
         match step {
             Step::Wait(_) => {}
             Step::Cast => self.give_parts(),
-            Step::Kill(part, power) => self.kill(node(part), power),
+            Step::Kill(part, power) => self.hold(node(part), power),
             Step::Boot(part) => {
-                if !self.nodes[node(part)].is_up() {
-                    self.boot(node(part));
-                }
+                self.stay(node(part));
+                self.power_on(node(part));
             }
-            Step::Restart(part) => {
-                self.kill(node(part), Power::NoProcess);
-                self.boot(node(part));
+            Step::Restart(part) => self.kill(node(part), Power::NoProcess),
+            Step::KillControl(part) => self.end_control(node(part)),
+            Step::RestartControl(part) => {
+                self.end_control(node(part));
+                self.start_control(node(part));
             }
+            Step::Leave(part) => self.leave(node(part)),
+            Step::LoseLease(part) => self.lose_lease(node(part)),
+            Step::LoseLeases => self.metadata.etcd.revoke_all_leases(now_ns),
+            Step::Compact => self.compact(),
+            Step::Late(by_ns) => self.metadata.set_quality(&late(by_ns)),
             Step::PowerCut => {
                 for node in 0..self.plan.nodes {
                     self.kill(node, Power::Off);
                 }
                 for node in 0..self.plan.nodes {
-                    self.boot(node);
+                    self.power_on(node);
                 }
             }
             Step::Cut(from, to) => self.network.cut(now_ns, &at(from), &at(to), Media::STREAMS),
@@ -144,22 +168,21 @@ impl World {
             Step::Reset(from, to) => self.reset(node(from), node(to)),
             Step::Pause(part) => self.network.pause(Endpoint(node(part))),
             Step::Resume(part) => self.network.resume(now_ns, Endpoint(node(part))),
-            Step::TakeOver(part) => {
-                if self.nodes[node(part)].is_up() && !self.nodes[node(part)].is_asking[0] {
-                    self.take_over(node(part), 0);
-                }
-            }
-            Step::HandOver(part) => self.wish_for_move(0, node(part)),
-            Step::Stay => self.take_wish_back(0),
+            Step::TakeOver(part) => self.force_head(node(part), 0),
+            Step::TakeOther(part) => self.force_head(node(part), self.plan.volumes - 1),
+            Step::HandOver(part) => self.wish_for_head(0, node(part)),
+            Step::Stay => self.wish_for_head(0, self.head_of(0)),
             Step::Move(part) => self.begin_move(0, node(part)),
             Step::MetadataAway(is_away) => {
-                self.metadata.is_away = is_away;
-                self.metadata.away_from.clear();
+                self.metadata.etcd.set_available(now_ns, !is_away);
+                for node in 0..self.plan.nodes {
+                    self.metadata.etcd.set_reachable(now_ns, ClientId(node), true);
+                }
             }
             Step::NoMetadata(part) => {
-                self.metadata.away_from.insert(node(part));
+                self.metadata.etcd.set_reachable(now_ns, ClientId(node(part)), false);
             }
-            Step::AnswersLost(percent) => self.metadata.lost_percent = percent,
+            Step::AnswersLost(percent) => self.metadata.set_quality(&losing(percent)),
             Step::SlowDisk(part, by_ns) => self.nodes[node(part)].stored.slow_ns = by_ns,
             Step::BadDisk(part, percent) => {
                 self.nodes[node(part)].stored.faults.write = 100_u64.checked_div(percent).unwrap_or(0);

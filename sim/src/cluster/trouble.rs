@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::{Event, Trouble, World};
 use torus_dataplane::store::extent::simulated::Faults;
 
+use crate::etcd::{self, ClientId};
 use crate::network::{Endpoint, Media, Power, Quality, SegmentId};
 use crate::random::Random;
 
@@ -26,7 +27,30 @@ fn endpoints(nodes: &[usize]) -> Vec<Endpoint> {
     nodes.iter().map(|node| Endpoint(*node)).collect()
 }
 
+/// An etcd of whose changes so many of a hundred have no answer: most were made, some were not, some are made later.
+pub(super) fn losing(percent: u64) -> etcd::Quality {
+    let ppm = |of_ten: u64| u32::try_from(percent * 1_000 * of_ten).expect("below a million");
+    etcd::Quality {
+        answer_lost_ppm: ppm(6),
+        request_lost_ppm: ppm(2),
+        late_ppm: ppm(3),
+        late_ns: 100_000_000..3_000_000_000,
+        ..etcd::Quality::good()
+    }
+}
+
+/// An etcd that carries every change out that much later.
+pub(super) fn late(by_ns: u64) -> etcd::Quality {
+    etcd::Quality { late_ppm: 1_000_000, late_ns: by_ns / 2..by_ns, ..etcd::Quality::good() }
+}
+
 impl World {
+    /// Forgets changes that watches have not delivered.
+    pub(super) fn compact(&mut self) {
+        let (now_ns, revision) = (self.now_ns(), self.metadata.etcd.revision());
+        self.metadata.etcd.compact(now_ns, revision);
+    }
+
     pub(super) fn break_something(&mut self) {
         if self.is_peace {
             return;
@@ -44,23 +68,64 @@ impl World {
             Trouble::Restart => {
                 if self.nodes[node].is_up() {
                     self.kill(node, Power::NoProcess);
-                    self.boot(node);
                 }
                 return;
             }
+            Trouble::RestartControl => {
+                self.end_control(node);
+                if self.troubles.random.coin() {
+                    self.start_control(node);
+                    return;
+                }
+                vec![node]
+            }
             Trouble::Off => {
                 let power = if self.troubles.random.coin() { Power::Off } else { Power::NoProcess };
-                self.kill(node, power);
+                self.hold(node, power);
+                if self.troubles.random.one_in(4) {
+                    self.end_control(node);
+                }
                 vec![node]
             }
             Trouble::PowerCut => {
                 for node in 0..self.plan.nodes {
-                    self.kill(node, Power::Off);
+                    self.hold(node, Power::Off);
                 }
                 (0..self.plan.nodes).collect()
             }
             Trouble::Pause => {
-                self.network.pause(Endpoint(node));
+                let which = self.troubles.random.index(3);
+                if which != 1 {
+                    self.network.pause(Endpoint(node));
+                }
+                if which != 0 {
+                    self.pause_control(node, true);
+                }
+                vec![node]
+            }
+            Trouble::Leave => {
+                self.leave(node);
+                vec![node]
+            }
+            Trouble::Leases => {
+                if self.troubles.random.coin() {
+                    self.lose_lease(node);
+                } else {
+                    self.metadata.etcd.revoke_all_leases(now_ns);
+                }
+                return;
+            }
+            Trouble::Compaction => {
+                self.compact();
+                return;
+            }
+            Trouble::SlowMetadata => {
+                let quality = etcd::Quality::drawn(&mut self.troubles.random);
+                if self.troubles.random.coin() {
+                    self.metadata.set_quality(&quality);
+                } else {
+                    self.metadata.etcd.set_quality(ClientId(node), quality);
+                }
                 vec![node]
             }
             Trouble::Partition => {
@@ -90,9 +155,7 @@ impl World {
             }
             Trouble::TakeOver => {
                 let volume = self.troubles.random.index(self.plan.volumes);
-                if self.nodes[node].is_up() && !self.nodes[node].is_asking[volume] {
-                    self.take_over(node, volume);
-                }
+                self.force_head(node, volume);
                 return;
             }
             Trouble::Move => {
@@ -102,20 +165,20 @@ impl World {
             }
             Trouble::HandOver => {
                 let volume = self.troubles.random.index(self.plan.volumes);
-                self.wish_for_move(volume, node);
+                self.wish_for_head(volume, node);
                 return;
             }
             Trouble::NoMetadata => {
                 if self.troubles.random.coin() {
-                    self.metadata.away_from.insert(node);
+                    self.metadata.etcd.set_reachable(now_ns, ClientId(node), false);
                     vec![node]
                 } else {
-                    self.metadata.is_away = true;
+                    self.metadata.etcd.set_available(now_ns, false);
                     vec![]
                 }
             }
             Trouble::Unknown => {
-                self.metadata.lost_percent = 30;
+                self.metadata.set_quality(&losing(30));
                 vec![]
             }
             Trouble::SlowDisk => {
@@ -198,24 +261,35 @@ impl World {
                     let is_held = self.troubles.active.values().any(|(other, nodes)| {
                         matches!(other, Trouble::Off | Trouble::PowerCut) && nodes.contains(&node)
                     });
-                    if !is_held && !self.nodes[node].is_up() {
-                        self.boot(node);
+                    if !is_held {
+                        self.power_on(node);
                     }
                 }
             }
             Trouble::Pause => {
                 for node in nodes {
                     self.network.resume(now_ns, Endpoint(node));
+                    self.pause_control(node, false);
+                }
+            }
+            Trouble::RestartControl | Trouble::Leave => {
+                let off = |node: usize| {
+                    self.troubles.active.values().any(|(other, nodes)| {
+                        matches!(other, Trouble::Off | Trouble::PowerCut) && nodes.contains(&node)
+                    })
+                };
+                for node in nodes.into_iter().filter(|node| !off(*node)).collect::<Vec<_>>() {
+                    self.stay(node);
+                    self.power_on(node);
                 }
             }
             Trouble::Partition | Trouble::OneWay | Trouble::Flap | Trouble::Segment => {
                 self.network.heal(now_ns);
             }
-            Trouble::NoMetadata => {
-                self.metadata.is_away = false;
-                self.metadata.away_from.clear();
+            Trouble::NoMetadata | Trouble::Unknown | Trouble::SlowMetadata => {
+                self.metadata.etcd.heal(now_ns);
+                self.metadata.set_quality(&etcd::Quality::good());
             }
-            Trouble::Unknown => self.metadata.lost_percent = 0,
             Trouble::SlowDisk => {
                 for node in nodes.into_iter().filter(|node| !goes_on(*node)).collect::<Vec<_>>() {
                     self.nodes[node].stored.slow_ns = 0;
@@ -227,6 +301,8 @@ impl World {
                 }
             }
             Trouble::Restart
+            | Trouble::Leases
+            | Trouble::Compaction
             | Trouble::Format
             | Trouble::TakeOver
             | Trouble::HandOver
@@ -246,7 +322,6 @@ impl World {
             self.formatted = Some(node);
             self.kill(node, Power::NoProcess);
             self.nodes[node].stored.format();
-            self.boot(node);
         }
     }
 
@@ -255,7 +330,6 @@ impl World {
         self.nodes[node].stored.faults = Faults::default();
         if self.nodes[node].has_failed_store() {
             self.kill(node, Power::NoProcess);
-            self.boot(node);
         }
     }
 
@@ -276,15 +350,14 @@ impl World {
         for segment in (0..self.plan.initiator.paths()).map(SegmentId) {
             self.network.set_segment_quality(segment, Quality::good());
         }
-        self.metadata.is_away = false;
-        self.metadata.away_from.clear();
-        self.metadata.lost_percent = 0;
+        self.metadata.etcd.heal(now_ns);
+        self.metadata.set_quality(&etcd::Quality::good());
         for node in 0..self.plan.nodes {
             self.nodes[node].stored.slow_ns = 0;
             self.network.resume(now_ns, Endpoint(node));
-            if !self.nodes[node].is_up() {
-                self.boot(node);
-            }
+            self.pause_control(node, false);
+            self.stay(node);
+            self.power_on(node);
             self.repair_disk(node);
         }
         self.note(|| "peace".into());

@@ -11,6 +11,13 @@ impl Etcd {
         self.clients[client.0].quality = quality;
     }
 
+    /// Whether nothing keeps a client from being answered in time.
+    #[must_use]
+    pub fn serves_well(&self, client: ClientId) -> bool {
+        let at = &self.clients[client.0];
+        !self.is_cut_off(client) && at.quality == Quality::good() && at.scripted.is_empty()
+    }
+
     /// A fault for one of the client's changes to come; several are taken in order, before any by chance.
     pub fn fail_change(&mut self, client: ClientId, fault: ChangeFault) {
         self.clients[client.0].scripted.push_back(fault);
