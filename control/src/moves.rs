@@ -13,7 +13,7 @@ use cluster_map::{Desired, HeadState, NodeId, Observed, VolumeId};
 use tokio::time::Instant;
 
 use crate::heads::HeadsRecord;
-use crate::meta::{Compare, MAX_TXN_BYTES, MAX_TXN_OPS, Txn, TxnOutcome};
+use crate::meta::{Compare, Txn, TxnOutcome};
 use crate::model::{Entry, View, VolumeState, encode, keys};
 use crate::node::Node;
 use crate::ops::{Plan, Refusal, RefusalKind};
@@ -137,31 +137,6 @@ fn refusal(unfit: Unfit, volume: &str, node: &str) -> Refusal {
     Refusal::new(RefusalKind::Conflict, code, message, hint)
 }
 
-/// A record's change, with what it depends on.
-struct Step {
-    key: String,
-    compares: Vec<Compare>,
-    after: Vec<u8>,
-}
-
-/// As many changes as fit in one transaction.
-fn together(steps: Vec<Step>) -> Vec<Txn> {
-    let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
-    for Step { key, compares, after } in steps {
-        let is_full = txn.compares.len() + compares.len() > MAX_TXN_OPS || txn.ops.len() == MAX_TXN_OPS;
-        if is_full || bytes + after.len() > MAX_TXN_BYTES / 2 {
-            txns.push(std::mem::take(&mut txn));
-            bytes = 0;
-        }
-        bytes += after.len();
-        txn = compares.into_iter().fold(txn, Txn::when).put(key, after);
-    }
-    if !txn.ops.is_empty() {
-        txns.push(txn);
-    }
-    txns
-}
-
 /// The moves of the heads that a node has.
 #[derive(Debug, Default)]
 pub struct Moves {
@@ -196,7 +171,7 @@ impl Moves {
             steps.extend(step(view, id, heads, to, told, is_over));
         }
         self.known = known;
-        together(steps)
+        Txn::together(steps)
     }
 }
 
@@ -215,18 +190,18 @@ fn step(
     to: NodeId,
     told: Option<(&Desired, &Observed)>,
     is_over: bool,
-) -> Option<Step> {
+) -> Option<Txn> {
     let key = keys::heads(id);
-    let mut compares = vec![Compare::Revision(key.clone(), heads.revision)];
+    let mut txn = Txn::new().when(Compare::Revision(key.clone(), heads.revision));
     let after = if fitness(view, &heads.record, to).is_err() || is_over {
         HeadsRecord { move_to: None, ..heads.record.clone() }
     } else if told.is_some_and(|told| has_handed_over(id, &heads.record, told)) {
-        compares.push(Compare::Exists(keys::live(to)));
+        txn = txn.when(Compare::Exists(keys::live(to)));
         heads.record.taken_over(to)?
     } else {
         return None;
     };
-    Some(Step { key, compares, after: encode(&after.following(&heads.record, heads.revision)) })
+    Some(txn.put(key, encode(&after.following(&heads.record, heads.revision))))
 }
 
 /// Whom the heads of a node that is stopped go to: the wishes that are missing, and how many heads are to go in all.
@@ -246,11 +221,11 @@ pub fn leaving(view: &View, node: NodeId) -> (Vec<Txn>, usize) {
         if heads.record.move_to.is_none() {
             let after = HeadsRecord { move_to: Some(to), ..heads.record.clone() };
             let (key, after) = (keys::heads(*id), after.following(&heads.record, heads.revision));
-            let compares = vec![Compare::Revision(key.clone(), heads.revision)];
-            steps.push(Step { key, compares, after: encode(&after) });
+            let txn = Txn::new().when(Compare::Revision(key.clone(), heads.revision));
+            steps.push(txn.put(key, encode(&after)));
         }
     }
-    (together(steps), going)
+    (Txn::together(steps), going)
 }
 
 /// Has other nodes be head of what this one is head of, as far as that can be in time. The node runs on meanwhile.

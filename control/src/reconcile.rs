@@ -16,7 +16,7 @@ use cluster_map::{
 
 use crate::config::Setting;
 use crate::heads::HeadsRecord;
-use crate::meta::{Compare, MAX_TXN_BYTES, MAX_TXN_OPS, Txn};
+use crate::meta::{Compare, Txn};
 use crate::model::{
     Address, Entry, ExportStatus, HeadStatus, LinkStatus, SECTOR_BYTES, ScrubRecord, ScrubResult,
     ScrubStatus, StatusRecord, StoreRecord, StoreStatus, TombstoneRecord, View, VolumeRecord, VolumeState,
@@ -199,21 +199,10 @@ fn wished_changes(view: &View, node: NodeId, published: &Desired, observed: &Obs
             return None;
         }
         let after = heads.record.changed(&wish.eject, &wish.join)?.following(&heads.record, heads.revision);
-        Some((keys::heads(wish.volume), heads.revision, encode(&after)))
+        let key = keys::heads(wish.volume);
+        Some(Txn::new().when(Compare::Revision(key.clone(), heads.revision)).put(key, encode(&after)))
     });
-    let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
-    for (key, revision, value) in wished {
-        if txn.ops.len() == MAX_TXN_OPS || bytes + value.len() > MAX_TXN_BYTES / 2 {
-            txns.push(std::mem::take(&mut txn));
-            bytes = 0;
-        }
-        bytes += value.len();
-        txn = txn.when(Compare::Revision(key.clone(), revision)).put(key, value);
-    }
-    if !txn.ops.is_empty() {
-        txns.push(txn);
-    }
-    txns
+    Txn::together(wished)
 }
 
 /// Records stores that the node was asked to open and that are not recorded, or have another path or size.

@@ -262,21 +262,11 @@ pub fn batches(view: &View, node: NodeId, due: &[VolumeId]) -> Vec<Batch> {
 pub(crate) fn renewals(view: &View, node: NodeId, volumes: impl Iterator<Item = VolumeId>) -> Vec<Txn> {
     let renewal = |volume: VolumeId| {
         let Entry { record, revision } = view.heads.get(&volume).filter(|heads| heads.record.head == node)?;
-        Some((keys::heads(volume), *revision, encode(&record.taken_over(node)?.following(record, *revision))))
+        let after = record.taken_over(node)?.following(record, *revision);
+        let key = keys::heads(volume);
+        Some(Txn::new().when(Compare::Revision(key.clone(), *revision)).put(key, encode(&after)))
     };
-    let (mut txns, mut txn, mut bytes) = (Vec::new(), Txn::new(), 0);
-    for (key, revision, after) in volumes.filter_map(renewal) {
-        if txn.ops.len() == MAX_TXN_OPS || bytes + after.len() > MAX_TXN_BYTES / 2 {
-            txns.push(std::mem::take(&mut txn));
-            bytes = 0;
-        }
-        bytes += after.len();
-        txn = txn.when(Compare::Revision(key.clone(), revision)).put(key, after);
-    }
-    if !txn.ops.is_empty() {
-        txns.push(txn);
-    }
-    txns
+    Txn::together(volumes.filter_map(renewal))
 }
 
 /// What stands at the keys of nodes' statuses; `None` where the status went with its node's lease.

@@ -214,6 +214,34 @@ impl Txn {
         self
     }
 
+    /// Changes that are each to be made under conditions of their own, in as few transactions as have room for them, with half of a
+    /// transaction's bytes to spare. Where one of them conflicts, none of those with it is made.
+    pub(crate) fn together(changes: impl IntoIterator<Item = Self>) -> Vec<Self> {
+        let (mut txns, mut txn, mut bytes) = (Vec::new(), Self::new(), 0);
+        for change in changes {
+            let added = change.value_bytes();
+            let is_full = txn.compares.len() + change.compares.len() > MAX_TXN_OPS
+                || txn.ops.len() + change.ops.len() > MAX_TXN_OPS
+                || bytes + added > MAX_TXN_BYTES / 2;
+            if is_full && !txn.ops.is_empty() {
+                txns.push(std::mem::take(&mut txn));
+                bytes = 0;
+            }
+            bytes += added;
+            txn.compares.extend(change.compares);
+            txn.ops.extend(change.ops);
+        }
+        if !txn.ops.is_empty() {
+            txns.push(txn);
+        }
+        txns
+    }
+
+    fn value_bytes(&self) -> usize {
+        let bytes = |op: &Op| if let Op::Put { value, .. } = op { value.len() } else { 0 };
+        self.ops.iter().map(bytes).sum()
+    }
+
     /// Checks the limits that hold for every store.
     ///
     /// # Errors
